@@ -1,0 +1,376 @@
+"""The messages that clients, the control plane and workers exchange.
+
+JSON keys are camelCase on the wire (``docs/contract.md`` shows them); times are ISO 8601 in UTC with milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+MV2_SCHEMA = "gitnexus.mv2.schema.v1"
+EXPORT_SCHEMA = "gitnexus.export.schema.v1"
+AI_BIBLE_VERSION = "gitnexus.ai-bible.v1"
+TOOLSET_VERSION = "gitnexus.tools.v1"
+MANIFEST_SCHEMA = "memvid-export.manifest.v1"
+
+Status = Literal["queued", "running", "completed", "failed", "canceled", "expired"]
+Stage = Literal[
+    "queued",
+    "transform",
+    "frame_prep",
+    "write_capsule",
+    "build_sidecar",
+    "finalize",
+    "download_ready",
+    "failed",
+    "canceled",
+    "expired",
+]
+EventType = Literal[
+    "job_started",
+    "stage_progress",
+    "stage_heartbeat",
+    "job_completed",
+    "job_failed",
+    "job_canceled",
+    "job_expired",
+]
+WriterName = Literal["native", "sdk", "cli"]
+
+
+class Wire(msgspec.Struct, rename="camel", kw_only=True, omit_defaults=False):
+    """A message on the wire."""
+
+
+# --- request ---------------------------------------------------------------
+
+
+class Source(Wire):
+    """Where the graph came from; ``base_name`` becomes the capsule's file name after cleaning."""
+
+    type: str = "local"
+    base_name: str = "graph"
+    display_name: str | None = None
+    url: str | None = None
+    branch: str | None = None
+    original_file_name: str | None = None
+    folder_name: str | None = None
+
+
+class ExportOptions(Wire):
+    """What to make of the graph."""
+
+    semantic_enabled: bool = False
+    max_snippet_chars: int = 1400
+    max_node_frames: int = 50_000
+    max_relation_frames: int = 120_000
+    profile: str | None = None
+
+
+# --- progress, events, jobs ---------------------------------------------------
+
+
+class Progress(Wire):
+    """One step of a running export, as the pipeline reports it (0–100 for both figures)."""
+
+    stage: Stage
+    progress: int
+    stage_progress: int
+    message: str
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Event(Wire):
+    """One line of a job's event log; ``seq`` starts at 1 without gaps, ``progress`` never falls."""
+
+    seq: int
+    ts: str
+    job_id: str
+    type: EventType
+    stage: Stage
+    progress: int
+    stage_progress: int
+    emoji: str
+    message: str
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Artifact(Wire):
+    """What a finished job offers for download."""
+
+    file_name: str
+    download_url: str
+    expires_at: str
+    size_bytes: int
+    sha256: str
+    sidecar_url: str
+    manifest_url: str
+    parts: int = 1
+
+
+class JobError(Wire):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    retryable: bool
+    details: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class JobMetadata(Wire):
+    """Where a job ran and what it moved."""
+
+    backend: str
+    runpod_job_id: str | None = None
+    payload_ref: str | None = None
+    artifact_ref: str | None = None
+    worker_metrics: dict[str, Any] | None = None
+
+
+class JobCreated(Wire):
+    """The 202 answer of ``POST /v1/exports``."""
+
+    job_id: str
+    status: Status
+    progress: int
+    current_stage: Stage
+    stage_progress: int
+    message: str
+    created_at: str
+
+
+class Job(Wire):
+    """A job as ``GET /v1/exports/{jobId}`` answers it."""
+
+    job_id: str
+    status: Status
+    progress: int
+    current_stage: Stage
+    stage_progress: int
+    elapsed_ms: int
+    last_event_seq: int
+    message: str
+    created_at: str
+    updated_at: str
+    artifact: Artifact | None
+    error: JobError | None
+    metadata: JobMetadata
+
+
+class JobPage(Wire):
+    """``GET /v1/exports``."""
+
+    jobs: list[Job]
+    next_cursor: str | None
+
+
+class EventPage(Wire):
+    """``GET /v1/exports/{jobId}/events``."""
+
+    job_id: str
+    events: list[Event]
+    next_seq: int
+    status_snapshot: Job
+
+
+class ErrorInfo(Wire):
+    """Code and text of an error, with details where there are any."""
+
+    code: str
+    message: str
+    details: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ErrorBody(Wire):
+    """The body of every answer with a status of 400 and above."""
+
+    error: ErrorInfo
+
+
+# --- worker ---------------------------------------------------------------------
+
+
+class JobInput(msgspec.Struct, kw_only=True):
+    """The input of a worker's job; snake_case, as today's worker takes it. Refs are ``file://``, ``s3://`` or ``https://``."""
+
+    job_id: str
+    payload_ref: str
+    output_prefix: str
+    payload_sha256: str | None = None
+    payload_size: int | None = None
+    payload_encoding: Literal["identity", "gzip", "zstd"] | None = None
+    schema_version: str = EXPORT_SCHEMA
+    embedding_mode: str | None = None
+    embedding_provider: str | None = None
+    embedding_model: str | None = None
+    ollama_host: str | None = None
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    attempt: int = 1
+    created_at: str | None = None
+
+
+class JobOutput(msgspec.Struct, kw_only=True):
+    """The output of a worker's job; the artifacts themselves lie in storage."""
+
+    artifact_ref: str
+    sidecar_ref: str
+    manifest_ref: str
+    sha256: str
+    size_bytes: int
+    metrics: dict[str, Any]
+    schema_version: str = EXPORT_SCHEMA
+
+
+# --- report -----------------------------------------------------------------------
+
+
+class InputReport(Wire):
+    """What came in; ``bytes`` and ``sha256`` are of the payload as it was received."""
+
+    nodes: int = 0
+    relationships: int = 0
+    files: int = 0
+    bytes: int = 0
+    sha256: str = ""
+
+
+class CapsuleReport(Wire):
+    """What was written; ``content_digest`` depends on the graph and the options alone, not on the day or the writer."""
+
+    path: str | None = None
+    file_name: str = ""
+    size_bytes: int = 0
+    sha256: str = ""
+    content_digest: str = ""
+    frames: int = 0
+    node_frames: int = 0
+    relation_frames: int = 0
+    vectors: int = 0
+    dimension: int | None = None
+    model: str | None = None
+    parts: int = 1
+
+
+class SidecarReport(Wire):
+    """The SQLite index beside the capsule."""
+
+    path: str | None = None
+    size_bytes: int = 0
+    sha256: str = ""
+
+
+class Timings(Wire):
+    """Seconds; stages overlap, so the parts may add up to more than ``total``."""
+
+    queue: float = 0.0
+    cold_start: float = 0.0
+    read: float = 0.0
+    transform: float = 0.0
+    embed: float = 0.0
+    write: float = 0.0
+    sidecar: float = 0.0
+    verify: float = 0.0
+    upload: float = 0.0
+    total: float = 0.0
+
+
+class EmbeddingReport(Wire):
+    """What the embedding engine did; ``cost_estimate`` in US dollars."""
+
+    provider: str | None = None
+    model: str | None = None
+    texts: int = 0
+    tokens: int = 0
+    cache_hits: int = 0
+    truncated: int = 0
+    batches: int = 0
+    cost_estimate: float = 0.0
+
+
+class Warning(Wire):
+    """One kind of repair made to the input, how often, and the first place."""
+
+    code: str
+    count: int
+    example: str
+
+
+class LeftOut(Wire):
+    """What a maximum cut off, least connected first."""
+
+    nodes: int = 0
+    relationships: int = 0
+
+
+class Versions(Wire):
+    """Versions that made the artifact."""
+
+    memvid_export: str = ""
+    memvid_core: str = ""
+    memvid_sdk: str = ""
+    schema: str = MV2_SCHEMA
+
+
+class Report(Wire):
+    """One page on one export: ``export --json``, ``GET …/report`` and the worker's metrics are this object."""
+
+    job_id: str | None = None
+    status: Status = "completed"
+    backend: str = "inline"
+    writer: WriterName = "native"
+    profile: str | None = None
+    input: InputReport = msgspec.field(default_factory=InputReport)
+    capsule: CapsuleReport = msgspec.field(default_factory=CapsuleReport)
+    sidecar: SidecarReport = msgspec.field(default_factory=SidecarReport)
+    timings: Timings = msgspec.field(default_factory=Timings)
+    embedding: EmbeddingReport = msgspec.field(default_factory=EmbeddingReport)
+    attempts: int = 1
+    peak_memory_bytes: int = 0
+    warnings: list[Warning] = msgspec.field(default_factory=list)
+    left_out: LeftOut = msgspec.field(default_factory=LeftOut)
+    versions: Versions = msgspec.field(default_factory=Versions)
+
+
+# --- manifest file ------------------------------------------------------------------
+
+
+class ManifestPart(Wire):
+    """One ``.mv2`` file of a capsule."""
+
+    file_name: str
+    size_bytes: int
+    sha256: str
+    frames: int
+    vectors: int
+
+
+class Manifest(Wire):
+    """``<capsule>.manifest.json``: written last; who finds it finds every file that it names, beside it."""
+
+    schema_version: str = MANIFEST_SCHEMA
+    generated_at: str
+    session_id: str
+    project_name: str
+    source: Source
+    options: ExportOptions
+    content_digest: str
+    capsule_sha256: str
+    """SHA-256 of the only part, or of the parts' hex digests joined in order."""
+    parts: list[ManifestPart]
+    sidecar_file_name: str
+    sidecar_size_bytes: int
+    sidecar_sha256: str
+    frames: int
+    node_frames: int
+    relation_frames: int
+    vectors: int
+    dimension: int | None
+    embedding_model: str | None
+    embedding_layout: str | None
+    writer: WriterName
+    readers: str
+    """Which memvid versions read these files."""
+    versions: Versions
+    report: Report
