@@ -1,4 +1,4 @@
-"""Splitting identifiers into words: the one rule that embedding texts, the sidecar's full text and its queries share."""
+"""Splitting identifiers into words: one rule for embedding texts, the sidecar's full text and its queries."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _WORDS = re.compile(r"[A-Z]{2,}s(?![^\W\d_])|[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_
 
 
 def split_identifier(name: str) -> str:
-    """Split a name at case changes, digits and everything that is no letter, into lower-case words joined by one space.
+    """Split a name at case changes, digits and everything that is no letter, into lower-case words joined by a space.
 
     ``getUserById`` -> ``get user by id``, ``HTTPServer2`` -> ``http server 2``, ``max_snippet_chars`` ->
-    ``max snippet chars``, ``userIDs`` -> ``user ids``. Letters of any script count; a name without letters and digits gives the empty string.
+    ``max snippet chars``, ``userIDs`` -> ``user ids``. Letters of any script count; a name without letters and
+    digits gives the empty string.
     """
     return _split(name) if len(name) > _CACHED_LENGTH else _split_cached(name)
 
