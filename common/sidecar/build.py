@@ -1,0 +1,384 @@
+"""Builds the sidecar from frames, beside a capsule writer."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+from zlib import crc32
+
+import msgspec
+
+from common.errors import CapsuleUnreadable, StorageFailed
+from common.frames.model import Frame
+from common.text import split_identifier
+
+SCHEMA_VERSION = "gitnexus.index.v1"
+APPLICATION_ID = 0x4D563249
+"""``MV2I``: marks an SQLite file as a sidecar."""
+USER_VERSION = 1
+
+_SCHEMA = Path(__file__).with_name("schema.sql")
+_INDEXES = Path(__file__).with_name("indexes.sql")
+
+_BULK = f"""
+PRAGMA page_size = 4096;
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA temp_store = MEMORY;
+PRAGMA cache_size = -65536;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {USER_VERSION};
+"""
+"""No journal: a build that breaks off is thrown away, never repaired."""
+
+_FTS_HASH_BYTES = 32 << 20
+"""FTS5 holds this many bytes of postings before it writes a segment; one or few segments need few merges."""
+
+MAX_NEIGHBOURS = 24
+"""Neighbour names indexed of one node; more would outweigh its own words."""
+MAX_SIGNATURE_CHARS = 300
+
+_CONTAINERS = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
+_T = TypeVar("_T")
+_SNIPPET = "\nsnippet:\n"
+_METADATA = "\nmetadata="
+_TOKENS = re.compile(r"\w+")
+_DECLARATION = re.compile(r"[ \t]*(?:@|#|//|/\*|\*)")
+"""Lines before a declaration: decorators and comments."""
+
+
+class _NodeMetadata(msgspec.Struct, rename="camel"):
+    id: str
+    label: str
+    name: str = ""
+    file_path: str | None = None
+    start_line: int | None = None
+    end_line: int | None = None
+    process_type: str | None = None
+    entry_point_id: str | None = None
+    terminal_id: str | None = None
+    cohesion: float | None = None
+    symbol_count: int | None = None
+
+
+class _RelationMetadata(msgspec.Struct, rename="camel"):
+    id: str
+    source_id: str
+    target_id: str
+    type: str
+    confidence: float = 1.0
+    reason: str | None = None
+    step: int | None = None
+
+
+def normalise_name(name: str) -> str:
+    """The key of the symbol table: the words of a name joined, so that ways to write it meet; never empty for a name.
+
+    ``getUserById``, ``get_user_by_id`` and ``GET_USER_BY_ID`` give ``getuserbyid``; ``__`` gives ``__``.
+    """
+    return split_identifier(name).replace(" ", "") or name.lower()
+
+
+def node_key(node_id: str) -> int:
+    """The indexed key of a node's id: its CRC-32; a reader compares the id too."""
+    return crc32(node_id.encode())
+
+
+class SidecarBuilder:
+    """Writes one sidecar; calls come from one thread at a time.
+
+    SQLite leaves the interpreter free while it works, so a builder in a thread of its own costs the capsule writer
+    little. Equal frames and an equal capsule hash give equal bytes, however the frames are cut into batches.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the file at ``path``; a file that is there is replaced. Raises StorageFailed."""
+        self.path = path
+        path.unlink(missing_ok=True)
+        self._labels: _Numbers[tuple[str, str]] = _Numbers()
+        self._types: _Numbers[str] = _Numbers()
+        self._files: _Numbers[str] = _Numbers()
+        self._evidence: _Numbers[tuple[float, str | None]] = _Numbers()
+        self._nodes: dict[str, int] = {}
+        self._texts: list[tuple[int, str, str, str, str]] = []
+        self._processes: dict[int, tuple[str | None, str | None, str | None]] = {}
+        self._communities: dict[int, tuple[float | None, int | None]] = {}
+        self._steps: list[tuple[int, int, int]] = []
+        self._members: list[tuple[int, int]] = []
+        self._calls: list[tuple[int, int]] = []
+        self._contained: list[tuple[int, int]] = []
+        self._meta: dict[str, str] = {}
+        self._parts: dict[int, list[int]] = {}
+        self._words = _Words()
+        self._position = 0
+        self._completed = False
+        try:
+            # The thread that builds may be another than the one that opens; only one of them works at a time.
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.executescript(_BULK + _SCHEMA.read_text("utf-8"))
+            self._db.execute("INSERT INTO search(search, rank) VALUES ('hashsize', ?)", (_FTS_HASH_BYTES,))
+            self._db.execute("BEGIN")
+        except sqlite3.Error as error:
+            raise StorageFailed(f"Cannot start the sidecar {path.name}: {error}") from error
+
+    def add(self, frames: Sequence[Frame], first_frame_id: int, part: int) -> None:
+        """Add frames that follow those of the last call; ``first_frame_id`` is the first one's id inside ``part``.
+
+        Node frames come before the relation frames that join them. Raises StorageFailed, CapsuleUnreadable.
+        """
+        known = self._parts.setdefault(part, [self._position, 0])
+        if known[1] != first_frame_id:
+            raise ValueError(f"part {part} goes on at frame {known[1]}, not at {first_frame_id}")
+        known[1] += len(frames)
+        documents: list[tuple[int, str, str]] = []
+        nodes: list[tuple[object, ...]] = []
+        symbols: list[tuple[str, int]] = []
+        edges: list[tuple[object, ...]] = []
+        try:
+            for position, frame in enumerate(frames, self._position):
+                if frame.kind == "relation":
+                    self._relation(position, frame, edges)
+                elif frame.kind == "meta":
+                    documents.append((position, frame.uri, frame.title))
+                    if frame.uri == "mv2://meta/manifest":
+                        self._meta["manifest"] = frame.metadata
+                else:
+                    self._node(position, frame, nodes, symbols)
+        except msgspec.MsgspecError as error:
+            raise CapsuleUnreadable(f"Frame {position} has no readable metadata: {error}") from error
+        self._position += len(frames)
+        self._insert("documents", documents)
+        self._insert("nodes", nodes)
+        self._insert("symbols", symbols)
+        self._insert("edges", edges)
+
+    def complete(self) -> None:
+        """Say that all frames are in: full text, summaries and indexes are built now, while the capsule is sealed.
+
+        Idempotent; ``finish`` calls it where nobody has. Raises StorageFailed.
+        """
+        if self._completed:
+            return
+        self._completed = True
+        self._insert("parts", [(part, first, frames) for part, (first, frames) in sorted(self._parts.items())])
+        self._insert("labels", [(number, *label) for label, number in self._labels.items()])
+        self._insert("types", [(number, name) for name, number in self._types.items()])
+        self._insert("files", [(number, path) for path, number in self._files.items()])
+        self._insert("evidence", [(number, *evidence) for evidence, number in self._evidence.items()])
+        self._insert("process_steps", sorted(set(self._steps)))
+        self._insert("members", sorted(set(self._members)))
+        self._insert_processes()
+        self._insert_communities()
+        self._insert_hotspots()
+        self._insert_texts()
+        self._execute_script(_INDEXES.read_text("utf-8"))
+
+    def finish(self, capsule_sha256: str) -> None:
+        """Seal and fsync the file, which then belongs to the capsule of that hash. Raises StorageFailed."""
+        self.complete()
+        self._meta["schema_version"] = SCHEMA_VERSION
+        self._meta["capsule_sha256"] = capsule_sha256
+        self._insert("meta", sorted(self._meta.items()))
+        try:
+            self._db.execute("COMMIT")
+            self._db.close()
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except (sqlite3.Error, OSError) as error:
+            raise StorageFailed(f"Cannot finish the sidecar {self.path.name}: {error}") from error
+
+    def abort(self) -> None:
+        """Remove the file. Idempotent; also right after ``finish``."""
+        self._db.close()
+        self.path.unlink(missing_ok=True)
+
+    def _node(
+        self, position: int, frame: Frame, nodes: list[tuple[object, ...]], symbols: list[tuple[str, int]]
+    ) -> None:
+        node = _decode_node(frame.metadata)
+        self._nodes[node.id] = position
+        path = node.file_path
+        nodes.append(
+            (
+                position,
+                node_key(node.id),
+                node.id,
+                node.name,
+                self._labels[node.label, frame.kind],
+                self._files[path] if path else None,
+                node.start_line,
+                node.end_line,
+            )
+        )
+        name = split_identifier(node.name)
+        symbols.append((name.replace(" ", "") or node.name.lower(), position))
+        if frame.kind == "process":
+            self._processes[position] = (node.process_type, node.entry_point_id, node.terminal_id)
+        elif frame.kind == "community":
+            self._communities[position] = (node.cohesion, node.symbol_count)
+        body = _snippet(frame.text)
+        signature = split_identifier(_signature(body)) if path and node.start_line is not None else ""
+        self._texts.append((position, name, split_identifier(path or ""), signature, self._words.of(body)))
+
+    def _relation(self, position: int, frame: Frame, edges: list[tuple[object, ...]]) -> None:
+        relation = _decode_relation(frame.metadata)
+        source = self._nodes.get(relation.source_id)
+        target = self._nodes.get(relation.target_id)
+        if source is None or target is None:
+            raise CapsuleUnreadable(f"Frame {position} joins a node that no earlier frame holds")
+        kind = relation.type
+        derived = relation.id == f"{relation.source_id}_{kind}_{relation.target_id}"
+        evidence = self._evidence[relation.confidence, relation.reason]
+        edges.append(
+            (
+                position,
+                source,
+                target,
+                self._types[kind],
+                evidence,
+                relation.step or None,
+                None if derived else relation.id,
+            )
+        )
+        if kind == "CALLS":
+            self._calls.append((source, target))
+        elif kind == "MEMBER_OF" and target in self._communities:
+            self._members.append((target, source))
+        elif kind == "STEP_IN_PROCESS" and target in self._processes:
+            self._steps.append((target, relation.step or 0, source))
+        elif kind in _CONTAINERS:
+            self._contained.append((source, target))
+
+    def _insert_processes(self) -> None:
+        steps: dict[int, int] = defaultdict(int)
+        for process, _, _ in set(self._steps):
+            steps[process] += 1
+        self._insert(
+            "processes",
+            [
+                (process, process_type, steps[process], self._nodes.get(entry or ""), self._nodes.get(terminal or ""))
+                for process, (process_type, entry, terminal) in sorted(self._processes.items())
+            ],
+        )
+
+    def _insert_communities(self) -> None:
+        members: dict[int, int] = defaultdict(int)
+        for community, _ in set(self._members):
+            members[community] += 1
+        self._insert(
+            "communities",
+            [
+                (community, cohesion, symbol_count, members[community])
+                for community, (cohesion, symbol_count) in sorted(self._communities.items())
+            ],
+        )
+
+    def _insert_hotspots(self) -> None:
+        calls: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        for source, target in self._calls:
+            calls[source][1] += 1
+            calls[target][0] += 1
+        busiest = sorted(calls.items(), key=lambda item: (-item[1][0] - item[1][1], -item[1][0], item[0]))
+        self._insert("hotspots", [(rank, node, *counts) for rank, (node, counts) in enumerate(busiest, 1)])
+
+    def _insert_texts(self) -> None:
+        names = {position: name for position, name, _, _, _ in self._texts}
+        neighbours: dict[int, dict[str, None]] = defaultdict(dict)
+        # Containers first: a node has one, and it says most about what the node is for.
+        joins: Iterable[tuple[int, int]]
+        for joins in (
+            ((child, parent) for parent, child in self._contained),
+            ((callee, caller) for caller, callee in self._calls),
+            self._calls,
+            ((process, node) for process, _, node in sorted(self._steps)),
+            self._members,
+        ):
+            for node, neighbour in joins:
+                found = neighbours[node]
+                if len(found) < MAX_NEIGHBOURS:
+                    found[names[neighbour]] = None
+        self._insert(
+            "search(rowid, name, path, signature, neighbours, body)",
+            [
+                (position, name, path, signature, " ".join(neighbours.get(position, ())), body)
+                for position, name, path, signature, body in self._texts
+            ],
+        )
+        self._texts.clear()
+
+    def _insert(self, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+        if not rows:
+            return
+        try:
+            marks = ",".join("?" * len(rows[0]))
+            self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)  # noqa: S608 - table is a constant
+        except sqlite3.Error as error:
+            raise StorageFailed(f"Cannot write the sidecar {self.path.name}: {error}") from error
+
+    def _execute_script(self, script: str) -> None:
+        try:
+            for statement in script.split(";"):
+                self._db.execute(statement)
+        except sqlite3.Error as error:
+            raise StorageFailed(f"Cannot write the sidecar {self.path.name}: {error}") from error
+
+
+_decode_node = msgspec.json.Decoder(_NodeMetadata).decode
+_decode_relation = msgspec.json.Decoder(_RelationMetadata).decode
+
+
+def _snippet(text: str) -> str:
+    start = text.find(_SNIPPET)
+    end = text.rfind(_METADATA)
+    return "" if start < 0 else text[start + len(_SNIPPET) : end if end > start else len(text)]
+
+
+def _signature(body: str) -> str:
+    """The first lines of a symbol up to the end of its declaration: a line that ends it by ``:``, ``{`` or ``;``."""
+    taken: list[str] = []
+    size = 0
+    for line in islice(body.split("\n"), 12):
+        if not taken and (not line.strip() or _DECLARATION.match(line)):
+            continue
+        taken.append(line)
+        size += len(line)
+        if size >= MAX_SIGNATURE_CHARS or line.rstrip().endswith((":", "{", ";")):
+            break
+    return " ".join(taken)[:MAX_SIGNATURE_CHARS]
+
+
+class _Numbers(dict[_T, int]):
+    """Numbers values from 1 in the order in which they come."""
+
+    def __missing__(self, value: _T) -> int:
+        number = self[value] = len(self) + 1
+        return number
+
+
+class _Words:
+    """Splits running text; each distinct word once, which is four times as fast as splitting every word anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def of(self, text: str) -> str:
+        known = self._known
+        if len(known) > 200_000:
+            known.clear()
+        split: list[str] = []
+        for word in _TOKENS.findall(text):
+            words = known.get(word)
+            if words is None:
+                words = known[word] = split_identifier(word)
+            split.append(words)
+        return " ".join(split)
