@@ -47,7 +47,7 @@ class Wire(msgspec.Struct, rename="camel", kw_only=True, omit_defaults=False):
 # --- request ---------------------------------------------------------------
 
 
-class Source(Wire):
+class Source(Wire, kw_only=True):
     """Where the graph came from; ``base_name`` becomes the capsule's file name after cleaning."""
 
     type: str = "local"
@@ -59,7 +59,7 @@ class Source(Wire):
     folder_name: str | None = None
 
 
-class ExportOptions(Wire):
+class ExportOptions(Wire, kw_only=True):
     """What to make of the graph."""
 
     semantic_enabled: bool = False
@@ -72,7 +72,7 @@ class ExportOptions(Wire):
 # --- progress, events, jobs ---------------------------------------------------
 
 
-class Progress(Wire):
+class Progress(Wire, kw_only=True):
     """One step of a running export, as the pipeline reports it (0–100 for both figures)."""
 
     stage: Stage
@@ -82,7 +82,7 @@ class Progress(Wire):
     meta: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Event(Wire):
+class Event(Wire, kw_only=True):
     """One line of a job's event log; ``seq`` starts at 1 without gaps, ``progress`` never falls."""
 
     seq: int
@@ -97,7 +97,7 @@ class Event(Wire):
     meta: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Artifact(Wire):
+class Artifact(Wire, kw_only=True):
     """What a finished job offers for download."""
 
     file_name: str
@@ -110,7 +110,7 @@ class Artifact(Wire):
     parts: int = 1
 
 
-class JobError(Wire):
+class JobError(Wire, kw_only=True):
     """Why a job failed."""
 
     code: str
@@ -119,7 +119,7 @@ class JobError(Wire):
     details: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class JobMetadata(Wire):
+class JobMetadata(Wire, kw_only=True):
     """Where a job ran and what it moved."""
 
     backend: str
@@ -129,7 +129,7 @@ class JobMetadata(Wire):
     worker_metrics: dict[str, Any] | None = None
 
 
-class JobCreated(Wire):
+class JobCreated(Wire, kw_only=True):
     """The 202 answer of ``POST /v1/exports``."""
 
     job_id: str
@@ -141,7 +141,7 @@ class JobCreated(Wire):
     created_at: str
 
 
-class Job(Wire):
+class Job(Wire, kw_only=True):
     """A job as ``GET /v1/exports/{jobId}`` answers it."""
 
     job_id: str
@@ -159,14 +159,14 @@ class Job(Wire):
     metadata: JobMetadata
 
 
-class JobPage(Wire):
+class JobPage(Wire, kw_only=True):
     """``GET /v1/exports``."""
 
     jobs: list[Job]
     next_cursor: str | None
 
 
-class EventPage(Wire):
+class EventPage(Wire, kw_only=True):
     """``GET /v1/exports/{jobId}/events``."""
 
     job_id: str
@@ -175,7 +175,7 @@ class EventPage(Wire):
     status_snapshot: Job
 
 
-class ErrorInfo(Wire):
+class ErrorInfo(Wire, kw_only=True):
     """Code and text of an error, with details where there are any."""
 
     code: str
@@ -183,7 +183,7 @@ class ErrorInfo(Wire):
     details: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ErrorBody(Wire):
+class ErrorBody(Wire, kw_only=True):
     """The body of every answer with a status of 400 and above."""
 
     error: ErrorInfo
@@ -226,7 +226,7 @@ class JobOutput(msgspec.Struct, kw_only=True):
 # --- report -----------------------------------------------------------------------
 
 
-class InputReport(Wire):
+class InputReport(Wire, kw_only=True):
     """What came in; ``bytes`` and ``sha256`` are of the payload as it was received."""
 
     nodes: int = 0
@@ -236,7 +236,7 @@ class InputReport(Wire):
     sha256: str = ""
 
 
-class CapsuleReport(Wire):
+class CapsuleReport(Wire, kw_only=True):
     """What was written; ``content_digest`` depends on the graph and the options alone, not on the day or the writer."""
 
     path: str | None = None
@@ -253,7 +253,7 @@ class CapsuleReport(Wire):
     parts: int = 1
 
 
-class SidecarReport(Wire):
+class SidecarReport(Wire, kw_only=True):
     """The SQLite index beside the capsule."""
 
     path: str | None = None
@@ -261,7 +261,7 @@ class SidecarReport(Wire):
     sha256: str = ""
 
 
-class Timings(Wire):
+class Timings(Wire, kw_only=True):
     """Seconds; stages overlap, so the parts may add up to more than ``total``."""
 
     queue: float = 0.0
@@ -276,7 +276,7 @@ class Timings(Wire):
     total: float = 0.0
 
 
-class EmbeddingReport(Wire):
+class EmbeddingReport(Wire, kw_only=True):
     """What the embedding engine did; ``cost_estimate`` in US dollars."""
 
     provider: str | None = None
@@ -289,7 +289,7 @@ class EmbeddingReport(Wire):
     cost_estimate: float = 0.0
 
 
-class Warning(Wire):
+class Warning(Wire, kw_only=True):
     """One kind of repair made to the input, how often, and the first place."""
 
     code: str
@@ -297,14 +297,14 @@ class Warning(Wire):
     example: str
 
 
-class LeftOut(Wire):
+class LeftOut(Wire, kw_only=True):
     """What a maximum cut off, least connected first."""
 
     nodes: int = 0
     relationships: int = 0
 
 
-class Versions(Wire):
+class Versions(Wire, kw_only=True):
     """Versions that made the artifact."""
 
     memvid_export: str = ""
@@ -313,7 +313,7 @@ class Versions(Wire):
     schema: str = MV2_SCHEMA
 
 
-class Report(Wire):
+class Report(Wire, kw_only=True):
     """One page on one export: ``export --json``, ``GET …/report`` and the worker's metrics are this object."""
 
     job_id: str | None = None
@@ -336,7 +336,7 @@ class Report(Wire):
 # --- manifest file ------------------------------------------------------------------
 
 
-class ManifestPart(Wire):
+class ManifestPart(Wire, kw_only=True):
     """One ``.mv2`` file of a capsule."""
 
     file_name: str
@@ -346,7 +346,7 @@ class ManifestPart(Wire):
     vectors: int
 
 
-class Manifest(Wire):
+class Manifest(Wire, kw_only=True):
     """``<capsule>.manifest.json``: written last; who finds it finds every file that it names, beside it."""
 
     schema_version: str = MANIFEST_SCHEMA
