@@ -1,0 +1,211 @@
+"""Settings: a pure function of a mapping, such as the environment.
+
+Every variable is read here and nowhere else; a wrong one raises InvalidSettings with one line that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from common.contract import WriterName
+from common.errors import InvalidSettings
+
+GIB = 1 << 30
+_BIND = re.compile(r"^(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>\d{1,5})$")
+
+
+class Settings(BaseModel):
+    """What the control plane and its workers run with."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    api_key: SecretStr | None = None
+    """The bearer key; None only with ``--dev``."""
+    bind_addr: str = Field(
+        "0.0.0.0:8080", validation_alias="MEMVID_EXPORT_BIND_ADDR", description="HOST:PORT, port 0 to 65535"
+    )
+    root: Path = Field(
+        Path("/data/exports"), validation_alias="MEMVID_EXPORT_ROOT", description="a folder that can be written"
+    )
+    staging_root: Path = Field(
+        Path("/data/exports/staging"),
+        validation_alias="MEMVID_EXPORT_STAGING_ROOT",
+        description="a folder that can be written",
+    )
+    database_url: str = Field("", validation_alias="MEMVID_EXPORT_DATABASE_URL", description="sqlite+aiosqlite:///FILE")
+    retention_seconds: int = Field(
+        86_400,
+        ge=1,
+        le=10 * 365 * 86_400,
+        validation_alias="MEMVID_EXPORT_RETENTION_SECONDS",
+        description="a whole number of seconds",
+    )
+    history_seconds: int = Field(
+        7 * 86_400,
+        ge=1,
+        le=10 * 365 * 86_400,
+        validation_alias="MEMVID_EXPORT_HISTORY_SECONDS",
+        description="a whole number of seconds",
+    )
+    """How long the record of a job is kept after its end, beyond its artifacts."""
+    queue_capacity: int = Field(
+        128, ge=1, le=100_000, validation_alias="MEMVID_EXPORT_QUEUE_CAPACITY", description="a number of jobs"
+    )
+    backend_mode: Literal["legacy_vps"] = Field(
+        "legacy_vps", validation_alias="MEMVID_EXPORT_BACKEND_MODE", description="a backend: legacy_vps"
+    )
+    embedding_mode: Literal["local_cpu"] = Field(
+        "local_cpu", validation_alias="MEMVID_EMBEDDING_MODE", description="a mode: local_cpu"
+    )
+    writer: WriterName | None = Field(
+        None, validation_alias="MEMVID_EXPORT_WRITER", description="a writer: native, sdk or cli"
+    )
+    """None: the best one that is installed."""
+    worker_slots: int = Field(
+        2, ge=1, le=256, validation_alias="MEMVID_EXPORT_WORKER_SLOTS", description="a number of jobs run at once"
+    )
+    small_job_frames: int = Field(
+        20_000,
+        ge=0,
+        validation_alias="MEMVID_EXPORT_SMALL_JOB_FRAMES",
+        description="a number of nodes and relationships",
+    )
+    """A job of at most so many nodes and relationships is small; of two slots or more, one is kept for small jobs."""
+    worker_memory_bytes: int = Field(
+        4 * GIB,
+        ge=256 << 20,
+        validation_alias="MEMVID_EXPORT_WORKER_MEMORY_BYTES",
+        description="a number of bytes, at least 268435456",
+    )
+    deadline_seconds: float = Field(
+        3_600,
+        gt=0,
+        le=7 * 86_400,
+        validation_alias="MEMVID_EXPORT_DEADLINE_SECONDS",
+        description="a number of seconds a job may run",
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=100, validation_alias="MEMVID_EXPORT_MAX_ATTEMPTS", description="a number of attempts"
+    )
+    max_payload_bytes: int = Field(
+        500_000_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_PAYLOAD_BYTES", description="a number of bytes"
+    )
+    max_streams: int = Field(
+        2_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_STREAMS", description="a number of open event streams"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), validation_alias="MEMVID_EXPORT_CORS_ORIGINS", description="origins parted by commas (https://host), or *"
+    )
+    metrics_need_key: bool = Field(
+        False, validation_alias="MEMVID_EXPORT_METRICS_NEED_KEY", description="true or false"
+    )
+
+    @field_validator("bind_addr")
+    @classmethod
+    def _check_bind(cls, value: str) -> str:
+        match = _BIND.match(value)
+        if not match or int(match["port"]) > 65_535:
+            raise ValueError("not HOST:PORT")
+        return value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        origins = tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        if "*" in origins and len(origins) > 1:
+            raise ValueError("* stands alone")
+        if any(origin != "*" and not re.match(r"^https?://[^/\s]+$", origin) for origin in origins):
+            raise ValueError("not an origin")
+        return origins
+
+    @field_validator("database_url")
+    @classmethod
+    def _check_database(cls, value: str) -> str:
+        if value and not value.startswith("sqlite+aiosqlite:///"):
+            raise ValueError("not a database that this version uses")
+        return value
+
+    @property
+    def host(self) -> str:
+        """The address to listen on."""
+        return self.bind_addr.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port to listen on; 0 takes a free one."""
+        return int(self.bind_addr.rpartition(":")[2])
+
+    @classmethod
+    def read(cls, env: Mapping[str, str], *, dev: bool = False) -> Settings:
+        """Settings from variables; an empty one counts as not set. Reads the key's file where one is named.
+
+        ``dev`` allows running without a key, on 127.0.0.1:8080 and in ``.memvid-export`` unless said otherwise.
+        Raises InvalidSettings.
+        """
+        given = {name: value.strip() for name, value in env.items() if value.strip()}
+        if dev:
+            given.setdefault("MEMVID_EXPORT_BIND_ADDR", "127.0.0.1:8080")
+            given.setdefault("MEMVID_EXPORT_ROOT", ".memvid-export")
+        root = Path(os.path.abspath(given.get("MEMVID_EXPORT_ROOT", "/data/exports")))  # noqa: PTH100  resolve() follows links
+        given["MEMVID_EXPORT_ROOT"] = str(root)
+        given.setdefault("MEMVID_EXPORT_STAGING_ROOT", str(root / "staging"))
+        given.setdefault("MEMVID_EXPORT_DATABASE_URL", f"sqlite+aiosqlite:///{root / 'jobs.sqlite'}")
+        try:
+            return cls.model_validate({**given, "api_key": _read_key(given, dev=dev)})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0])
+            shape = next(f.description for f in cls.model_fields.values() if f.validation_alias == name)
+            got = given.get(name, "")
+            raise InvalidSettings(
+                f"{name} must be {shape}; it is {_shape_of(got)} ({_reason(first)})", field=name
+            ) from error
+
+
+def _read_key(given: Mapping[str, str], *, dev: bool) -> str | None:
+    key, file = given.get("MEMVID_EXPORT_API_KEY"), given.get("MEMVID_EXPORT_API_KEY_FILE")
+    if key and file:
+        raise InvalidSettings(
+            "MEMVID_EXPORT_API_KEY and MEMVID_EXPORT_API_KEY_FILE are both set; set one of them",
+            field="MEMVID_EXPORT_API_KEY",
+        )
+    if file:
+        try:
+            key = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSettings(
+                "MEMVID_EXPORT_API_KEY_FILE must be a text file that can be read", field="MEMVID_EXPORT_API_KEY_FILE"
+            ) from error
+        if not key:
+            raise InvalidSettings(
+                "MEMVID_EXPORT_API_KEY_FILE must hold the key; the file is empty", field="MEMVID_EXPORT_API_KEY_FILE"
+            )
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InvalidSettings(
+            "MEMVID_EXPORT_API_KEY must be printable ASCII without spaces", field="MEMVID_EXPORT_API_KEY"
+        )
+    if not key and not dev:
+        raise InvalidSettings(
+            "MEMVID_EXPORT_API_KEY must be set (or MEMVID_EXPORT_API_KEY_FILE); only `serve --dev` runs without a key",
+            field="MEMVID_EXPORT_API_KEY",
+        )
+    return key
+
+
+def _shape_of(value: str) -> str:
+    if re.fullmatch(r"[+-]?\d+", value):
+        return f"the number {value}" if len(value) <= 20 else f"a number of {len(value)} digits"
+    return f"a text of {len(value)} characters"
+
+
+def _reason(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
