@@ -105,8 +105,10 @@ class SidecarBuilder:
         self._labels: _Numbers[tuple[str, str]] = _Numbers()
         self._types: _Numbers[str] = _Numbers()
         self._files: _Numbers[str] = _Numbers()
+        self._file_nodes: dict[str, int] = {}
         self._evidence: _Numbers[tuple[float, str | None]] = _Numbers()
         self._nodes: dict[str, int] = {}
+        self._missing: _Numbers[str] = _Numbers()
         self._texts: list[tuple[int, str, str, str, str]] = []
         self._processes: dict[int, tuple[str | None, str | None, str | None]] = {}
         self._communities: dict[int, tuple[float | None, int | None]] = {}
@@ -170,7 +172,8 @@ class SidecarBuilder:
         self._insert("parts", [(part, first, frames) for part, (first, frames) in sorted(self._parts.items())])
         self._insert("labels", [(number, *label) for label, number in self._labels.items()])
         self._insert("types", [(number, name) for name, number in self._types.items()])
-        self._insert("files", [(number, path) for path, number in self._files.items()])
+        self._insert("files", [(number, path, self._file_nodes.get(path)) for path, number in self._files.items()])
+        self._insert("missing", [(-number, node_id) for node_id, number in reversed(self._missing.items())])
         self._insert("evidence", [(number, *evidence) for evidence, number in self._evidence.items()])
         self._insert("process_steps", sorted(set(self._steps)))
         self._insert("members", sorted(set(self._members)))
@@ -222,6 +225,8 @@ class SidecarBuilder:
         )
         name = split_identifier(node.name)
         symbols.append((name.replace(" ", "") or node.name.lower(), position))
+        if node.label == "File" and path:
+            self._file_nodes.setdefault(path, position)
         if frame.kind == "process":
             self._processes[position] = (node.process_type, node.entry_point_id, node.terminal_id)
         elif frame.kind == "community":
@@ -232,10 +237,8 @@ class SidecarBuilder:
 
     def _relation(self, position: int, frame: Frame, edges: list[tuple[object, ...]]) -> None:
         relation = _decode_relation(frame.metadata)
-        source = self._nodes.get(relation.source_id)
-        target = self._nodes.get(relation.target_id)
-        if source is None or target is None:
-            raise CapsuleUnreadable(f"Frame {position} joins a node that no earlier frame holds")
+        source = self._end(relation.source_id)
+        target = self._end(relation.target_id)
         kind = relation.type
         derived = relation.id == f"{relation.source_id}_{kind}_{relation.target_id}"
         evidence = self._evidence[relation.confidence, relation.reason]
@@ -258,6 +261,10 @@ class SidecarBuilder:
             self._steps.append((target, relation.step or 0, source))
         elif kind in _CONTAINERS:
             self._contained.append((source, target))
+
+    def _end(self, node_id: str) -> int:
+        position = self._nodes.get(node_id)
+        return -self._missing[node_id] if position is None else position
 
     def _insert_processes(self) -> None:
         steps: dict[int, int] = defaultdict(int)
@@ -305,7 +312,7 @@ class SidecarBuilder:
         ):
             for node, neighbour in joins:
                 found = neighbours[node]
-                if len(found) < MAX_NEIGHBOURS:
+                if len(found) < MAX_NEIGHBOURS and neighbour in names:
                     found[names[neighbour]] = None
         self._insert(
             "search(rowid, name, path, signature, neighbours, body)",

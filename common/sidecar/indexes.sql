@@ -7,3 +7,4 @@ CREATE INDEX edges_by_id ON edges (edge_id) WHERE edge_id IS NOT NULL;
 CREATE INDEX memberships ON members (node, community);
 CREATE INDEX steps_of ON process_steps (node, process, step);
 CREATE INDEX hotspot_of ON hotspots (node);
+CREATE INDEX missing_by_id ON missing (node_id);

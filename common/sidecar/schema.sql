@@ -15,7 +15,8 @@ CREATE TABLE documents (id INTEGER PRIMARY KEY, uri TEXT NOT NULL, title TEXT NO
 
 CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT NOT NULL, kind TEXT NOT NULL);
 CREATE TABLE types (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
-CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT NOT NULL);
+-- Paths that nodes name; `node` is the node of the file itself, NULL for a folder.
+CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT NOT NULL, node INTEGER REFERENCES nodes);
 
 -- `key` is the CRC-32 of `node_id`: an index over it is a quarter of one over the text.
 CREATE TABLE nodes (
@@ -29,16 +30,19 @@ CREATE TABLE nodes (
     end_line INTEGER
 );
 
+-- What relations name and the graph lacks; ids are negative.
+CREATE TABLE missing (id INTEGER PRIMARY KEY, node_id TEXT NOT NULL);
+
 -- Names as one lower-case word: `getUserById`, `get_user_by_id` and `GetUserByID` meet at `getuserbyid`.
 CREATE TABLE symbols (name TEXT, node INTEGER REFERENCES nodes, PRIMARY KEY (name, node)) WITHOUT ROWID;
 
 CREATE TABLE evidence (id INTEGER PRIMARY KEY, confidence REAL NOT NULL, reason TEXT);
 
--- `edge_id` is NULL where it is `<source>_<TYPE>_<target>`, which it is for nearly all.
+-- `source` and `target` are of `nodes` or `missing`. `edge_id` is NULL where it is `<source>_<TYPE>_<target>`, which it is for nearly all.
 CREATE TABLE edges (
     id INTEGER PRIMARY KEY,
-    source INTEGER NOT NULL REFERENCES nodes,
-    target INTEGER NOT NULL REFERENCES nodes,
+    source INTEGER NOT NULL,
+    target INTEGER NOT NULL,
     type INTEGER NOT NULL REFERENCES types,
     evidence INTEGER NOT NULL REFERENCES evidence,
     step INTEGER,
@@ -65,7 +69,7 @@ CREATE TABLE members (
 
 -- Nodes by the calls that they take part in, busiest first.
 CREATE TABLE hotspots (
-    rank INTEGER PRIMARY KEY, node INTEGER NOT NULL REFERENCES nodes, calls_in INTEGER NOT NULL, calls_out INTEGER NOT NULL
+    rank INTEGER PRIMARY KEY, node INTEGER NOT NULL, calls_in INTEGER NOT NULL, calls_out INTEGER NOT NULL
 );
 
 -- Full text over nodes; every column holds split words. Contentless: what it finds is read from `nodes`.

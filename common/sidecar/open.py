@@ -1,0 +1,426 @@
+"""Reads a sidecar: every answer comes from an index, none from a scan of the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, NamedTuple, Self, TypeVar
+
+from common.errors import CapsuleUnreadable
+from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, node_key, normalise_name
+
+_T = TypeVar("_T")
+Direction = Literal["in", "out", "both"]
+
+COLUMN_WEIGHTS = (10.0, 4.0, 3.0, 1.0, 0.5)
+"""BM25 weights of name, path, signature, neighbours and body; what measured best on two repositories."""
+
+_TABLES = {
+    "parts": "part",
+    "documents": "id",
+    "labels": "id",
+    "types": "id",
+    "files": "id",
+    "nodes": "id",
+    "missing": "id",
+    "symbols": "name, node",
+    "evidence": "id",
+    "edges": "id",
+    "processes": "id",
+    "process_steps": "process, step, node",
+    "communities": "id",
+    "members": "community, node",
+    "hotspots": "rank",
+}
+_KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
+_MAX_VARIABLES = 500
+_LAST = "\U0010ffff"
+"""Sorts after every character of a name or path."""
+_NODE = """
+SELECT nodes.id, nodes.node_id, labels.kind, labels.name, nodes.name, files.path, nodes.start_line, nodes.end_line
+FROM nodes JOIN labels ON labels.id = nodes.label LEFT JOIN files ON files.id = nodes.file
+"""
+_EDGE = """
+SELECT edges.id, edges.edge_id, edges.source, edges.target, types.name, evidence.confidence, evidence.reason, edges.step
+FROM edges JOIN types ON types.id = edges.type JOIN evidence ON evidence.id = edges.evidence
+"""
+
+
+class Node(NamedTuple):
+    """A node; ``position`` is that of its frame in the capsule, over all parts, and orders nodes by their id."""
+
+    position: int
+    id: str
+    kind: str
+    """``node``, ``community`` or ``process``; ``missing`` for one that a relationship names and the graph lacks: it
+    has a negative position, no frame, and its id as its name."""
+    label: str
+    name: str
+    file_path: str | None
+    start_line: int | None
+    """As the graph gives it."""
+    end_line: int | None
+
+    @property
+    def uri(self) -> str:
+        """The frame's uri in the capsule."""
+        return f"mv2://{_KIND_FOLDERS[self.kind]}/{self.id}"
+
+    @property
+    def title(self) -> str:
+        """The frame's title in the capsule."""
+        return f"{self.label}: {self.name}"
+
+
+class Edge(NamedTuple):
+    """A relationship; ``source`` and ``target`` are positions of nodes."""
+
+    position: int
+    id: str | None
+    """None where it is ``<source id>_<TYPE>_<target id>``."""
+    source: int
+    target: int
+    type: str
+    confidence: float
+    reason: str | None
+    step: int | None
+
+
+class Process(NamedTuple):
+    """An execution flow; ``entry`` and ``terminal`` are positions of nodes."""
+
+    position: int
+    process_type: str | None
+    step_count: int
+    entry: int | None
+    terminal: int | None
+
+
+class Community(NamedTuple):
+    """A cluster of nodes; ``members`` counts those that the graph names, ``symbol_count`` is the graph's own figure."""
+
+    position: int
+    cohesion: float | None
+    symbol_count: int | None
+    members: int
+
+
+class Hotspot(NamedTuple):
+    """How many calls a node receives and makes."""
+
+    position: int
+    calls_in: int
+    calls_out: int
+
+
+class Sidecar:
+    """An open sidecar, for one thread at a time; the file is never written and must not change while it is open."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path, meta: dict[str, str]) -> None:
+        self._db = db
+        self.path = path
+        self.capsule_sha256 = meta["capsule_sha256"]
+        """SHA-256 of the capsule that this sidecar belongs to."""
+        self.manifest: str | None = meta.get("manifest")
+        """The metadata of the capsule's manifest frame, as JSON."""
+        self._parts: list[tuple[int, int, int]] = db.execute("SELECT * FROM parts ORDER BY part").fetchall()
+        self._types: dict[str, int] = {name: number for number, name in db.execute("SELECT id, name FROM types")}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the sidecar at ``path``. Raises CapsuleUnreadable where it is missing, damaged or of another version."""
+        if not path.is_file():
+            raise CapsuleUnreadable(f"There is no sidecar {path.name}")
+        try:
+            db = sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise CapsuleUnreadable(f"Cannot open the sidecar {path.name}: {error}") from error
+        try:
+            marks = (db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0])
+            if marks != (APPLICATION_ID, USER_VERSION):
+                raise CapsuleUnreadable(f"{path.name} is not a sidecar of version {USER_VERSION}")
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            if meta.get("schema_version") != SCHEMA_VERSION or "capsule_sha256" not in meta:
+                raise CapsuleUnreadable(f"{path.name} is not a sidecar of schema {SCHEMA_VERSION}")
+            return cls(db, path, meta)
+        except sqlite3.Error as error:
+            db.close()
+            raise CapsuleUnreadable(f"The sidecar {path.name} is damaged: {error}") from error
+        except CapsuleUnreadable:
+            db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._db.close()
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The part and the frame id inside it of a position."""
+        for part, first, frames in self._parts:
+            if first <= position < first + frames:
+                return part, position - first
+        raise CapsuleUnreadable(f"No part of the capsule holds frame {position}")
+
+    def position(self, part: int, frame_id: int) -> int:
+        """The position of a part's frame: the inverse of ``locate``."""
+        return self._parts[part][1] + frame_id
+
+    def counts(self) -> dict[str, int]:
+        """How many frames, nodes, edges, files, processes and communities there are."""
+        counts = {"frames": sum(frames for _, _, frames in self._parts)}
+        for table in ("nodes", "edges", "processes", "communities"):
+            counts[table] = self._count(f"SELECT count(*) FROM {table}")  # noqa: S608 - a constant
+        counts["files"] = self._count("SELECT count(node) FROM files")
+        return counts
+
+    # --- nodes ---
+
+    def node(self, node_id: str) -> Node | None:
+        """The node of that id."""
+        row = self._db.execute(_NODE + "WHERE nodes.key = ? AND nodes.node_id = ?", (node_key(node_id), node_id))
+        return _first(map(Node._make, row))
+
+    def nodes(self, positions: Iterable[int]) -> list[Node]:
+        """The nodes at these positions, missing ones too, in their order; positions of other frames are left out."""
+        wanted = list(positions)
+        found: dict[int, Node] = {}
+        for start in range(0, len(wanted), _MAX_VARIABLES):
+            some = wanted[start : start + _MAX_VARIABLES]
+            rows = self._db.execute(f"{_NODE} WHERE nodes.id IN ({_marks(some)})", some)
+            found.update((row[0], Node._make(row)) for row in rows)
+            if min(some) < 0:
+                absent = self._db.execute(f"SELECT id, node_id FROM missing WHERE id IN ({_marks(some)})", some)  # noqa: S608
+                found.update((at, Node(at, name, "missing", "Missing", name, None, None, None)) for at, name in absent)
+        return [found[position] for position in wanted if position in found]
+
+    def named(self, name: str, *, prefix: bool = False, limit: int = 100) -> list[int]:
+        """Positions of nodes of that name, however it is written (see ``normalise_name``), or whose name starts so.
+
+        Shorter names come first, then smaller ids.
+        """
+        key = normalise_name(name)
+        if not key:
+            return []
+        if not prefix:
+            return self._column("SELECT node FROM symbols WHERE name = ? ORDER BY node LIMIT ?", key, limit)
+        return self._column(
+            "SELECT node FROM symbols WHERE name >= ? AND name < ? ORDER BY length(name), node LIMIT ?",
+            key,
+            key + _LAST,
+            limit,
+        )
+
+    def in_file(self, path: str) -> list[Node]:
+        """The nodes of a file by line, then by id; empty for an unknown path."""
+        condition = "WHERE nodes.file = (SELECT id FROM files WHERE path = ?) ORDER BY nodes.start_line, nodes.id"
+        rows = self._db.execute(f"{_NODE} {condition}", (path,))
+        return list(map(Node._make, rows))
+
+    def match(
+        self, words: Sequence[str], *, limit: int, labels: Sequence[str] = (), file_prefix: str | None = None
+    ) -> list[tuple[int, float]]:
+        """Nodes that hold any of the words, as (position, BM25 score), best first, equal ones by id.
+
+        ``words`` are plain words (as ``split_identifier`` gives them), never query syntax. ``labels`` keeps nodes of
+        these labels, ``file_prefix`` those whose path starts so.
+        """
+        query = " OR ".join('"' + word.replace('"', '""').replace("\0", "") + '"' for word in words if word.strip("\0"))
+        if not query:
+            return []
+        weights = ", ".join(map(str, COLUMN_WEIGHTS))
+        conditions, parameters = "", [query]
+        if labels:
+            conditions += f" AND nodes.label IN (SELECT id FROM labels WHERE name IN ({_marks(labels)}))"  # noqa: S608
+            parameters += labels
+        if file_prefix is not None:
+            conditions += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
+            parameters += [file_prefix, file_prefix + _LAST]
+        rows = self._db.execute(
+            f"SELECT search.rowid, -bm25(search, {weights}) AS score"  # noqa: S608 - constants and marks
+            " FROM search JOIN nodes ON nodes.id = search.rowid"
+            f" WHERE search MATCH ?{conditions} ORDER BY score DESC, search.rowid LIMIT ?",
+            (*parameters, limit),
+        )
+        return rows.fetchall()
+
+    # --- edges ---
+
+    def edge(self, edge_id: str) -> Edge | None:
+        """The relationship of that id."""
+        rows = self._db.execute(_EDGE + "WHERE edges.edge_id = ?", (edge_id,))
+        found = _first(map(Edge._make, rows))
+        if found is not None:
+            return found
+        for type_name, number in self._types.items():
+            joint = f"_{type_name}_"
+            at = edge_id.find(joint)
+            while at >= 0:
+                source, target = self._end(edge_id[:at]), self._end(edge_id[at + len(joint) :])
+                if source is not None and target is not None:
+                    rows = self._db.execute(
+                        _EDGE + "WHERE edges.source = ? AND edges.type = ? AND edges.target = ? AND edge_id IS NULL",
+                        (source, number, target),
+                    )
+                    found = _first(map(Edge._make, rows))
+                    if found is not None:
+                        return found
+                at = edge_id.find(joint, at + 1)
+        return None
+
+    def edge_id(self, edge: Edge) -> str:
+        """The id of a relationship, written out."""
+        if edge.id is not None:
+            return edge.id
+        source, target = self.nodes((edge.source, edge.target))
+        return f"{source.id}_{edge.type}_{target.id}"
+
+    def edges(
+        self, position: int, direction: Direction, types: Sequence[str] = (), *, limit: int = -1, offset: int = 0
+    ) -> list[Edge]:
+        """The relationships of a node, outgoing before incoming, each in order of type, other end and own id.
+
+        A relationship from a node to itself comes once for each direction.
+        """
+        chosen = [self._types[name] for name in types if name in self._types]
+        if types and not chosen:
+            return []
+        condition = f" AND type IN ({_marks(chosen)})" if chosen else ""
+        queries, parameters = [], []
+        for side, order, here, there in (("out", 0, "source", "target"), ("in", 1, "target", "source")):
+            if direction in (side, "both"):
+                queries.append(
+                    f"SELECT id, {order} AS side, type, {there} AS other FROM edges WHERE {here} = ?{condition}"  # noqa: S608
+                )
+                parameters += [position, *chosen]
+        chosen_ids = f"SELECT id FROM ({' UNION ALL '.join(queries)} ORDER BY side, type, other, id LIMIT ? OFFSET ?)"  # noqa: S608
+        positions = self._column(chosen_ids, *parameters, limit, offset)
+        found = {edge.position: edge for edge in self._edges_at(positions)}
+        return [found[at] for at in positions]
+
+    def degree(self, position: int) -> tuple[int, int]:
+        """How many relationships come in and go out."""
+        return (
+            self._count("SELECT count(*) FROM edges WHERE target = ?", position),
+            self._count("SELECT count(*) FROM edges WHERE source = ?", position),
+        )
+
+    def sources(self, position: int, type_name: str) -> list[int]:
+        """Positions of the distinct nodes with a relationship of that type to the node, in order."""
+        return self._ends(
+            "SELECT DISTINCT source FROM edges WHERE target = ? AND type = ? ORDER BY 1", position, type_name
+        )
+
+    def targets(self, position: int, type_name: str) -> list[int]:
+        """Positions of the distinct nodes to which the node has a relationship of that type, in order."""
+        return self._ends(
+            "SELECT DISTINCT target FROM edges WHERE source = ? AND type = ? ORDER BY 1", position, type_name
+        )
+
+    # --- summaries ---
+
+    def processes(self, *, limit: int = -1, offset: int = 0) -> list[Process]:
+        """Processes, longest first, then by id."""
+        rows = self._db.execute(
+            "SELECT id, process_type, step_count, entry, terminal FROM processes"
+            " ORDER BY step_count DESC, id LIMIT ? OFFSET ?",
+            (limit, offset),
+        )
+        return list(map(Process._make, rows))
+
+    def process(self, position: int) -> Process | None:
+        """The process at a position."""
+        rows = self._db.execute(
+            "SELECT id, process_type, step_count, entry, terminal FROM processes WHERE id = ?", (position,)
+        )
+        return _first(map(Process._make, rows))
+
+    def steps(self, process: int) -> list[tuple[int, int]]:
+        """(step, position) of a process, in order of the steps."""
+        return self._db.execute(
+            "SELECT step, node FROM process_steps WHERE process = ? ORDER BY step, node", (process,)
+        ).fetchall()
+
+    def communities(self, *, limit: int = -1, offset: int = 0) -> list[Community]:
+        """Communities, largest first, then by id."""
+        rows = self._db.execute(
+            "SELECT id, cohesion, symbol_count, members FROM communities ORDER BY members DESC, id LIMIT ? OFFSET ?",
+            (limit, offset),
+        )
+        return list(map(Community._make, rows))
+
+    def members(self, community: int) -> list[int]:
+        """Positions of a community's members, in order."""
+        return self._column("SELECT node FROM members WHERE community = ? ORDER BY node", community)
+
+    def hotspots(self, *, limit: int) -> list[Hotspot]:
+        """The nodes with the most calls in and out together, busiest first."""
+        rows = self._db.execute("SELECT node, calls_in, calls_out FROM hotspots ORDER BY rank LIMIT ?", (limit,))
+        return list(map(Hotspot._make, rows))
+
+    def calls(self, positions: Sequence[int]) -> list[Hotspot]:
+        """Calls in and out of those nodes that take part in any, busiest first."""
+        found: list[tuple[int, int, int, int]] = []
+        for start in range(0, len(positions), _MAX_VARIABLES):
+            some = positions[start : start + _MAX_VARIABLES]
+            found += self._db.execute(
+                f"SELECT rank, node, calls_in, calls_out FROM hotspots WHERE node IN ({_marks(some)})",  # noqa: S608
+                some,
+            )
+        return [Hotspot._make(row[1:]) for row in sorted(found)]
+
+    def content_digest(self) -> str:
+        """SHA-256 over every table in order, without the hash of the capsule: equal for equal frames."""
+        digest = hashlib.sha256()
+        for line in self._content():
+            digest.update(line)
+        return digest.hexdigest()
+
+    def _content(self) -> Iterator[bytes]:
+        yield json.dumps([SCHEMA_VERSION, self.manifest]).encode()
+        for table, order in _TABLES.items():
+            yield table.encode()
+            for row in self._db.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - constants
+                yield json.dumps(row).encode()
+        self._db.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab(main, search, instance)")
+        with closing(self._db.execute("SELECT term, doc, col, offset FROM temp.terms")) as rows:
+            for row in rows:
+                yield json.dumps(row).encode()
+        self._db.execute("DROP TABLE temp.terms")
+
+    def _edges_at(self, positions: Sequence[int]) -> Iterator[Edge]:
+        for start in range(0, len(positions), _MAX_VARIABLES):
+            some = positions[start : start + _MAX_VARIABLES]
+            yield from map(Edge._make, self._db.execute(f"{_EDGE} WHERE edges.id IN ({_marks(some)})", some))
+
+    def _end(self, node_id: str) -> int | None:
+        key = node_key(node_id)
+        rows = self._column(
+            "SELECT id FROM nodes WHERE key = ? AND node_id = ? UNION ALL SELECT id FROM missing WHERE node_id = ?",
+            key,
+            node_id,
+            node_id,
+        )
+        return rows[0] if rows else None
+
+    def _ends(self, query: str, position: int, type_name: str) -> list[int]:
+        number = self._types.get(type_name)
+        return [] if number is None else self._column(query, position, number)
+
+    def _column(self, query: str, *parameters: object) -> list[int]:
+        return [row[0] for row in self._db.execute(query, parameters)]
+
+    def _count(self, query: str, *parameters: object) -> int:
+        count: int = self._db.execute(query, parameters).fetchone()[0]
+        return count
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _first(values: Iterator[_T]) -> _T | None:
+    return next(values, None)
