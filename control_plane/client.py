@@ -1,0 +1,349 @@
+"""Clients of other servers: our own HTTP API, and a running GitNexus whose graph we read.
+
+Errors of the network are mapped here: what the peer says about our input is an input error (exit code 2),
+a peer that is away, cuts an answer or answers nonsense is a storage error that may be tried again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NoReturn
+
+import httpx
+import msgspec
+
+from common.contract import ErrorBody, Event, EventPage, Job, JobCreated, Source
+from common.errors import Canceled, ExportError, InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
+
+TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
+ArtifactKind = Literal["download", "sidecar", "manifest"]
+
+_CHUNK = 1 << 18
+_ATTEMPTS = 6
+"""Tries of one request or download before we give up; the waits between them add up to about six seconds."""
+_RETRYABLE = frozenset({429, 502, 503, 504})
+
+
+# --- GitNexus ---------------------------------------------------------------------
+
+
+class GitNexusRepo(msgspec.Struct, rename="camel"):
+    """A repository that a GitNexus server has indexed."""
+
+    name: str
+    path: str = ""
+    branch: str | None = None
+
+
+class GitNexus:
+    """Reads the graph of one repository from a running ``gitnexus serve``."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        # A graph is read from GitNexus's database while it is sent: the first line may take a while on a large one.
+        self._http = httpx.Client(base_url=self._url, timeout=httpx.Timeout(120.0, connect=10.0))
+
+    def __enter__(self) -> GitNexus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def find(self, wanted: str | None) -> GitNexusRepo:
+        """The repository of that name or path; without one, the only repository there is.
+
+        Raises InvalidRequest when there is none or more than one, StorageFailed when the server is away.
+        """
+        try:
+            answer = self._http.get("/api/repos")
+        except httpx.HTTPError as error:
+            raise StorageFailed(f"No GitNexus server answers at {self._url}: {error}", url=self._url) from error
+        self._refuse(answer)
+        try:
+            repos = msgspec.json.decode(answer.content, type=list[GitNexusRepo])
+        except msgspec.DecodeError as error:
+            raise StorageFailed(f"{self._url} does not answer like a GitNexus server: {error}") from error
+        path = str(Path(wanted).expanduser().resolve()) if wanted else ""
+        found = [r for r in repos if wanted is None or wanted in (r.name, r.path) or path == r.path]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(sorted(r.path if wanted else r.name for r in (found or repos))) or "none"
+        if found:
+            raise InvalidRequest(f"GitNexus has several repositories; choose with --repo: {names}", field="repo")
+        raise InvalidRequest(f"GitNexus has no repository {wanted!r}; it has: {names}", field="repo")
+
+    def source(self, repo: GitNexusRepo) -> Source:
+        """What the export says about its origin: the repository's name and branch, no machine's paths."""
+        return Source(type="gitnexus", base_name=repo.name, display_name=repo.name, branch=repo.branch)
+
+    @contextmanager
+    def graph(self, repo: GitNexusRepo) -> Iterator[BinaryIO]:
+        """The graph as NDJSON with file contents, as a stream to read.
+
+        Reading raises StorageFailed when the connection breaks; an ``error`` line and a half last line are left to
+        ``read_graph``, which refuses both.
+        """
+        params = {"repo": repo.path or repo.name, "includeContent": "true", "stream": "true"}
+        try:
+            with self._http.stream("GET", "/api/graph", params=params) as answer:
+                if answer.is_error:
+                    answer.read()
+                    self._refuse(answer)
+                yield io.BufferedReader(_Body(answer, f"GitNexus at {self._url}"), _CHUNK)
+        except httpx.HTTPError as error:
+            raise StorageFailed(f"GitNexus at {self._url} stopped answering: {error}", url=self._url) from error
+
+    def _refuse(self, answer: httpx.Response) -> None:
+        if not answer.is_error:
+            return
+        try:
+            said = str(answer.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            said = answer.reason_phrase
+        text = f"GitNexus at {self._url} answered {answer.status_code}: {said}"
+        raise InvalidRequest(text, field="repo") if answer.status_code in (400, 404) else StorageFailed(text)
+
+
+class _Body(io.RawIOBase):
+    """The body of a streamed answer as a file; a broken connection is a StorageFailed that says how far we came."""
+
+    def __init__(self, answer: httpx.Response, who: str) -> None:
+        self._chunks = answer.iter_bytes(_CHUNK)
+        self._rest = memoryview(b"")
+        self._who = who
+        self._got = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            try:
+                self._rest = memoryview(next(self._chunks))
+            except StopIteration:
+                return 0
+            except httpx.HTTPError as error:
+                raise StorageFailed(f"{self._who} cut its answer after {self._got:,} bytes: {error}") from error
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        self._got += size
+        return size
+
+
+# --- our own HTTP API ----------------------------------------------------------------
+
+
+class ExportClient:
+    """A client of the export API: submit, follow, download.
+
+    Every request is tried again on a broken connection and on 429, 502, 503 and 504 (``Retry-After`` is honoured);
+    a submission carries an ``Idempotency-Key``, so a retry never starts a second job.
+    """
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # The server sends a ping every 2 s; 30 s of silence is a dead connection.
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=httpx.Timeout(30.0, write=120.0))
+
+    def __enter__(self) -> ExportClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def submit(self, graph: Path, on_bytes: Callable[[int, int], None]) -> JobCreated:
+        """Send a graph file and answer the new job. A file that is not compressed yet goes out as gzip.
+
+        ``on_bytes(sent, total)`` counts bytes of the file. Raises InvalidRequest, PayloadTooLarge,
+        UnsupportedMediaType as the server says, StorageFailed when it cannot be reached.
+        """
+        with graph.open("rb") as file:
+            magic = file.read(4)
+        encoding = "zstd" if magic == b"\x28\xb5\x2f\xfd" else "gzip"
+        compress = encoding == "gzip" and magic[:2] != b"\x1f\x8b"
+        headers = {
+            "Content-Type": "application/x-ndjson" if ".ndjson" in graph.name else "application/json",
+            "Content-Encoding": encoding,
+            "Idempotency-Key": str(uuid.uuid4()),
+        }
+        answer = self._send(
+            "POST", "/v1/exports", headers=headers, content=lambda: _upload(graph, compress=compress, on_bytes=on_bytes)
+        )
+        return msgspec.json.decode(answer.content, type=JobCreated)
+
+    def job(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return msgspec.json.decode(self._send("GET", f"/v1/exports/{job_id}").content, type=Job)
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask the server to stop a job; a finished one answers its state."""
+        return msgspec.json.decode(self._send("DELETE", f"/v1/exports/{job_id}").content, type=Job)
+
+    def events(self, job_id: str) -> Iterator[Event]:
+        """Every event of a job once and in order, until the terminal one.
+
+        Follows the event stream; when that breaks or is not offered, asks for pages of events instead.
+        Raises StorageFailed after too many failures in a row.
+        """
+        seen, failures = 0, 0
+        while True:
+            before = seen
+            try:
+                for event in self._stream(job_id, seen):
+                    if event.seq > seen:
+                        seen = event.seq
+                        yield event
+                        if event.type in TERMINAL:
+                            return
+            except (httpx.TransportError, msgspec.DecodeError):
+                pass  # a stream may break at any time: the pages below say what is really there
+            while True:
+                page = self._send("GET", f"/v1/exports/{job_id}/events", params={"sinceSeq": seen})
+                events = [e for e in msgspec.json.decode(page.content, type=EventPage).events if e.seq > seen]
+                for event in events:
+                    seen = event.seq
+                    yield event
+                    if event.type in TERMINAL:
+                        return
+                if not events:
+                    break
+            failures = failures + 1 if seen == before else 0
+            if failures >= 600:
+                raise StorageFailed(f"Job {job_id} sends no events", url=self._url)
+            time.sleep(0.5)
+
+    def download(self, job_id: str, kind: ArtifactKind, path: Path, on_bytes: Callable[[int, int], None]) -> None:
+        """Fetch one file of a finished job to ``path``, whole or not at all.
+
+        A broken download goes on where it stopped (``Range`` with ``If-Range``); the bytes are checked against the
+        server's ``Content-Digest`` before the file gets its name.
+        """
+        url = f"/v1/exports/{job_id}/{kind}"
+        head = self._send("HEAD", url)
+        size, etag = int(head.headers["Content-Length"]), head.headers["ETag"]
+        part = path.with_name(path.name + ".part")
+        part.unlink(missing_ok=True)
+        digest = hashlib.sha256()
+        failures = 0
+        with part.open("wb") as file:
+            while (got := file.tell()) < size:
+                headers = {"Range": f"bytes={got}-", "If-Range": etag} if got else {}
+                try:
+                    with self._http.stream("GET", url, headers=headers) as answer:
+                        if answer.is_error:
+                            answer.read()
+                            self._refuse(answer)
+                        if got and answer.status_code != httpx.codes.PARTIAL_CONTENT:
+                            raise StorageFailed(f"The {kind} of job {job_id} changed while it was fetched")
+                        for chunk in answer.iter_raw(_CHUNK):
+                            file.write(chunk)
+                            digest.update(chunk)
+                            on_bytes(file.tell(), size)
+                except httpx.TransportError as error:
+                    failures = failures + 1 if file.tell() == got else 0
+                    self._pause(failures, error)
+            file.flush()
+            os.fsync(file.fileno())
+        said = _sha256(head.headers.get("Content-Digest", ""))
+        if said is None or digest.digest() != said:
+            part.unlink()
+            raise StorageFailed(f"The {kind} of job {job_id} does not have the hash that the server announced")
+        part.replace(path)
+
+    # -- one request -------------------------------------------------------------------
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: dict[str, str] | None = None,
+        params: dict[str, Any] | None = None,
+        content: Callable[[], Iterator[bytes]] | None = None,
+    ) -> httpx.Response:
+        failures = 0
+        while True:
+            try:
+                answer = self._http.request(
+                    method, url, headers=headers, params=params, content=content() if content else None
+                )
+            except httpx.TransportError as error:
+                failures += 1
+                self._pause(failures, error)
+                continue
+            if answer.status_code in _RETRYABLE and failures < _ATTEMPTS:
+                failures += 1
+                wait = answer.headers.get("Retry-After", "")
+                time.sleep(min(30.0, float(wait)) if wait.isdigit() else 0.1 * 2**failures)
+                continue
+            if answer.is_error:
+                self._refuse(answer)
+            return answer
+
+    def _pause(self, failures: int, error: httpx.TransportError) -> None:
+        if failures >= _ATTEMPTS:
+            raise StorageFailed(f"No export server answers at {self._url}: {error}", url=self._url) from error
+        time.sleep(0.1 * 2**failures)
+
+    def _stream(self, job_id: str, since: int) -> Iterator[Event]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(since)}
+        url = f"/v1/exports/{job_id}/events/stream"
+        with self._http.stream("GET", url, headers=headers, params={"sinceSeq": since}) as answer:
+            if answer.is_error:
+                return
+            data: list[str] = []
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    data.append(line[5:].removeprefix(" "))
+                elif not line and data:
+                    yield msgspec.json.decode("\n".join(data), type=Event)
+                    data.clear()
+
+    def _refuse(self, answer: httpx.Response) -> NoReturn:
+        try:
+            said = msgspec.json.decode(answer.content, type=ErrorBody).error
+        except msgspec.DecodeError as error:
+            text = f"{self._url} answered {answer.status_code} {answer.reason_phrase}"
+            raise StorageFailed(text) from error
+        details: dict[str, Any] = {} if said.details is msgspec.UNSET else said.details
+        classes: dict[str, type[ExportError]] = {
+            c.code: c for c in (InvalidRequest, PayloadTooLarge, UnsupportedMediaType, Canceled)
+        }
+        if said.code == "UNAUTHORIZED":
+            raise InvalidRequest(f"{said.message} (set MEMVID_EXPORT_API_KEY)", **details)
+        kind = classes.get(said.code) or (InvalidRequest if answer.is_client_error else StorageFailed)
+        raise kind(f"{said.message} ({said.code})", **details)
+
+
+def _upload(graph: Path, *, compress: bool, on_bytes: Callable[[int, int], None]) -> Iterator[bytes]:
+    total = graph.stat().st_size
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 31) if compress else None
+    sent = 0
+    with graph.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            sent += len(chunk)
+            if out := deflate.compress(chunk) if deflate else chunk:
+                yield out
+            on_bytes(sent, total)
+    if deflate:
+        yield deflate.flush()
+
+
+def _sha256(header: str) -> bytes | None:
+    """The SHA-256 of a ``Content-Digest`` header (RFC 9530: ``sha-256=:<base64>:``), None when it has none."""
+    for entry in header.split(","):
+        name, _, value = entry.strip().partition("=")
+        if name == "sha-256":
+            return base64.b64decode(value.strip(":"))
+    return None
