@@ -1,0 +1,265 @@
+"""A canonical graph as the frames of a capsule."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from common.contract import AI_BIBLE_VERSION, EXPORT_SCHEMA, MV2_SCHEMA, TOOLSET_VERSION
+from common.errors import InvalidRequest
+from common.frames.embed_text import LAYOUTS, EmbedInput
+from common.frames.guide import TOOLS, guide_pages
+from common.frames.model import Frame
+from common.frames.snippets import Snippets
+from common.graph.model import Graph, Node, Relation, WarningCounter
+
+META_FRAMES = 5
+RESPONSE_BUDGET_BYTES = 65_536
+UNKNOWN_LABEL = "Unknown"
+MAX_LINE_CHARS = 500
+"""Characters of a name, an id or a reason in a title or a text's head; the metadata has them in full."""
+MAX_PROPERTY_CHARS = 8_192
+MAX_METADATA_BYTES = 65_536
+MAX_SIGNATURE_CHARS = 200
+
+_PREFIXES = {"Community": "mv2://communities/", "Process": "mv2://processes/"}
+_KINDS = {"Community": "community", "Process": "process"}
+_TRACKS = {"Community": "communities", "Process": "processes", "File": "files"}
+_NODE_KEYS = frozenset({"id", "label"})
+_RELATION_KEYS = frozenset(
+    {
+        "id",
+        "type",
+        "sourceId",
+        "targetId",
+        "sourceName",
+        "targetName",
+        "sourceLabel",
+        "targetLabel",
+        "confidence",
+        "reason",
+        "step",
+        "occurrences",
+    }
+)
+_TO_ENCODE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]|%(?=[0-9A-Fa-f]{2})")
+_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+
+def frame_count(graph: Graph) -> int:
+    """How many frames ``frames`` gives for this graph."""
+    return META_FRAMES + len(graph.nodes) + len(graph.relations)
+
+
+def frame_uri(prefix: str, item_id: str) -> str:
+    """The uri of an id: the id itself, with control characters, line separators and a ``%`` that two hex digits
+    follow percent-encoded, so that ``frame_id_of`` gives the id back."""
+    return prefix + (_TO_ENCODE.sub(_percent, item_id) if "%" in item_id or not item_id.isprintable() else item_id)
+
+
+def frame_id_of(uri: str) -> str:
+    """The id that a uri of a node, community, process or relation frame was made from."""
+    encoded = uri.split("/", 3)[3].encode()
+    return _ENCODED.sub(lambda match: bytes([int(match[1], 16)]), encoded).decode()
+
+
+def _percent(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode())
+
+
+def frames(graph: Graph, *, generated_at: str, layout: str | None = None) -> Iterator[Frame]:
+    """All frames in canonical order: meta, nodes by id, relations by id.
+
+    ``generated_at`` (ISO 8601, UTC) stands in the manifest frame; ``layout`` names the text for vectors, None gives
+    frames without ``embed_text``. When the last frame is out, ``graph.warnings`` also counts what was found on the
+    way (``SNIPPET_NOT_FOUND``, ``PROPERTY_CUT``). Raises InvalidRequest for an unknown layout.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        message = f"layout: one of {', '.join(sorted(LAYOUTS))} is needed"
+        raise InvalidRequest(message, field="layout", allowed=sorted(LAYOUTS))
+    return _Builder(graph, layout).all(generated_at)
+
+
+class _Builder:
+    def __init__(self, graph: Graph, layout: str | None) -> None:
+        self._graph = graph
+        self._embed = LAYOUTS[layout] if layout else None
+        self._session_tag = f"sessionId={graph.session_id}"
+        self._found = WarningCounter()
+        self._snippets = Snippets(graph, self._found)
+
+    def all(self, generated_at: str) -> Iterator[Frame]:
+        yield from self._meta(generated_at)
+        for node in self._graph.nodes:
+            yield self._node(node)
+        yield from self._relations()
+        own = {warning.code: warning for warning in self._found.warnings()}
+        before = [warning for warning in self._graph.warnings if warning.code not in _OWN_WARNINGS]
+        self._graph.warnings = sorted([*before, *own.values()], key=lambda warning: warning.code)
+
+    # --- meta -------------------------------------------------------------------------------------
+
+    def _meta(self, generated_at: str) -> Iterator[Frame]:
+        graph = self._graph
+        labels = Counter(node.label for node in graph.nodes)
+        types = Counter(relation.type for relation in graph.relations)
+        manifest = {
+            "generatedAt": generated_at,
+            "mv2SchemaVersion": MV2_SCHEMA,
+            "exportSchemaVersion": EXPORT_SCHEMA,
+            "aiBibleVersion": AI_BIBLE_VERSION,
+            "sessionId": graph.session_id,
+            "projectName": graph.project_name,
+            "source": graph.source,
+            "options": graph.options,
+            "capsuleCapabilities": {
+                "strictJsonToolResponses": True,
+                "cursorPagination": True,
+                "semanticFallbackOnly": True,
+                "defaultResponseBudgetBytes": RESPONSE_BUDGET_BYTES,
+                "supportsLegacyCapsules": True,
+                "toolCount": len(TOOLS),
+                "toolSetVersion": TOOLSET_VERSION,
+            },
+            "totals": graph.totals,
+            "leftOut": graph.left_out,
+            "nodeLabels": dict(labels),
+            "relationshipTypes": dict(types),
+        }
+        head = [
+            "GitNexus capsule manifest",
+            f"projectName={_line(graph.project_name)}",
+            f"sessionId={_line(graph.session_id)}",
+            f"generatedAt={generated_at}",
+            f"nodes={len(graph.nodes)}",
+            f"relationships={len(graph.relations)}",
+            f"files={len(graph.files)}",
+            f"nodeLabels={', '.join(f'{_line(name)} {count}' for name, count in sorted(labels.items())[:200])}",
+            f"relationshipTypes={', '.join(f'{_line(name)} {count}' for name, count in sorted(types.items())[:200])}",
+        ]
+        title = f"Manifest: {_line(graph.project_name)}"
+        yield self._meta_frame("mv2://meta/manifest", title, "manifest", "\n".join(head), manifest)
+        for page, title, text, extra in guide_pages():
+            metadata = {"aiBibleVersion": AI_BIBLE_VERSION, "page": page, **extra}
+            yield self._meta_frame(f"mv2://meta/ai-bible/{page}", title, "ai-bible", text, metadata)
+
+    def _meta_frame(self, uri: str, title: str, kind: str, text: str, metadata: dict[str, Any]) -> Frame:
+        encoded = _encode(metadata).decode()
+        return Frame(uri, title, "meta", "meta", [f"kind={kind}"], f"{text}\nmetadata={encoded}", encoded)
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    def _node(self, node: Node) -> Frame:
+        label = node.label
+        properties = node.properties
+        name = _line(properties["name"])
+        metadata: dict[str, Any] = {}
+        for key, value in properties.items():
+            if key == "content":
+                continue
+            if type(value) is str and len(value) > MAX_PROPERTY_CHARS:
+                self._found.add("PROPERTY_CUT", f"{node.id}: {key}")
+                value = f"{value[:MAX_PROPERTY_CHARS]}...[truncated]"  # noqa: PLW2901
+            metadata[f"properties.{key}" if key in _NODE_KEYS else key] = value
+        metadata["id"] = node.id
+        metadata["label"] = label
+        encoded = self._encode_bounded(metadata, _NODE_KEYS | {"name", "filePath"}, node.id)
+
+        snippet, signature = self._snippets.of(node)
+        path = properties.get("filePath") or ""
+        text = f"Node {_line(label)}\nid={_line(node.id)}\nname={name}\nfilePath={_line(path)}\n"
+        if snippet:
+            text = f"{text}\nsnippet:\n{snippet}\n"
+        return Frame(
+            frame_uri(_PREFIXES.get(label, "mv2://nodes/"), node.id),
+            f"{_line(label)}: {name}",
+            _TRACKS.get(label) or f"nodes/{_line(label)}",
+            _KINDS.get(label, "node"),
+            ["source=gitnexus", f"nodeLabel={_line(label)}", self._session_tag],
+            f"{text}metadata={encoded}",
+            encoded,
+            self._embed(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS])) if self._embed else None,
+        )
+
+    def _encode_bounded(self, metadata: dict[str, Any], core: frozenset[str], item_id: str) -> str:
+        encoded = _encode(metadata)
+        while len(encoded) > MAX_METADATA_BYTES:
+            sizes = {key: len(_encode(value)) for key, value in metadata.items() if key not in core}
+            if not sizes:
+                break
+            largest = max(sorted(sizes), key=sizes.__getitem__)
+            self._found.add("PROPERTY_CUT", f"{item_id}: {largest}")
+            del metadata[largest]
+            encoded = _encode(metadata)
+        return encoded.decode()
+
+    # --- relations --------------------------------------------------------------------------------
+
+    def _relations(self) -> Iterator[Frame]:
+        ends = {node.id: (node.properties["name"], node.label) for node in self._graph.nodes}
+        lines = {node_id: (_line(name), _line(label)) for node_id, (name, label) in ends.items()}
+        tags: dict[str, list[str]] = {}
+        session_tag = self._session_tag
+        for relation in self._graph.relations:
+            source_id, target_id, kind = relation.source_id, relation.target_id, relation.type
+            source_name, source_label = ends.get(source_id) or (source_id, UNKNOWN_LABEL)
+            target_name, target_label = ends.get(target_id) or (target_id, UNKNOWN_LABEL)
+            metadata: dict[str, Any] = {
+                "id": relation.id,
+                "type": kind,
+                "sourceId": source_id,
+                "targetId": target_id,
+                "sourceName": source_name,
+                "targetName": target_name,
+                "sourceLabel": source_label,
+                "targetLabel": target_label,
+                "confidence": relation.confidence,
+                "reason": relation.reason,
+                "step": relation.step,
+            }
+            if relation.occurrences > 1:
+                metadata["occurrences"] = relation.occurrences
+            if relation.extra or (relation.reason and len(relation.reason) > MAX_PROPERTY_CHARS):
+                encoded = self._relation_metadata(relation, metadata)
+            else:
+                encoded = _encode(metadata).decode()
+            source_line, source_label = lines.get(source_id) or (_line(source_id), UNKNOWN_LABEL)
+            target_line, target_label = lines.get(target_id) or (_line(target_id), UNKNOWN_LABEL)
+            kind = _line(kind)
+            reason = _line(relation.reason) if relation.reason else ""
+            if kind not in tags:
+                tags[kind] = ["source=gitnexus", f"relationType={kind}", session_tag]
+            yield Frame(
+                frame_uri("mv2://relations/", relation.id),
+                f"{source_line} {kind} {target_line}",
+                f"relations/{kind}",
+                "relation",
+                tags[kind],
+                f"Relationship {kind}\nsource={source_line} ({source_label})\ntarget={target_line} ({target_label})\n"
+                f"confidence={relation.confidence:.3f}\nreason={reason}\nmetadata={encoded}",
+                encoded,
+            )
+
+    def _relation_metadata(self, relation: Relation, metadata: dict[str, Any]) -> str:
+        if relation.reason and len(relation.reason) > MAX_PROPERTY_CHARS:
+            self._found.add("PROPERTY_CUT", f"{relation.id}: reason")
+            metadata["reason"] = f"{relation.reason[:MAX_PROPERTY_CHARS]}...[truncated]"
+        for key, value in (relation.extra or {}).items():
+            metadata[f"properties.{key}" if key in _RELATION_KEYS else key] = value
+        return self._encode_bounded(metadata, _RELATION_KEYS, relation.id)
+
+
+_OWN_WARNINGS = frozenset({"PROPERTY_CUT", "SNIPPET_NOT_FOUND"})
+
+
+def _line(text: str) -> str:
+    """One line of bounded length."""
+    if len(text) > MAX_LINE_CHARS:
+        text = f"{text[:MAX_LINE_CHARS]}..."
+    return text if text.isprintable() else " ".join(text.split())
