@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from common.graph.model import Graph, Node, WarningCounter
@@ -27,8 +28,10 @@ _SEARCH_CHARS = 64_000_000
 """Characters looked through for names in one file: names beyond that stay without a snippet."""
 _MAX_CANDIDATES = 64
 """Places of one name looked at in one file."""
-_MAX_LINE_CHARS = 2_000
+_MAX_LINE_CHARS = 1_000
 """Longer lines (minified code) declare nothing that a snippet could show."""
+_MAX_IN_LINE = 8
+"""Places of one name looked at in one line."""
 
 _SECTION, _VALUE, _CODE = "section", "value", "code"
 _KIND_OF_LABEL = {
@@ -59,6 +62,8 @@ _VALUE_KEYWORD = re.compile(r"(?:^|[^\w.$])(?:for|as|const|let|var|val|static|fi
 _VALUE_OPENED = re.compile(r"\s*(?:[,)\]};]|[?!]?:(?!:)|=(?![=>])|:=|\[|in\b|of\b|$)")
 _OWNER = re.compile(r"(?:^|[^\w$])(?:self|this|cls)(?:\.|->)$")
 _LEAD = re.compile(r"\s*(?:[@#/*\[\])}\"'<-]|(?:template|export|public|private|protected|static|default|pub)\b|$)")
+_SLACK_CHARS = 1_000
+"""Taken beyond the maximum, so that white space at the end is not what makes a snippet look cut."""
 _SIGNATURE_END = re.compile(r"\n|\s{3,}")
 
 
@@ -70,7 +75,7 @@ class Snippets:
         self._found = found
         self._max_chars = max(MIN_SNIPPET_CHARS, graph.options.max_snippet_chars)
         self._symbols: dict[str, list[Node]] = defaultdict(list)
-        self._placed: dict[str, tuple[str, str]] = {}
+        self._placed: dict[str, _Span] = {}
         for node in graph.nodes:
             properties = node.properties
             if not properties.get("content") and properties.get("startLine") is not None and node.label != "File":
@@ -83,45 +88,52 @@ class Snippets:
         properties = node.properties
         content = properties.get("content")
         path = properties.get("filePath")
-        if content:
-            if node.label == "File":
-                return self._cut(self._head(content)), ""
-            start = content[: self._max_chars + 1_000].lstrip()
-            return self._cut(content), _SIGNATURE_END.split(start, maxsplit=1)[0]
-        if not path:
-            return "", ""
         if node.label == "File":
-            return self._cut(self._head(self._files.get(path, ""))), ""
-        if properties.get("startLine") is None:
+            return self._cut(self._head(content or self._files.get(path or "", ""))), ""
+        if content:
+            return self._of_content(node, content)
+        if not path or properties.get("startLine") is None:
             return "", ""
         if path in self._symbols:
             self._place(path, self._symbols.pop(path))
-        placed = self._placed.pop(node.id, None)
-        if placed is None:
+        span = self._placed.pop(node.id, None)
+        if span is None:
             self._found.add("SNIPPET_NOT_FOUND", node.id)
             return "", ""
-        return placed
+        text = self._files[path]
+        end = min(span.end, span.start + self._max_chars + _SLACK_CHARS)
+        return self._cut(text[span.start : end]), text[span.declared : span.declared_end].strip()
+
+    def _of_content(self, node: Node, content: str) -> tuple[str, str]:
+        if node.label == "Section":
+            content = content[max(0, content.find(f"# {node.name}")) :]  # GitNexus puts lines of context before it
+        start = content[: self._max_chars + _SLACK_CHARS]
+        return self._cut(start), _SIGNATURE_END.split(start.lstrip(), maxsplit=1)[0]
 
     def _head(self, text: str) -> str:
-        return "\n".join(text[: self._max_chars + 1_000].split("\n", FILE_LINES)[:FILE_LINES])
+        return "\n".join(text[: self._max_chars + _SLACK_CHARS].split("\n", FILE_LINES)[:FILE_LINES])
 
     def _cut(self, text: str) -> str:
-        if len(text) > self._max_chars:
-            text = text.rstrip()
-            if len(text) > self._max_chars:
-                return text[: self._max_chars] + TRUNCATED
-        return text.rstrip()
+        if "\r" in text:
+            text = text.replace("\r\n", "\n")
+        text = text.rstrip()
+        return text if len(text) <= self._max_chars else text[: self._max_chars] + TRUNCATED
 
     def _place(self, path: str, symbols: list[Node]) -> None:
         text = _Text(self._files[path], path)
         wanted = [_Symbol.of(node) for node in symbols]
         for node, place in zip(symbols, text.places(wanted), strict=True):
             if place:
-                first, end, declared = place
-                self._placed[node.id] = (
-                    self._cut("\n".join(text.lines[first:end])),
-                    text.lines[declared].strip(),
-                )
+                self._placed[node.id] = text.span(place)
+
+
+class _Span(NamedTuple):
+    """Offsets into a file's text."""
+
+    start: int
+    end: int
+    declared: int
+    declared_end: int
 
 
 class _Symbol(NamedTuple):
@@ -154,11 +166,14 @@ class _Text:
 
     def __init__(self, text: str, path: str) -> None:
         self._text = text
-        self.lines = text.split("\n")
+        self._lines = text.split("\n")
+        self._starts = list(accumulate((len(line) + 1 for line in self._lines), initial=0))
         self._keywords_only = path.rsplit(".", 1)[-1].lower() in _KEYWORD_EXTENSIONS
-        joints = [i for i, line in enumerate(self.lines) if line.startswith(_JOINT) and line in (_JOINT, TRUNCATED)]
-        edges = [-1, *joints, len(self.lines)]
-        self._parts = [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a + 1]
+        joints = [
+            i for i, line in enumerate(self._lines) if line.startswith(_JOINT) and line.rstrip() in (_JOINT, TRUNCATED)
+        ]
+        edges = [-1, *joints, len(self._lines)]
+        self._parts = [(a + 1, b) for a, b in pairwise(edges) if b > a + 1]
 
     def places(self, symbols: list[_Symbol]) -> list[_Place | None]:
         """Where each symbol stands, or None."""
@@ -168,10 +183,15 @@ class _Text:
             shifts = self._vote(symbols)
         return [self._best(symbol, shifts) for symbol in symbols]
 
+    def span(self, place: _Place) -> _Span:
+        """A place in characters, without the line feed at the end."""
+        starts = self._starts
+        return _Span(starts[place.first], starts[place.end] - 1, starts[place.declared], starts[place.declared + 1] - 1)
+
     def _plain_shift(self, symbols: list[_Symbol]) -> int | None:
         """0 or 1 for a whole text in which nearly all symbols stand at their line numbers, counted from there."""
         for shift in (0, 1):
-            hits = sum(self._declared(symbol, symbol.start - shift, len(self.lines)) is not None for symbol in symbols)
+            hits = sum(self._declared(symbol, symbol.start - shift, len(self._lines)) is not None for symbol in symbols)
             if hits and hits * 10 >= len(symbols) * 9:
                 return shift
         return None
@@ -179,11 +199,9 @@ class _Text:
     def _vote(self, symbols: list[_Symbol]) -> list[int | None]:
         """The shift of each part (line number in the file = line of the text + shift), or None where it is not clear.
 
-        Two symbols have to agree, or one class, function or heading whose name no other symbol of the file has.
+        Two symbols have to agree, or one class, function or heading whose name no other symbol of the file has, or
+        one symbol at its line number in the first part.
         """
-        starts = [0]
-        for line in self.lines:
-            starts.append(starts[-1] + len(line) + 1)
         firsts = [first for first, _ in self._parts]
         names = Counter(symbol.name for symbol in symbols)
         votes: list[Counter[int]] = [Counter() for _ in self._parts]
@@ -193,32 +211,28 @@ class _Text:
         for symbol in symbols:
             key = (symbol.name, symbol.kind)
             if key not in candidates:
-                candidates[key] = self._candidates(symbol, starts) if len(candidates) < budget else []
-            seen: set[tuple[int, int]] = set()
+                candidates[key] = self._candidates(symbol) if len(candidates) < budget else []
+            by_part: dict[int, list[int]] = defaultdict(list)
             for line in candidates[key]:
-                part = bisect_right(firsts, line) - 1
-                if part < 0 or line >= self._parts[part][1]:
-                    continue
-                shift = symbol.start - line
-                if (part, shift) in seen:
-                    continue
-                seen.add((part, shift))
-                votes[part][shift] += 1
-                if symbol.kind is not _VALUE and names[symbol.name] == 1 and len(candidates[key]) == 1:
-                    strong[part].add(shift)
+                by_part[bisect_right(firsts, line) - 1].append(symbol.start - line)
+            for part, shifts in by_part.items():
+                votes[part].update(shifts)
+                if symbol.kind is not _VALUE and names[symbol.name] == 1 and len(shifts) == 1:
+                    strong[part].add(shifts[0])
+        strong[0].add(0)
         return [_winner(votes[i], strong[i]) for i in range(len(self._parts))]
 
-    def _candidates(self, symbol: _Symbol, starts: list[int]) -> list[int]:
+    def _candidates(self, symbol: _Symbol) -> list[int]:
         """Lines that declare the symbol's name."""
         found: list[int] = []
         position = self._text.find(symbol.name)
         for _ in range(_MAX_CANDIDATES):
             if position < 0:
                 break
-            line = bisect_right(starts, position) - 1
-            if self._declares(self.lines[line], symbol):
+            line = bisect_right(self._starts, position) - 1
+            if self._declares(self._lines[line], symbol):
                 found.append(line)
-            position = self._text.find(symbol.name, starts[line + 1])
+            position = self._text.find(symbol.name, self._starts[line + 1])
         return found
 
     def _best(self, symbol: _Symbol, shifts: list[int | None]) -> _Place | None:
@@ -240,8 +254,8 @@ class _Text:
         """The line with the symbol's name: ``first``, or one below decorators, comments and modifiers."""
         if first < 0:
             return None
-        for line in range(first, min(end, len(self.lines), first + min(_LEAD_LINES, symbol.length))):
-            text = self.lines[line]
+        for line in range(first, min(end, len(self._lines), first + min(_LEAD_LINES, symbol.length))):
+            text = self._lines[line]
             if self._declares(text, symbol):
                 return line
             if not _LEAD.match(text):
@@ -256,7 +270,9 @@ class _Text:
         if symbol.kind is _SECTION:
             stripped = line.strip()
             return stripped == name or (stripped[0] == "#" and stripped.strip("# ") == name.strip("# "))
-        while at >= 0:
+        for _ in range(_MAX_IN_LINE):
+            if at < 0:
+                break
             before, after = line[:at], line[at + len(name) :]
             at = line.find(name, at + 1)
             if before and (before[-1].isalnum() or before[-1] in "_$"):

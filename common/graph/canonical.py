@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -80,9 +80,9 @@ def content_digest(graph: Graph) -> str:
     head = [graph.project_name, graph.source, graph.options, len(graph.nodes), len(graph.relations), len(graph.files)]
     digest.update(encode(head))
     for batch in _batches(graph.nodes):
-        digest.update(_encode(encode, batch))
+        digest.update(encode(batch))
     for relations in _batches(graph.relations):
-        digest.update(_encode(encode, relations))
+        digest.update(encode(relations))
     for path in sorted(graph.files):
         digest.update(encode([path, len(graph.files[path])]))
         digest.update(graph.files[path].encode())
@@ -94,14 +94,10 @@ def _batches(items: list[_Item]) -> Iterator[list[_Item]]:
         yield items[start : start + _DIGEST_BATCH]
 
 
-def _encode(encode: Callable[[Any], bytes], value: object) -> bytes:
-    return encode(value)
-
-
 def _unique(items: Sequence[_Item], equal: str, reused: str, found: WarningCounter) -> list[_Item]:
     """Sort by id, merge equal items and give those that share an id a new one each."""
     ordered = sorted(items, key=_by_id)
-    if all(a.id != b.id for a, b in zip(ordered, ordered[1:], strict=False)):
+    if all(a.id != b.id for a, b in pairwise(ordered)):
         return ordered
     encode = msgspec.json.Encoder(order="deterministic").encode
     taken = {item.id for item in ordered}
@@ -111,8 +107,8 @@ def _unique(items: Sequence[_Item], equal: str, reused: str, found: WarningCount
         if len(same) == 1:
             unique.append(same[0])
             continue
-        contents = Counter(_encode(encode, item) for item in same)
-        by_content = {_encode(encode, item): item for item in same}
+        contents = Counter(map(encode, same))
+        by_content = {encode(item): item for item in same}
         number = 1
         for position, content in enumerate(sorted(contents)):
             item, count = by_content[content], contents[content]

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from common.contract import ExportOptions, InputReport, LeftOut, Source, Warning
+from common import contract
+from common.contract import ExportOptions, InputReport, LeftOut, Source
 
 EXAMPLE_LENGTH = 200
 """Characters of a warning's example."""
@@ -67,7 +68,7 @@ class Relation(msgspec.Struct, gc=False):
 class WarningCounter:
     """Counts repairs by code and keeps the first example of each."""
 
-    def __init__(self, warnings: list[Warning] | None = None) -> None:
+    def __init__(self, warnings: list[contract.Warning] | None = None) -> None:
         self._found = {warning.code: (warning.count, warning.example) for warning in warnings or []}
 
     def add(self, code: str, example: str, count: int = 1) -> None:
@@ -75,9 +76,11 @@ class WarningCounter:
         known = self._found.get(code)
         self._found[code] = (known[0] + count, known[1]) if known else (count, example[:EXAMPLE_LENGTH])
 
-    def warnings(self) -> list[Warning]:
+    def warnings(self) -> list[contract.Warning]:
         """All that was counted, by code."""
-        return [Warning(code=code, count=n, example=example) for code, (n, example) in sorted(self._found.items())]
+        return [
+            contract.Warning(code=code, count=n, example=example) for code, (n, example) in sorted(self._found.items())
+        ]
 
 
 class ExportRequest(msgspec.Struct, kw_only=True):
@@ -93,7 +96,7 @@ class ExportRequest(msgspec.Struct, kw_only=True):
     files: dict[str, str]
     """Path -> text, as far as the client sent it; texts may be compacted."""
     input: InputReport
-    warnings: list[Warning] = []
+    warnings: list[contract.Warning] = []
 
 
 class Totals(msgspec.Struct, rename="camel", kw_only=True):
@@ -121,4 +124,4 @@ class Graph(msgspec.Struct, kw_only=True):
     totals: Totals
     left_out: LeftOut
     input: InputReport
-    warnings: list[Warning]
+    warnings: list[contract.Warning]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 from common.contract import ExportOptions, InputReport, Source
 from common.errors import InvalidRequest, PayloadTooLarge
@@ -47,10 +47,7 @@ def read_graph(
     with opened(source) as stream:
         payload = Payload(stream, reader.limits)
         head, chunks = _peek(payload.chunks())
-        if _STREAM_START.match(head):
-            document = reader.stream(chunks)
-        else:
-            document = reader.document(b"".join(chunks))
+        document = reader.stream(chunks) if _STREAM_START.match(head) else reader.document(b"".join(chunks))
     request = reader.request(document, defaults or Source(), session_id, project_name)
     report = payload.report()
     report.nodes, report.relationships, report.files = len(request.nodes), len(request.relations), len(request.files)
@@ -172,6 +169,11 @@ class _Reader:
                 self._wrong_name(_place(where, index, "properties.name"), name)
             properties["name"] = node_id.rsplit(":", 1)[-1] or node_id
             self.found.add("NODE_WITHOUT_NAME", node_id)
+        self._any_properties(properties, where, index)
+        self._known_properties(properties, node_id, where, index)
+        return Node(node_id, label, properties)
+
+    def _any_properties(self, properties: dict[str, Any], where: str, index: int | None) -> None:
         for key, value in properties.items():
             kind = type(value)
             if kind is str:
@@ -179,13 +181,10 @@ class _Reader:
                     maximum = self.limits.max_text_chars
                     field = _place(where, index, f"properties.{key[:80]}")
                     raise PayloadTooLarge(f"{field} has more than {maximum:,} characters", field=field, limit=maximum)
-            elif kind is list or kind is dict:
-                if value and _too_deep(value, self.limits.max_depth):
-                    field = _place(where, index, f"properties.{key[:80]}")
-                    message = f"{field} is nested deeper than {self.limits.max_depth} levels"
-                    raise InvalidRequest(message, field=field, allowed=self.limits.max_depth)
-        self._known_properties(properties, node_id, where, index)
-        return Node(node_id, label, properties)
+            elif (kind is list or kind is dict) and value and _too_deep(value, self.limits.max_depth):
+                field = _place(where, index, f"properties.{key[:80]}")
+                message = f"{field} is nested deeper than {self.limits.max_depth} levels"
+                raise InvalidRequest(message, field=field, allowed=self.limits.max_depth)
 
     def _known_properties(self, properties: dict[str, Any], node_id: str, where: str, index: int | None) -> None:
         path = properties.get("filePath")
@@ -212,16 +211,21 @@ class _Reader:
         if type(item) is not dict:
             _wrong(_place(where, index), "an object", item)
         source, target, kind = item.get("sourceId"), item.get("targetId"), item.get("type")
-        for key, value in (("sourceId", source), ("targetId", target), ("type", kind)):
-            if not self._is_name(value):
-                self._wrong_name(_place(where, index, key), value)
+        if not self._is_name(source):
+            self._wrong_name(_place(where, index, "sourceId"), source)
+        if not self._is_name(target):
+            self._wrong_name(_place(where, index, "targetId"), target)
+        if not self._is_name(kind):
+            self._wrong_name(_place(where, index, "type"), kind)
         relation_id = item.get("id")
-        if not self._is_name(relation_id):
-            if relation_id is not None and relation_id != "" and not self._joined_id(relation_id):
-                self._wrong_name(_place(where, index, "id"), relation_id)
-            if not relation_id:
-                relation_id = f"{source}_{kind}_{target}"
-                self.found.add("RELATION_WITHOUT_ID", relation_id)
+        if relation_id is None or relation_id == "":
+            relation_id = f"{source}_{kind}_{target}"
+            self.found.add("RELATION_WITHOUT_ID", relation_id)
+        elif type(relation_id) is not str or len(relation_id) > 3 * self.limits.max_id_chars:
+            # GitNexus joins both ends and the type into the id
+            _wrong(
+                _place(where, index, "id"), f"a string of 1 to {3 * self.limits.max_id_chars:,} characters", relation_id
+            )
         reason = item.get("reason")
         if reason is not None and type(reason) is not str:
             _wrong(_place(where, index, "reason"), "a string or null", reason)
@@ -241,10 +245,6 @@ class _Reader:
                 raise InvalidRequest(f"{field} is nested deeper than {self.limits.max_depth} levels", field=field)
         return Relation(relation_id, source, target, kind, confidence, reason, step, extra)
 
-    def _joined_id(self, value: Any) -> bool:
-        """A relation's id may be as long as both its ends."""
-        return type(value) is str and len(value) <= 3 * self.limits.max_id_chars
-
     def _confidence(self, value: Any, relation_id: str, where: str, index: int | None) -> float:
         if value is None:
             self.found.add("CONFIDENCE_MISSING", relation_id)
@@ -256,7 +256,7 @@ class _Reader:
             return 0.0 if value < 0 else 1.0
         return float(value)
 
-    def _is_name(self, value: Any) -> bool:
+    def _is_name(self, value: Any) -> TypeGuard[str]:
         return type(value) is str and 0 < len(value) <= self.limits.max_id_chars
 
     def _wrong_name(self, field: str, value: Any) -> NoReturn:
