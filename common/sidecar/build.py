@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -44,6 +44,7 @@ _FTS_HASH_BYTES = 32 << 20
 MAX_NEIGHBOURS = 24
 """Neighbour names indexed of one node; more would outweigh its own words."""
 MAX_SIGNATURE_CHARS = 300
+MAX_KEYWORDS = 20
 
 _CONTAINERS = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
 _T = TypeVar("_T")
@@ -55,17 +56,21 @@ _DECLARATION = re.compile(r"[ \t]*(?:@|#|//|/\*|\*)")
 
 
 class _NodeMetadata(msgspec.Struct, rename="camel"):
+    """What the sidecar takes from a node; a graph may give any type, so each value is checked where it is used."""
+
     id: str
     label: str
-    name: str = ""
-    file_path: str | None = None
-    start_line: int | None = None
-    end_line: int | None = None
-    process_type: str | None = None
-    entry_point_id: str | None = None
-    terminal_id: str | None = None
-    cohesion: float | None = None
-    symbol_count: int | None = None
+    name: str
+    file_path: Any = None
+    start_line: Any = None
+    end_line: Any = None
+    process_type: Any = None
+    entry_point_id: Any = None
+    terminal_id: Any = None
+    cohesion: Any = None
+    symbol_count: Any = None
+    keywords: Any = None
+    description: Any = None
 
 
 class _RelationMetadata(msgspec.Struct, rename="camel"):
@@ -210,7 +215,7 @@ class SidecarBuilder:
     ) -> None:
         node = _decode_node(frame.metadata)
         self._nodes[node.id] = position
-        path = node.file_path
+        path = node.file_path if type(node.file_path) is str else ""
         nodes.append(
             (
                 position,
@@ -219,8 +224,8 @@ class SidecarBuilder:
                 node.name,
                 self._labels[node.label, frame.kind],
                 self._files[path] if path else None,
-                node.start_line,
-                node.end_line,
+                _integer(node.start_line),
+                _integer(node.end_line),
             )
         )
         name = split_identifier(node.name)
@@ -228,12 +233,15 @@ class SidecarBuilder:
         if node.label == "File" and path:
             self._file_nodes.setdefault(path, position)
         if frame.kind == "process":
-            self._processes[position] = (node.process_type, node.entry_point_id, node.terminal_id)
+            self._processes[position] = (_text(node.process_type), _text(node.entry_point_id), _text(node.terminal_id))
         elif frame.kind == "community":
-            self._communities[position] = (node.cohesion, node.symbol_count)
+            cohesion = float(node.cohesion) if type(node.cohesion) in (int, float) else None
+            self._communities[position] = (cohesion, _integer(node.symbol_count))
         body = _snippet(frame.text)
-        signature = split_identifier(_signature(body)) if path and node.start_line is not None else ""
-        self._texts.append((position, name, split_identifier(path or ""), signature, self._words.of(body)))
+        signature = split_identifier(_signature(body)) if node.start_line is not None else ""
+        if node.keywords or node.description:
+            body = f"{_told(node)}\n{body}"
+        self._texts.append((position, name, split_identifier(path), signature, self._words.of(body)))
 
     def _relation(self, position: int, frame: Frame, edges: list[tuple[object, ...]]) -> None:
         relation = _decode_relation(frame.metadata)
@@ -342,6 +350,21 @@ class SidecarBuilder:
 
 _decode_node = msgspec.json.Decoder(_NodeMetadata).decode
 _decode_relation = msgspec.json.Decoder(_RelationMetadata).decode
+
+
+def _integer(value: object) -> int | None:
+    return value if type(value) is int and abs(value) < 1 << 63 else None
+
+
+def _text(value: object) -> str | None:
+    return value if type(value) is str else None
+
+
+def _told(node: _NodeMetadata) -> str:
+    """What the graph says about a node in words: its description and keywords."""
+    keywords = node.keywords if type(node.keywords) is list else []
+    words = [word for word in (node.description, *keywords[:MAX_KEYWORDS]) if type(word) is str]
+    return "\n".join(words)
 
 
 def _snippet(text: str) -> str:

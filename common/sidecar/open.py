@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
 
 from common.errors import CapsuleUnreadable
+from common.frames.build import frame_uri
 from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, node_key, normalise_name
 
 _T = TypeVar("_T")
@@ -68,7 +69,7 @@ class Node(NamedTuple):
     @property
     def uri(self) -> str:
         """The frame's uri in the capsule."""
-        return f"mv2://{_KIND_FOLDERS[self.kind]}/{self.id}"
+        return frame_uri(f"mv2://{_KIND_FOLDERS[self.kind]}/", self.id)
 
     @property
     def title(self) -> str:
@@ -88,6 +89,13 @@ class Edge(NamedTuple):
     confidence: float
     reason: str | None
     step: int | None
+
+
+class Scope(NamedTuple):
+    """Which nodes a search looks at: those of these labels, and whose path starts so; all by default."""
+
+    labels: Sequence[str] = ()
+    file_prefix: str | None = None
 
 
 class Process(NamedTuple):
@@ -220,32 +228,28 @@ class Sidecar:
         rows = self._db.execute(f"{_NODE} {condition}", (path,))
         return list(map(Node._make, rows))
 
-    def match(
-        self, words: Sequence[str], *, limit: int, labels: Sequence[str] = (), file_prefix: str | None = None
-    ) -> list[tuple[int, float]]:
+    def match(self, words: Sequence[str], *, limit: int, scope: Scope = Scope()) -> list[tuple[int, float]]:  # noqa: B008
         """Nodes that hold any of the words, as (position, BM25 score), best first, equal ones by id.
 
-        ``words`` are plain words (as ``split_identifier`` gives them), never query syntax. ``labels`` keeps nodes of
-        these labels, ``file_prefix`` those whose path starts so.
+        ``words`` are plain words (as ``split_identifier`` gives them), never query syntax.
         """
         query = " OR ".join('"' + word.replace('"', '""').replace("\0", "") + '"' for word in words if word.strip("\0"))
         if not query:
             return []
         weights = ", ".join(map(str, COLUMN_WEIGHTS))
-        conditions, parameters = "", [query]
-        if labels:
-            conditions += f" AND nodes.label IN (SELECT id FROM labels WHERE name IN ({_marks(labels)}))"  # noqa: S608
-            parameters += labels
-        if file_prefix is not None:
-            conditions += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
-            parameters += [file_prefix, file_prefix + _LAST]
+        condition, parameters = _filter(scope)
         rows = self._db.execute(
             f"SELECT search.rowid, -bm25(search, {weights}) AS score"  # noqa: S608 - constants and marks
             " FROM search JOIN nodes ON nodes.id = search.rowid"
-            f" WHERE search MATCH ?{conditions} ORDER BY score DESC, search.rowid LIMIT ?",
-            (*parameters, limit),
+            f" WHERE search MATCH ?{condition} ORDER BY score DESC, search.rowid LIMIT ?",
+            (query, *parameters, limit),
         )
         return rows.fetchall()
+
+    def kept(self, scope: Scope) -> list[int]:
+        """Positions of all nodes of a scope, in order; reads every node."""
+        condition, parameters = _filter(scope)
+        return self._column(f"SELECT id FROM nodes WHERE true{condition} ORDER BY id", *parameters)  # noqa: S608 - marks
 
     # --- edges ---
 
@@ -416,6 +420,19 @@ class Sidecar:
     def _count(self, query: str, *parameters: object) -> int:
         count: int = self._db.execute(query, parameters).fetchone()[0]
         return count
+
+
+def _filter(scope: Scope) -> tuple[str, list[str]]:
+    condition = ""
+    parameters: list[str] = []
+    if scope.labels:
+        condition += f" AND nodes.label IN (SELECT id FROM labels WHERE name IN ({_marks(scope.labels)}))"  # noqa: S608
+        parameters += scope.labels
+    if scope.file_prefix is not None:
+        condition += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
+        parameters += [scope.file_prefix, scope.file_prefix + _LAST]
+    # A stored text has no lone surrogates, so what a question has of them finds nothing as ``?`` either.
+    return condition, [text.encode("utf-8", "replace").decode() for text in parameters]
 
 
 def _marks(values: Sequence[object]) -> str:
