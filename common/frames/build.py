@@ -25,6 +25,8 @@ MAX_LINE_CHARS = 500
 MAX_PROPERTY_CHARS = 8_192
 MAX_METADATA_BYTES = 65_536
 MAX_SIGNATURE_CHARS = 200
+MAX_KINDS = 200
+"""Labels and relation types counted in the manifest frame."""
 
 _PREFIXES = {"Community": "mv2://communities/", "Process": "mv2://processes/"}
 _KINDS = {"Community": "community", "Process": "process"}
@@ -107,8 +109,8 @@ class _Builder:
 
     def _meta(self, generated_at: str) -> Iterator[Frame]:
         graph = self._graph
-        labels = Counter(node.label for node in graph.nodes)
-        types = Counter(relation.type for relation in graph.relations)
+        labels = _commonest(Counter(node.label for node in graph.nodes))
+        types = _commonest(Counter(relation.type for relation in graph.relations))
         manifest = {
             "generatedAt": generated_at,
             "mv2SchemaVersion": MV2_SCHEMA,
@@ -129,8 +131,8 @@ class _Builder:
             },
             "totals": graph.totals,
             "leftOut": graph.left_out,
-            "nodeLabels": dict(labels),
-            "relationshipTypes": dict(types),
+            "nodeLabels": labels,
+            "relationshipTypes": types,
         }
         head = [
             "GitNexus capsule manifest",
@@ -140,8 +142,8 @@ class _Builder:
             f"nodes={len(graph.nodes)}",
             f"relationships={len(graph.relations)}",
             f"files={len(graph.files)}",
-            f"nodeLabels={', '.join(f'{_line(name)} {count}' for name, count in sorted(labels.items())[:200])}",
-            f"relationshipTypes={', '.join(f'{_line(name)} {count}' for name, count in sorted(types.items())[:200])}",
+            f"nodeLabels={', '.join(f'{name} {count}' for name, count in labels.items())}",
+            f"relationshipTypes={', '.join(f'{name} {count}' for name, count in types.items())}",
         ]
         title = f"Manifest: {_line(graph.project_name)}"
         yield self._meta_frame("mv2://meta/manifest", title, "manifest", "\n".join(head), manifest)
@@ -188,14 +190,17 @@ class _Builder:
         )
 
     def _encode_bounded(self, metadata: dict[str, Any], core: frozenset[str], item_id: str) -> str:
+        """Encode; over the maximum the largest values go first, the keys of ``core`` stay."""
         encoded = _encode(metadata)
-        while len(encoded) > MAX_METADATA_BYTES:
-            sizes = {key: len(_encode(value)) for key, value in metadata.items() if key not in core}
-            if not sizes:
-                break
-            largest = max(sorted(sizes), key=sizes.__getitem__)
-            self._found.add("PROPERTY_CUT", f"{item_id}: {largest}")
-            del metadata[largest]
+        over = len(encoded) - MAX_METADATA_BYTES
+        if over > 0:
+            sizes = {key: len(_encode([key, value])) for key, value in metadata.items() if key not in core}
+            for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+                if over <= 0:
+                    break
+                self._found.add("PROPERTY_CUT", f"{item_id}: {key}")
+                del metadata[key]
+                over -= sizes[key]
             encoded = _encode(metadata)
         return encoded.decode()
 
@@ -256,6 +261,12 @@ class _Builder:
 
 
 _OWN_WARNINGS = frozenset({"PROPERTY_CUT", "SNIPPET_NOT_FOUND"})
+
+
+def _commonest(counts: Counter[str]) -> dict[str, int]:
+    """By name; of very many kinds the most frequent ones."""
+    commonest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_KINDS]
+    return {_line(name): count for name, count in sorted(commonest)}
 
 
 def _line(text: str) -> str:

@@ -11,6 +11,7 @@ from common.text import split_identifier
 STATIC_V1 = "static-v1"
 _MAX_KEYWORDS = 20
 _MAX_DESCRIPTION = 300
+_MAX_CHARS = 2_000
 
 
 class EmbedInput(NamedTuple):
@@ -32,11 +33,13 @@ def _static_v1(given: EmbedInput) -> str:
         parts.append(given.signature)
     keywords = properties.get("keywords")
     if type(keywords) is list:
-        parts.extend(split_identifier(word) for word in keywords[:_MAX_KEYWORDS] if type(word) is str)
+        parts.extend(
+            split_identifier(word[:_MAX_DESCRIPTION]) for word in keywords[:_MAX_KEYWORDS] if type(word) is str
+        )
     description = properties.get("description")
     if type(description) is str:
         parts.append(description[:_MAX_DESCRIPTION])
-    return " ".join(part for part in parts if part) or given.node.name
+    return " ".join(part for part in parts if part)[:_MAX_CHARS] or given.node.name[:_MAX_CHARS]
 
 
 LAYOUTS: dict[str, Callable[[EmbedInput], str]] = {STATIC_V1: _static_v1}

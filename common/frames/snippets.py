@@ -62,6 +62,7 @@ _VALUE_KEYWORD = re.compile(r"(?:^|[^\w.$])(?:for|as|const|let|var|val|static|fi
 _VALUE_OPENED = re.compile(r"\s*(?:[,)\]};]|[?!]?:(?!:)|=(?![=>])|:=|\[|in\b|of\b|$)")
 _OWNER = re.compile(r"(?:^|[^\w$])(?:self|this|cls)(?:\.|->)$")
 _LEAD = re.compile(r"\s*(?:[@#/*\[\])}\"'<-]|(?:template|export|public|private|protected|static|default|pub)\b|$)")
+_ANNOTATION = re.compile(r"\s*(?:@|#\[|\[|//|/\*|\*|template\b)")
 _SLACK_CHARS = 1_000
 """Taken beyond the maximum, so that white space at the end is not what makes a snippet look cut."""
 _SIGNATURE_END = re.compile(r"\n|\s{3,}")
@@ -205,6 +206,7 @@ class _Text:
         firsts = [first for first, _ in self._parts]
         names = Counter(symbol.name for symbol in symbols)
         votes: list[Counter[int]] = [Counter() for _ in self._parts]
+        direct: list[Counter[int]] = [Counter() for _ in self._parts]
         strong: list[set[int]] = [set() for _ in self._parts]
         budget = _SEARCH_CHARS // max(1, len(self._text))
         candidates: dict[tuple[str, str], list[int]] = {}
@@ -216,11 +218,20 @@ class _Text:
             for line in candidates[key]:
                 by_part[bisect_right(firsts, line) - 1].append(symbol.start - line)
             for part, shifts in by_part.items():
-                votes[part].update(shifts)
+                direct[part].update(shifts)
+                for shift in shifts:
+                    votes[part].update(range(shift, shift + 1 + self._annotations(symbol.start - shift)))
                 if symbol.kind is not _VALUE and names[symbol.name] == 1 and len(shifts) == 1:
                     strong[part].add(shifts[0])
         strong[0].add(0)
-        return [_winner(votes[i], strong[i]) for i in range(len(self._parts))]
+        return [_winner(votes[i], direct[i], strong[i]) for i in range(len(self._parts))]
+
+    def _annotations(self, line: int) -> int:
+        """How many lines above a declaration may be counted to it."""
+        above = 0
+        while above < min(_LEAD_LINES, line) and _ANNOTATION.match(self._lines[line - above - 1]):
+            above += 1
+        return above
 
     def _candidates(self, symbol: _Symbol) -> list[int]:
         """Lines that declare the symbol's name."""
@@ -307,13 +318,13 @@ def _declares_value(line: str, before: str, after: str) -> bool:
     return True
 
 
-def _winner(votes: Counter[int], strong: set[int]) -> int | None:
+def _winner(votes: Counter[int], direct: Counter[int], strong: set[int]) -> int | None:
     if not votes:
         return None
-    most = max(votes.values())
-    leading = [shift for shift, count in votes.items() if count == most]
+    most = max((count, direct[shift]) for shift, count in votes.items())
+    leading = [shift for shift, count in votes.items() if (count, direct[shift]) == most]
     if len(leading) > 1:
         leading = [shift for shift in leading if shift in strong] or [shift for shift in leading if shift in (0, 1)]
     if len(leading) != 1:
         return None
-    return leading[0] if most > 1 or leading[0] in strong else None
+    return leading[0] if most[0] > 1 or leading[0] in strong else None

@@ -13,7 +13,6 @@ from typing import TypeVar
 import msgspec
 
 from common.contract import LeftOut
-from common.errors import InvalidRequest
 from common.graph.model import ExportRequest, Graph, Node, Relation, Totals, WarningCounter
 
 _SESSION_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://gitnexus.dev/memvid-export/session")
@@ -29,7 +28,7 @@ def canonical(request: ExportRequest) -> Graph:
     Nodes equal in every field become one, relations too (``occurrences`` counts them); equal ids with other content
     become ``<id>#2``, ``<id>#3``, … in the order of their content. Relations to nodes that are not there stay. Over
     ``maxNodeFrames`` and ``maxRelationFrames`` the least connected go first (then by id), and the relations of cut
-    nodes with them; ``left_out`` counts both. Raises InvalidRequest when no node is left.
+    nodes with them; ``left_out`` counts both.
     """
     found = WarningCounter(request.warnings)
     nodes = _unique(request.nodes, "DUPLICATE_NODE", "NODE_ID_REUSED", found)
@@ -63,8 +62,6 @@ def canonical(request: ExportRequest) -> Graph:
         input=request.input,
         warnings=found.warnings(),
     )
-    if not graph.nodes:
-        raise InvalidRequest("options.maxNodeFrames leaves no node over", field="options.maxNodeFrames")
     if not graph.session_id:
         graph.session_id = str(uuid.uuid5(_SESSION_NAMESPACE, content_digest(graph)))
     return graph

@@ -151,7 +151,7 @@ _BYTE = re.compile(r"\(byte (\d+)\)")
 _TOKEN = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"|[{}\[\]:,]', re.DOTALL)
 
 
-def decode(data: bytes, limits: GraphLimits, found: WarningCounter, where: str = "") -> Any:
+def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, where: str = "") -> Any:
     """Decode one JSON document.
 
     Lone surrogates, control characters (escaped ones, but tab, line feed, form feed, carriage return) and bytes that
@@ -159,7 +159,8 @@ def decode(data: bytes, limits: GraphLimits, found: WarningCounter, where: str =
     (``line 7``) leads the field's name.
     """
     _check_values(data, limits)
-    data = data.removeprefix(_UTF8_BOM)
+    if data.startswith(_UTF8_BOM):
+        data = data[len(_UTF8_BOM) :]
     if b"\\u00" in data:
         data = _repair_escapes(data, found)
     while True:  # each repair removes what it is for, so it happens once at most
@@ -176,7 +177,7 @@ def decode(data: bytes, limits: GraphLimits, found: WarningCounter, where: str =
             data = repaired
 
 
-def _decode(data: bytes, limits: GraphLimits, where: str) -> Any:
+def _decode(data: bytes | bytearray, limits: GraphLimits, where: str) -> Any:
     try:
         return msgspec.json.decode(data)
     except RecursionError as error:
@@ -186,12 +187,12 @@ def _decode(data: bytes, limits: GraphLimits, where: str) -> Any:
         raise PayloadTooLarge("the payload does not fit into this process's memory", field="$") from error
 
 
-def _check_values(data: bytes, limits: GraphLimits) -> None:
+def _check_values(data: bytes | bytearray, limits: GraphLimits) -> None:
     if len(data) > limits.max_values and data.count(b",") + data.count(b"{") + data.count(b"[") > limits.max_values:
         raise _too_large("payload", limits.max_values, "JSON values")
 
 
-def _repair_escapes(data: bytes, found: WarningCounter) -> bytes:
+def _repair_escapes(data: bytes | bytearray, found: WarningCounter) -> bytes | bytearray:
     counts = {"LONE_SURROGATE": 0, "CONTROL_CHARACTER": 0}
 
     def repair(match: re.Match[bytes]) -> bytes:
@@ -208,7 +209,7 @@ def _repair_escapes(data: bytes, found: WarningCounter) -> bytes:
     return data
 
 
-def _not_json(data: bytes, error: Exception, where: str) -> InvalidRequest:
+def _not_json(data: bytes | bytearray, error: Exception, where: str) -> InvalidRequest:
     text = str(error)
     if "out of range" in text:
         number = _HUGE_NUMBER.search(data)
@@ -238,7 +239,7 @@ def _around(text: str, position: int) -> str:
     return text[max(0, position - 40) : position + 40]
 
 
-def _path_at(data: bytes, offset: int) -> str:
+def _path_at(data: bytes | bytearray, offset: int) -> str:
     """The JSON path of the value at ``offset``, as ``nodes[3].properties.cohesion``."""
     if offset > _PATH_SEARCH_BYTES:
         return f"byte {offset}"

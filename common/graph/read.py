@@ -47,7 +47,7 @@ def read_graph(
     with opened(source) as stream:
         payload = Payload(stream, reader.limits)
         head, chunks = _peek(payload.chunks())
-        document = reader.stream(chunks) if _STREAM_START.match(head) else reader.document(b"".join(chunks))
+        document = reader.stream(chunks) if _STREAM_START.match(head) else reader.document(chunks)
     request = reader.request(document, defaults or Source(), session_id, project_name)
     report = payload.report()
     report.nodes, report.relationships, report.files = len(request.nodes), len(request.relations), len(request.files)
@@ -80,8 +80,11 @@ class _Reader:
         self.nodes: list[Node] = []
         self.relations: list[Relation] = []
 
-    def document(self, data: bytes) -> dict[str, Any]:
+    def document(self, chunks: Iterator[bytes]) -> dict[str, Any]:
         """Read one JSON document; answers what is left of it without nodes and relationships."""
+        data = bytearray()  # grows in place: a list of chunks and its join would be the payload twice
+        for chunk in chunks:
+            data += chunk
         if not data:
             raise InvalidRequest("the payload is empty", field="$")
         document = decode(data, self.limits, self.found)
