@@ -1,0 +1,89 @@
+"""The application: wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from common.settings import Settings
+from common.storage import FileStorage
+from control_plane.backends.legacy_vps import LegacyVps
+from control_plane.errors import to_response
+from control_plane.exports.intake import Intake
+from control_plane.exports.routes import ExportController
+from control_plane.exports.service import ExportService
+from control_plane.jobs.database import Database
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.layout import Layout
+from control_plane.jobs.store import JobStore
+from control_plane.operations.auth import BearerAuth
+from control_plane.operations.health import HealthController, metrics_route
+from control_plane.operations.http import cors, security_headers
+from control_plane.operations.metrics import Metrics
+from control_plane.operations.retention import Retention
+
+
+def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
+    """The control plane over a prepared ``layout``; closing ``hub`` ends its open streams."""
+    metrics = Metrics()
+    database = Database(settings.database_url)
+    store = JobStore(database, hub, queue_capacity=settings.queue_capacity)
+    storage = FileStorage([layout.artifacts, layout.payloads])
+    backend = LegacyVps(settings, store, storage, layout, metrics)
+    retention = Retention(settings, store, storage, layout)
+    parts: dict[str, Any] = {
+        "store": store,
+        "hub": hub,
+        "layout": layout,
+        "backend": backend,
+        "metrics": metrics,
+        "exports": ExportService(store, hub, storage, backend, max_streams=settings.max_streams),
+        "intake": Intake(store, storage, layout, backend, metrics, max_bytes=settings.max_payload_bytes),
+    }
+
+    @asynccontextmanager
+    async def lifespan(_app: Litestar) -> AsyncIterator[None]:
+        await database.migrate()
+        await backend.start()
+        sweeper = asyncio.create_task(retention.run())
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            hub.close()
+            await backend.stop()
+            await database.close()
+
+    return Litestar(
+        # The read tools are mounted here, from control_plane.reading.mcp.
+        route_handlers=[ExportController, HealthController, metrics_route(need_key=settings.metrics_need_key)],
+        dependencies={name: _providing(part) for name, part in parts.items()},
+        middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
+        exception_handlers={Exception: to_response},
+        before_send=[security_headers],
+        cors_config=cors(settings.cors_origins),
+        lifespan=[lifespan],
+        logging_config=None,
+        openapi_config=OpenAPIConfig(
+            title="memvid-export",
+            version=version("memvid-export"),
+            description="Turns GitNexus code graphs into Memvid capsules.",
+            path="/schema",
+            render_plugins=[JsonRenderPlugin()],
+            components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
+            security=[{"key": []}],
+        ),
+    )
+
+
+def _providing(part: Any) -> Provide:
+    return Provide(lambda: part, sync_to_thread=False)

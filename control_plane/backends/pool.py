@@ -1,0 +1,105 @@
+"""A fixed number of warm child processes; one that ended is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from common.errors import WorkerLost
+from handler.process import ChildProcess
+from handler.protocol import ChildConfig
+
+log = structlog.get_logger()
+
+RESTART_SECONDS = 1.0
+MAX_RESTART_SECONDS = 30.0
+
+
+class WorkerPool:
+    """``acquire`` gives a child to one user at a time, ``release`` takes it back."""
+
+    def __init__(self, config: ChildConfig, size: int) -> None:
+        self._config = config
+        self._size = size
+        self._idle: list[ChildProcess] = []
+        self._all: set[ChildProcess] = set()
+        self._changed = asyncio.Condition()
+        self._starting: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to start all children, one after the other, so that the first is ready soon."""
+        self._spawn(self._size)
+
+    @property
+    def ready(self) -> bool:
+        """At least one child is up."""
+        return not self._closed and any(not child.ended for child in self._all)
+
+    async def acquire(self, job_id: str | None = None) -> ChildProcess:
+        """An idle child, best the one that has read the payload of ``job_id``; waits for one."""
+        async with self._changed:
+            while True:
+                for child in [child for child in self._idle if child.ended]:
+                    self._idle.remove(child)
+                    self._drop(child)
+                if self._idle:
+                    child = min(self._idle, key=lambda idle: _rank(idle, job_id))
+                    self._idle.remove(child)
+                    return child
+                await self._changed.wait()
+
+    async def release(self, child: ChildProcess, *, reuse: bool) -> None:
+        """Take a child back; without ``reuse`` it is ended and replaced."""
+        if self._closed:
+            return
+        if reuse and not child.ended:
+            async with self._changed:
+                self._idle.append(child)
+                self._changed.notify_all()
+        else:
+            await child.close()
+            self._drop(child)
+
+    async def close(self) -> None:
+        """End all children."""
+        self._closed = True
+        for task in self._starting:
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
+        await asyncio.gather(*(child.close() for child in self._all))
+        self._all.clear()
+
+    def _drop(self, child: ChildProcess) -> None:
+        self._all.discard(child)
+        self._spawn(1)
+
+    def _spawn(self, count: int) -> None:
+        if not self._closed:
+            task = asyncio.create_task(self._start(count))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    async def _start(self, count: int) -> None:
+        wait = RESTART_SECONDS
+        while count:
+            try:
+                child = await ChildProcess.start(self._config)
+            except WorkerLost as error:
+                log.error("a worker does not start", reason=error.message, again_in_seconds=wait)
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, MAX_RESTART_SECONDS)
+                continue
+            count -= 1
+            self._all.add(child)
+            async with self._changed:
+                self._idle.append(child)
+                self._changed.notify_all()
+
+
+def _rank(child: ChildProcess, job_id: str | None) -> int:
+    """Best the child that has read this job's payload, then one that holds none."""
+    if child.kept_job is None:
+        return 1
+    return 0 if child.kept_job == job_id else 2

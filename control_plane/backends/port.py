@@ -1,0 +1,39 @@
+"""The compute port: where queued jobs are run."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from handler.protocol import Checked
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Takes queued jobs from the store and brings them to an end."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Take up what an earlier server left, then take jobs."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop taking jobs; those that run go back to the queue."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """A worker can take a job now or as soon as the running ones end."""
+        ...
+
+    async def check(self, job_id: str, payload_ref: str, size: int) -> Checked:
+        """Read a staged payload and say what is in it. Raises InvalidRequest, PayloadTooLarge."""
+        ...
+
+    def wake(self) -> None:
+        """There is a new job in the queue."""
+        ...
+
+    async def cancel(self, job_id: str) -> None:
+        """Stop the work on a job that was canceled and remove what it left; returns when nothing of it runs."""
+        ...

@@ -1,0 +1,150 @@
+"""Errors of the HTTP boundary, and the one place where any exception becomes an answer."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
+
+from common.contract import ErrorBody, ErrorInfo
+from common.errors import ExportError, InvalidRequest
+
+log = structlog.get_logger()
+
+RETRY_AFTER_SECONDS = 5
+
+
+class Unauthorized(ExportError):
+    """No bearer key, or a wrong one."""
+
+    code = "UNAUTHORIZED"
+
+
+class NotFound(ExportError):
+    """No such route."""
+
+    code = "NOT_FOUND"
+
+
+class MethodNotAllowed(ExportError):
+    """The route does not know this method."""
+
+    code = "METHOD_NOT_ALLOWED"
+
+
+class JobNotFound(ExportError):
+    """No job of this id."""
+
+    code = "JOB_NOT_FOUND"
+
+
+class JobExpired(ExportError):
+    """The job's artifacts were removed after their time."""
+
+    code = "JOB_EXPIRED"
+
+
+class ArtifactNotReady(ExportError):
+    """The job has not finished, or ended without an artifact."""
+
+    code = "ARTIFACT_NOT_READY"
+
+
+class ArtifactMissing(ExportError):
+    """The artifact of a finished job is not where it should be."""
+
+    code = "ARTIFACT_MISSING"
+
+
+class RangeNotSatisfiable(ExportError):
+    """The range lies outside the file; ``details['size']`` says how long it is."""
+
+    code = "RANGE_NOT_SATISFIABLE"
+
+
+class RateLimited(ExportError):
+    """Too many of something at once."""
+
+    code = "RATE_LIMITED"
+    retryable = True
+
+
+class QueueUnavailable(ExportError):
+    """The queue is full or the server is stopping."""
+
+    code = "QUEUE_UNAVAILABLE"
+    retryable = True
+
+
+STATUS: dict[str, int] = {
+    "UNAUTHORIZED": 401,
+    "INVALID_EXPORT_REQUEST": 400,
+    "PAYLOAD_TOO_LARGE": 413,
+    "UNSUPPORTED_MEDIA_TYPE": 415,
+    "NOT_FOUND": 404,
+    "METHOD_NOT_ALLOWED": 405,
+    "JOB_NOT_FOUND": 404,
+    "JOB_EXPIRED": 410,
+    "ARTIFACT_NOT_READY": 409,
+    "ARTIFACT_MISSING": 410,
+    "RANGE_NOT_SATISFIABLE": 416,
+    "RATE_LIMITED": 429,
+    "QUEUE_UNAVAILABLE": 503,
+    "STORAGE_FAILED": 503,
+}
+"""HTTP status of each code; any other code is a 500."""
+
+_FRAMEWORK: dict[int, type[ExportError]] = {404: NotFound, 405: MethodNotAllowed}
+
+
+def status_of(error: ExportError) -> int:
+    """The HTTP status for an error."""
+    return STATUS.get(error.code, HTTP_500_INTERNAL_SERVER_ERROR)
+
+
+def body_of(error: ExportError) -> ErrorBody:
+    """The JSON body for an error."""
+    details: dict[str, Any] | msgspec.UnsetType = dict(error.details) or msgspec.UNSET
+    return ErrorBody(error=ErrorInfo(code=error.code, message=error.message, details=details))
+
+
+def headers_of(error: ExportError) -> dict[str, str]:
+    """Headers that belong to an error."""
+    if error.code in ("RATE_LIMITED", "QUEUE_UNAVAILABLE", "STORAGE_FAILED"):
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    if error.code == "UNAUTHORIZED":
+        return {"WWW-Authenticate": "Bearer"}
+    if error.code == "RANGE_NOT_SATISFIABLE":
+        return {"Content-Range": f"bytes */{error.details['size']}"}
+    return {}
+
+
+def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
+    """Any exception as an answer; what nobody foresaw becomes a 500 with a trace id, its story goes to the log."""
+    known = _known(error)
+    if known is None or status_of(known) == HTTP_500_INTERNAL_SERVER_ERROR:
+        trace_id = secrets.token_hex(8)
+        log.error("request failed", trace_id=trace_id, path=request.url.path, exc_info=error)
+        known = ExportError("Something went wrong on our side; the log has it under this trace id.", traceId=trace_id)
+    headers = headers_of(known)
+    if isinstance(error, HTTPException) and error.headers:
+        headers |= {name: value for name, value in error.headers.items() if name.lower() == "allow"}
+    return Response(body_of(known), status_code=status_of(known), headers=headers, media_type="application/json")
+
+
+def _known(error: Exception) -> ExportError | None:
+    if isinstance(error, ExportError):
+        return error
+    if not isinstance(error, HTTPException) or error.status_code >= HTTP_500_INTERNAL_SERVER_ERROR:
+        return None
+    if kind := _FRAMEWORK.get(error.status_code):
+        return kind("There is no such route." if error.status_code == 404 else "This route does not know that method.")
+    extra = error.extra if isinstance(error.extra, list) else []
+    fields = [str(item["key"]) for item in extra if isinstance(item, dict) and "key" in item]
+    what = "; ".join(f"{i['key']}: {i['message']}" for i in extra if isinstance(i, dict) and "key" in i)
+    return InvalidRequest(what or error.detail, **({"field": fields[0]} if fields else {}))

@@ -1,0 +1,194 @@
+"""Takes a request body to disk, checks it in a worker, and queues the job; the promise of 202 holds from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from litestar.exceptions import HTTPException
+
+from common.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from common.storage import Storage, Stored
+from control_plane.backends.port import Backend
+from control_plane.errors import QueueUnavailable
+from control_plane.jobs.layout import Layout
+from control_plane.jobs.records import JobRecord, NewJob
+from control_plane.jobs.store import JobStore
+from control_plane.operations.metrics import Metrics
+from handler.protocol import Checked
+
+CONTENT_TYPES = ("application/json", "application/x-ndjson", "application/ndjson", "application/octet-stream")
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+MAX_UPLOADS = 64
+CHUNK_SECONDS = 60.0
+"""A body that brings nothing for so long is given up."""
+PIECE = 1 << 20
+MAX_KEY = 255
+
+
+class Intake:
+    """``POST /v1/exports``."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        storage: Storage,
+        layout: Layout,
+        backend: Backend,
+        metrics: Metrics,
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._store = store
+        self._storage = storage
+        self._layout = layout
+        self._backend = backend
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._uploads = 0
+
+    async def accept(self, headers: Mapping[str, str], chunks: AsyncIterator[bytes]) -> tuple[JobRecord, bool]:
+        """Stage, check and queue; answers the job and whether it is a new one.
+
+        Raises InvalidRequest, PayloadTooLarge, UnsupportedMediaType, QueueUnavailable, StorageFailed.
+        """
+        encoding = _encoding(headers)
+        _check_content_type(headers)
+        key = _idempotency_key(headers)
+        self._check_length(headers)
+        await self._store.check_capacity()
+        if self._uploads >= MAX_UPLOADS:
+            raise QueueUnavailable(f"{MAX_UPLOADS} uploads are running at once. Try again later.")
+        self._uploads += 1
+        try:
+            return await self._accept(chunks, encoding, key)
+        finally:
+            self._uploads -= 1
+
+    async def _accept(self, chunks: AsyncIterator[bytes], encoding: str, key: str | None) -> tuple[JobRecord, bool]:
+        job_id = str(uuid.uuid4())
+        ref = self._layout.payload_ref(job_id)
+        path = self._layout.incoming / job_id
+        try:
+            size, sha256 = await self._write(path, chunks, encoding)
+            if key is not None and (first := await self._store.find_key(key, sha256)) is not None:
+                return first, False
+            staged = await asyncio.to_thread(self._storage.put, path, ref, sha256=sha256)
+            checked = await self._backend.check(job_id, ref, size)
+            record, new = await self._store.create(_new_job(job_id, self._backend.name, staged, checked), key)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(self._storage.delete, ref))
+            raise
+        finally:
+            path.unlink(missing_ok=True)
+        if new:
+            self._metrics.accepted.inc()
+            self._backend.wake()
+        else:
+            await asyncio.to_thread(self._storage.delete, ref)
+        return record, new
+
+    async def _write(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
+        digest = hashlib.sha256()
+        size, held = 0, bytearray()
+
+        def flush(file: BinaryIO, data: bytearray) -> None:
+            file.write(data)
+            digest.update(data)
+
+        with await asyncio.to_thread(path.open, "xb") as file:
+            async for chunk in _timed(chunks):
+                size += len(chunk)
+                held += chunk
+                if size > self._max_bytes:
+                    raise self._too_large()
+                if len(held) >= PIECE:
+                    full, held = held, bytearray()
+                    if size == len(full):
+                        _check_magic(full, encoding)
+                    await asyncio.to_thread(flush, file, full)
+            if size == len(held):
+                _check_magic(held, encoding)
+            await asyncio.to_thread(flush, file, held)
+        if not size:
+            raise InvalidRequest("The body is empty; it must be a graph with nodes and relationships.", field="$")
+        return size, digest.hexdigest()
+
+    def _check_length(self, headers: Mapping[str, str]) -> None:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> PayloadTooLarge:
+        limit = self._max_bytes
+        return PayloadTooLarge(f"The body may have at most {limit:,} bytes.", field="$", limit=limit)
+
+
+def _new_job(job_id: str, backend: str, staged: Stored, checked: Checked) -> NewJob:
+    counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
+    return NewJob(
+        id=job_id,
+        backend=backend,
+        weight=checked.nodes + checked.relationships,
+        session_id=checked.session_id,
+        project_name=checked.project_name,
+        payload_ref=staged.ref,
+        payload_sha256=staged.sha256,
+        payload_size=staged.size,
+        message=f"Queued for export: {checked.nodes:,} nodes and {checked.relationships:,} relationships",
+        meta=counts,
+    )
+
+
+async def _timed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    iterator = aiter(chunks)
+    while True:
+        try:
+            async with asyncio.timeout(CHUNK_SECONDS):
+                chunk = await anext(iterator, None)
+        except TimeoutError as error:
+            raise InvalidRequest(f"The body brought nothing for {CHUNK_SECONDS:.0f} seconds.", field="$") from error
+        except HTTPException as error:
+            raise InvalidRequest("The body ended before its announced length.", field="$") from error
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _encoding(headers: Mapping[str, str]) -> str:
+    encoding = headers.get("content-encoding", "identity").strip().lower() or "identity"
+    if encoding not in ("identity", *MAGIC):
+        raise UnsupportedMediaType(
+            "Content-Encoding must be gzip, zstd or identity.", field="Content-Encoding", allowed=["gzip", "zstd"]
+        )
+    return encoding
+
+
+def _check_content_type(headers: Mapping[str, str]) -> None:
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in CONTENT_TYPES:
+        raise UnsupportedMediaType(
+            f"Content-Type must be one of {', '.join(CONTENT_TYPES)}.",
+            field="Content-Type",
+            allowed=list(CONTENT_TYPES),
+        )
+
+
+def _check_magic(start: bytearray, encoding: str) -> None:
+    if (magic := MAGIC.get(encoding)) and not start.startswith(magic):
+        raise InvalidRequest(
+            f"Content-Encoding says {encoding}, but the body does not begin like {encoding}.", field="Content-Encoding"
+        )
+
+
+def _idempotency_key(headers: Mapping[str, str]) -> str | None:
+    key = headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable()):
+        raise InvalidRequest(
+            f"Idempotency-Key must have 1 to {MAX_KEY} printable ASCII characters.", field="Idempotency-Key"
+        )
+    return key

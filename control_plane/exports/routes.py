@@ -1,0 +1,237 @@
+"""The routes of ``/v1/exports``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from litestar import Controller, HttpMethod, Request, Response, delete, get, post, route
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
+from litestar.params import Parameter
+from litestar.types import ASGIApp
+
+from common.contract import ErrorBody, EventPage, Job, JobCreated, JobPage, Report, Status
+from control_plane.errors import STATUS
+from control_plane.exports.intake import CONTENT_TYPES, Intake
+from control_plane.exports.service import ExportService
+from control_plane.exports.views import created_view
+
+_OBJECT = Schema(type=OpenAPIType.OBJECT)
+_GRAPH = Schema(
+    type=OpenAPIType.OBJECT,
+    title="ExportRequest",
+    description="An export request, or the answer of GitNexus `GET /api/graph` (`edges` for `relationships` will do).",
+    required=["nodes"],
+    properties={
+        "sessionId": Schema(type=OpenAPIType.STRING),
+        "projectName": Schema(type=OpenAPIType.STRING),
+        "source": _OBJECT,
+        "nodes": Schema(
+            type=OpenAPIType.ARRAY,
+            min_items=1,
+            items=Schema(
+                type=OpenAPIType.OBJECT,
+                required=["id", "label"],
+                properties={
+                    "id": Schema(type=OpenAPIType.STRING),
+                    "label": Schema(type=OpenAPIType.STRING),
+                    "properties": _OBJECT,
+                },
+            ),
+        ),
+        "relationships": Schema(
+            type=OpenAPIType.ARRAY,
+            min_items=1,
+            items=Schema(
+                type=OpenAPIType.OBJECT,
+                required=["sourceId", "targetId", "type"],
+                properties={
+                    "id": Schema(type=OpenAPIType.STRING),
+                    "sourceId": Schema(type=OpenAPIType.STRING),
+                    "targetId": Schema(type=OpenAPIType.STRING),
+                    "type": Schema(type=OpenAPIType.STRING),
+                    "confidence": Schema(type=OpenAPIType.NUMBER),
+                },
+            ),
+        ),
+        "fileContents": Schema(type=OpenAPIType.OBJECT, additional_properties=Schema(type=OpenAPIType.STRING)),
+        "options": _OBJECT,
+    },
+)
+_BINARY = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
+
+
+@dataclass
+class _CreateOperation(Operation):
+    """The body is streamed to disk, so the framework does not see its shape."""
+
+    def __post_init__(self) -> None:
+        content = {kind: OpenAPIMediaType(schema=_BINARY) for kind in CONTENT_TYPES}
+        content["application/json"] = OpenAPIMediaType(schema=_GRAPH)
+        self.request_body = RequestBody(content=content, required=True, description="Plain, gzip or zstd.")
+
+
+def _errors(*codes: str) -> dict[int, ResponseSpec]:
+    found: dict[int, list[str]] = {}
+    for code in ("UNAUTHORIZED", *codes):
+        found.setdefault(STATUS[code], []).append(code)
+    return {
+        status: ResponseSpec(data_container=ErrorBody, description=" or ".join(names), generate_examples=False)
+        for status, names in found.items()
+    }
+
+
+def _file(media_type: str) -> dict[int, ResponseSpec]:
+    whole = ResponseSpec(data_container=bytes, media_type=media_type, description="The file", generate_examples=False)
+    part = ResponseSpec(data_container=bytes, media_type=media_type, description="A range", generate_examples=False)
+    same = ResponseSpec(data_container=None, description="Not changed", generate_examples=False)
+    errors = _errors(
+        "INVALID_EXPORT_REQUEST",
+        "JOB_NOT_FOUND",
+        "ARTIFACT_NOT_READY",
+        "JOB_EXPIRED",
+        "ARTIFACT_MISSING",
+        "RANGE_NOT_SATISFIABLE",
+    )
+    return {200: whole, 206: part, 304: same, **errors}
+
+
+class ExportController(Controller):
+    """Create, follow, fetch and cancel exports."""
+
+    path = "/v1/exports"
+    tags = ("exports",)
+
+    @post(
+        status_code=202,
+        request_max_body_size=None,
+        operation_class=_CreateOperation,
+        operation_id="createExport",
+        summary="Queue an export",
+        responses=_errors("INVALID_EXPORT_REQUEST", "PAYLOAD_TOO_LARGE", "UNSUPPORTED_MEDIA_TYPE", "QUEUE_UNAVAILABLE"),
+    )
+    async def create(
+        self,
+        request: Request[Any, Any, Any],
+        intake: Intake,
+        idempotency_key: Annotated[
+            str | None, Parameter(header="Idempotency-Key", description="A retry with it returns the first job.")
+        ] = None,
+    ) -> Response[JobCreated]:
+        """The answer comes when the graph has been read and is safe on disk."""
+        job, new = await intake.accept(request.headers, request.stream())
+        headers = {"Location": f"/v1/exports/{job.id}"} | ({} if new else {"Idempotent-Replayed": "true"})
+        return Response(created_view(job), status_code=202, headers=headers)
+
+    @get(operation_id="listExports", summary="List exports, newest first", responses=_errors("INVALID_EXPORT_REQUEST"))
+    async def list_jobs(
+        self,
+        exports: ExportService,
+        status: Status | None = None,
+        cursor: str | None = None,
+        limit: Annotated[int, Parameter(description="1 to 200")] = 50,
+    ) -> JobPage:
+        """``nextCursor`` begins the next page; null at the end."""
+        return await exports.list(status, cursor, limit)
+
+    @get("/{job_id:str}", operation_id="getExport", summary="One export", responses=_errors("JOB_NOT_FOUND"))
+    async def read(self, exports: ExportService, job_id: str) -> Job:
+        """Status, progress, and the artifact once it is there."""
+        return await exports.job(job_id)
+
+    @delete(
+        "/{job_id:str}",
+        status_code=200,
+        operation_id="cancelExport",
+        summary="Cancel an export",
+        responses=_errors("JOB_NOT_FOUND"),
+    )
+    async def cancel(self, exports: ExportService, job_id: str) -> Job:
+        """A queued or running export is canceled; one that has ended answers as it is."""
+        return await exports.cancel(job_id)
+
+    @get(
+        "/{job_id:str}/events",
+        operation_id="listEvents",
+        summary="Events of an export",
+        responses=_errors("JOB_NOT_FOUND", "INVALID_EXPORT_REQUEST"),
+    )
+    async def events(
+        self,
+        exports: ExportService,
+        job_id: str,
+        since_seq: Annotated[int, Parameter(query="sinceSeq", ge=0, description="Events after this number")] = 0,
+        limit: Annotated[int, Parameter(description="1 to 2000; a number outside counts as the nearest")] = 200,
+    ) -> EventPage:
+        """``nextSeq`` is the number of the first event that is not in this page."""
+        return await exports.events(job_id, since_seq, limit)
+
+    @get(
+        "/{job_id:str}/events/stream",
+        operation_id="streamEvents",
+        summary="Events of an export as they come",
+        responses={
+            200: ResponseSpec(
+                data_container=str,
+                media_type="text/event-stream",
+                description="Server-sent events; the stream ends after the terminal one",
+                generate_examples=False,
+            ),
+            **_errors("JOB_NOT_FOUND", "INVALID_EXPORT_REQUEST", "RATE_LIMITED"),
+        },
+    )
+    async def stream(
+        self,
+        exports: ExportService,
+        job_id: str,
+        since_seq: Annotated[int, Parameter(query="sinceSeq", ge=0)] = 0,
+        last_event_id: Annotated[int | None, Parameter(header="Last-Event-ID", ge=0)] = None,
+    ) -> ASGIApp:
+        """``Last-Event-ID`` goes before ``sinceSeq``."""
+        return await exports.stream(job_id, since_seq if last_event_id is None else last_event_id)
+
+    @route(
+        "/{job_id:str}/download",
+        http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        operation_id=lambda _route, method, _path: f"{method.lower()}Capsule",
+        summary="The capsule",
+        responses=_file("application/octet-stream"),
+    )
+    async def download(
+        self,
+        request: Request[Any, Any, Any],
+        exports: ExportService,
+        job_id: str,
+        part: Annotated[int, Parameter(description="Which file of a capsule in several parts")] = 1,
+    ) -> ASGIApp:
+        """Ranges, validators and digests are given."""
+        return await exports.download(job_id, part, request.headers)
+
+    @route(
+        "/{job_id:str}/sidecar",
+        http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        operation_id=lambda _route, method, _path: f"{method.lower()}Sidecar",
+        summary="The capsule's SQLite index",
+        responses=_file("application/vnd.sqlite3"),
+    )
+    async def sidecar(self, request: Request[Any, Any, Any], exports: ExportService, job_id: str) -> ASGIApp:
+        """Ranges, validators and digests are given."""
+        return await exports.sidecar(job_id, request.headers)
+
+    @route(
+        "/{job_id:str}/manifest",
+        http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        operation_id=lambda _route, method, _path: f"{method.lower()}Manifest",
+        summary="The capsule's manifest",
+        responses=_file("application/json"),
+    )
+    async def manifest(self, request: Request[Any, Any, Any], exports: ExportService, job_id: str) -> ASGIApp:
+        """Hashes, counts and versions of all files."""
+        return await exports.manifest(job_id, request.headers)
+
+    @get("/{job_id:str}/report", operation_id="getReport", summary="Report", responses=_errors("JOB_NOT_FOUND"))
+    async def report(self, exports: ExportService, job_id: str) -> Report:
+        """Timings, counts and sizes of a finished export; of any other what is known."""
+        return await exports.report(job_id)

@@ -1,0 +1,137 @@
+"""What clients can ask about jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+
+from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report, Status
+from common.errors import InvalidRequest
+from common.storage import Storage
+from control_plane.backends.port import Backend
+from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired, JobNotFound
+from control_plane.exports.downloads import Artifact, Download
+from control_plane.exports.stream import EventStream
+from control_plane.exports.views import cursor_of, job_view, parse_cursor, report_view
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.records import JobRecord, NewEvent
+from control_plane.jobs.store import JobStore, now_ms
+from handler.job import ref_of
+
+MAX_EVENTS = 2_000
+MAX_PAGE = 200
+
+
+class ExportService:
+    """Reads jobs, cancels them, hands out their files."""
+
+    def __init__(self, store: JobStore, hub: EventHub, storage: Storage, backend: Backend, *, max_streams: int) -> None:
+        self._store = store
+        self._hub = hub
+        self._storage = storage
+        self._backend = backend
+        self._max_streams = max_streams
+
+    async def record(self, job_id: str) -> JobRecord:
+        """One job. Raises JobNotFound."""
+        job = await self._store.get(job_id)
+        if job is None:
+            raise JobNotFound("There is no export of this id.")
+        return job
+
+    async def job(self, job_id: str) -> Job:
+        """One job as clients see it. Raises JobNotFound."""
+        return job_view(await self.record(job_id))
+
+    async def list(self, status: Status | None, cursor: str | None, limit: int) -> JobPage:
+        """Jobs, newest first."""
+        limit = min(max(limit, 1), MAX_PAGE)
+        before = parse_cursor(cursor) if cursor else None
+        jobs = await self._store.page(status=status, before=before, limit=limit + 1)
+        following = cursor_of(jobs[limit - 1]) if len(jobs) > limit else None
+        return JobPage(jobs=[job_view(job) for job in jobs[:limit]], next_cursor=following)
+
+    async def events(self, job_id: str, since: int, limit: int) -> EventPage:
+        """Events above ``since``; ``nextSeq`` is the number of the first event that is not in this page."""
+        await self.record(job_id)
+        events = await self._store.events(job_id, since, min(max(limit, 1), MAX_EVENTS))
+        # Read after the events, so that a snapshot that says "completed" never comes before the last event is out.
+        job = await self.record(job_id)
+        next_seq = events[-1].seq + 1 if events else min(since, job.last_seq) + 1
+        return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=job_view(job))
+
+    async def stream(self, job_id: str, since: int) -> EventStream:
+        """The event stream of a job. Raises JobNotFound, RateLimited."""
+        job = await self.record(job_id)
+        return EventStream(self._store, self._hub, job, since, max_streams=self._max_streams)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a job that has not ended; one that has answers as it is."""
+        await self.record(job_id)
+        progress = Progress(stage="canceled", progress=0, stage_progress=100, message="Export canceled")
+        moved = await self._store.move(job_id, "canceled", NewEvent("job_canceled", progress))
+        if moved is not None:
+            await self._backend.cancel(job_id)
+        return await self.job(job_id)
+
+    async def report(self, job_id: str) -> Report:
+        """The report of a job."""
+        return report_view(await self.record(job_id))
+
+    async def download(self, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
+        """A part of the capsule."""
+        job, manifest = await self._finished(job_id)
+        if not 1 <= part <= len(manifest.parts):
+            raise InvalidRequest(f"part must be 1 to {len(manifest.parts)}.", field="part", allowed=len(manifest.parts))
+        found = manifest.parts[part - 1]
+        artifact = Artifact(
+            self._ref(job, found.file_name), found.file_name, "application/octet-stream", found.size_bytes, found.sha256
+        )
+        return await Download.prepare(
+            self._storage, artifact, headers, {"X-Capsule-Part": f"{part}/{len(manifest.parts)}"}
+        )
+
+    async def sidecar(self, job_id: str, headers: Mapping[str, str]) -> Download:
+        """The SQLite index."""
+        job, manifest = await self._finished(job_id)
+        name = manifest.sidecar_file_name
+        artifact = Artifact(
+            self._ref(job, name),
+            name,
+            "application/vnd.sqlite3",
+            manifest.sidecar_size_bytes,
+            manifest.sidecar_sha256,
+        )
+        return await Download.prepare(self._storage, artifact, headers, {})
+
+    async def manifest(self, job_id: str, headers: Mapping[str, str]) -> Download:
+        """The manifest, byte by byte as it was published."""
+        job, manifest = await self._finished(job_id)
+        assert job.output is not None
+        ref = job.output.manifest_ref
+        size, sha256 = await asyncio.to_thread(self._hash, ref)
+        name = f"{manifest.parts[0].file_name}.manifest.json"
+        return await Download.prepare(self._storage, Artifact(ref, name, "application/json", size, sha256), headers, {})
+
+    def _hash(self, ref: str) -> tuple[int, str]:
+        size = self._storage.size(ref)
+        if size is None:
+            raise ArtifactMissing("The manifest of this export is not where it should be.")
+        digest = hashlib.sha256()
+        for piece in self._storage.read(ref, 0, size):
+            digest.update(piece)
+        return size, digest.hexdigest()
+
+    async def _finished(self, job_id: str) -> tuple[JobRecord, Manifest]:
+        job = await self.record(job_id)
+        if job.status == "expired" or (job.expires_at is not None and job.expires_at <= now_ms()):
+            raise JobExpired("The files of this export were removed after their time.")
+        if job.status != "completed" or job.manifest is None:
+            state = {"failed": "The export failed", "canceled": "The export was canceled"}.get(job.status)
+            raise ArtifactNotReady(f"{state or 'The export is not finished yet'}; there is nothing to download.")
+        return job, job.manifest
+
+    def _ref(self, job: JobRecord, name: str) -> str:
+        assert job.output is not None
+        return ref_of(job.output.artifact_ref.rsplit("/", 1)[0] + "/", name)

@@ -1,0 +1,97 @@
+"""Jobs as clients see them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import msgspec
+
+from common.contract import Artifact, InputReport, Job, JobCreated, JobMetadata, Report, Timings
+from common.errors import InvalidRequest
+from control_plane.jobs.records import TERMINAL, JobRecord, iso
+from control_plane.jobs.store import now_ms
+
+
+def created_view(job: JobRecord) -> JobCreated:
+    """The 202 answer."""
+    return JobCreated(
+        job_id=job.id,
+        status=job.status,
+        progress=job.progress,
+        current_stage=job.stage,
+        stage_progress=job.stage_progress,
+        message=job.message,
+        created_at=iso(job.created_at),
+    )
+
+
+def job_view(job: JobRecord) -> Job:
+    """The whole job."""
+    output = job.output
+    return Job(
+        job_id=job.id,
+        status=job.status,
+        progress=job.progress,
+        current_stage=job.stage,
+        stage_progress=job.stage_progress,
+        elapsed_ms=max(0, (job.finished_at or now_ms()) - job.created_at),
+        last_event_seq=job.last_seq,
+        message=job.message,
+        created_at=iso(job.created_at),
+        updated_at=iso(job.updated_at),
+        artifact=_artifact(job),
+        error=job.error,
+        metadata=JobMetadata(
+            backend=job.backend,
+            payload_ref=job.payload_ref if job.status not in TERMINAL else None,
+            artifact_ref=output.artifact_ref if output else None,
+            worker_metrics=output.metrics if output else None,
+        ),
+    )
+
+
+def _artifact(job: JobRecord) -> Artifact | None:
+    if job.status != "completed" or job.output is None or job.manifest is None or job.expires_at is None:
+        return None
+    url = f"/v1/exports/{job.id}"
+    first = job.manifest.parts[0]
+    return Artifact(
+        file_name=first.file_name,
+        download_url=f"{url}/download",
+        expires_at=iso(job.expires_at),
+        size_bytes=job.output.size_bytes,
+        sha256=job.output.sha256,
+        sidecar_url=f"{url}/sidecar",
+        manifest_url=f"{url}/manifest",
+        parts=len(job.manifest.parts),
+    )
+
+
+def report_view(job: JobRecord) -> Report:
+    """The report of a finished job, and for any other what is known."""
+    if job.output is not None:
+        report = msgspec.convert(job.output.metrics, Report)
+        report.status = job.status
+        return report
+    until = job.finished_at or now_ms()
+    started = job.started_at or until
+    timings = Timings(queue=(started - job.created_at) / 1000, total=(until - started) / 1000)
+    received = InputReport(bytes=job.payload_size, sha256=job.payload_sha256)
+    return Report(
+        job_id=job.id, status=job.status, backend=job.backend, attempts=job.attempt, input=received, timings=timings
+    )
+
+
+def cursor_of(job: JobRecord) -> str:
+    """Where the page after this job begins."""
+    return base64.urlsafe_b64encode(f"{job.created_at}:{job.id}".encode()).decode().rstrip("=")
+
+
+def parse_cursor(cursor: str) -> tuple[int, str]:
+    """Creation time and id from a cursor. Raises InvalidRequest."""
+    try:
+        moment, _, job_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii").partition(":")
+        return int(moment), job_id
+    except (ValueError, binascii.Error) as error:
+        raise InvalidRequest("cursor is not one that this server gave.", field="cursor") from error

@@ -1,0 +1,98 @@
+"""Tells open event streams of new events, so that nobody has to ask the database again and again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from common.contract import Event
+from control_plane.jobs.records import TERMINAL_EVENTS
+
+KEPT = 1_024
+"""Events of one job held in memory while someone listens; who is further behind reads from the database."""
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One event, encoded once for all streams."""
+
+    seq: int
+    data: bytes
+    last: bool
+    """Nothing follows."""
+
+
+def line_of(event: Event) -> Line:
+    """The event in the form of an event stream: LF only, an empty line at the end."""
+    data = b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), msgspec.json.encode(event))
+    return Line(event.seq, data, event.type in TERMINAL_EVENTS)
+
+
+class Channel:
+    """The newest events of one job."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, Line] = {}
+        self.listeners = 0
+        self.closed = False
+        self._changed = asyncio.Event()
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Append, drop what is too old, wake all listeners."""
+        for line in lines:
+            self.lines[line.seq] = line
+        while len(self.lines) > KEPT:
+            del self.lines[min(self.lines)]
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake all listeners."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, timeout: float) -> bool:  # noqa: ASYNC109
+        """Wait for the next ``wake``; False after ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class EventHub:
+    """Channels of the jobs that someone listens to."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, Channel] = {}
+        self.closed = False
+        self.listeners = 0
+
+    def publish(self, job_id: str, events: Sequence[Event]) -> None:
+        """Hand committed events to the listeners of a job."""
+        if channel := self._channels.get(job_id):
+            channel.add([line_of(event) for event in events])
+
+    @asynccontextmanager
+    async def listen(self, job_id: str) -> AsyncIterator[Channel]:
+        """The channel of a job, filled from now on."""
+        channel = self._channels.setdefault(job_id, Channel())
+        channel.closed = self.closed
+        channel.listeners += 1
+        self.listeners += 1
+        try:
+            yield channel
+        finally:
+            self.listeners -= 1
+            channel.listeners -= 1
+            if not channel.listeners:
+                del self._channels[job_id]
+
+    def close(self) -> None:
+        """End all streams: the server is stopping."""
+        self.closed = True
+        for channel in self._channels.values():
+            channel.closed = True
+            channel.wake()

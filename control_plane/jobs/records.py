@@ -1,0 +1,96 @@
+"""A job as the store holds it, and the texts of times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Row
+
+from common.contract import Event, EventType, JobError, JobOutput, Manifest, Progress, Stage, Status
+from common.progress import EMOJI
+
+TERMINAL_EVENTS: frozenset[EventType] = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
+TERMINAL: frozenset[Status] = frozenset({"completed", "failed", "canceled", "expired"})
+
+
+def iso(milliseconds: int) -> str:
+    """ISO 8601 in UTC with milliseconds."""
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a staged and checked payload brings along."""
+
+    id: str
+    backend: str
+    weight: int
+    """Nodes and relationships: what decides between a small job and a large one."""
+    session_id: str
+    project_name: str
+    payload_ref: str
+    payload_sha256: str
+    payload_size: int
+    message: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One row of ``jobs``; times in milliseconds since 1970."""
+
+    id: str
+    backend: str
+    status: Status
+    stage: Stage
+    progress: int
+    stage_progress: int
+    message: str
+    last_seq: int
+    attempt: int
+    """Counts every time that a worker took the job."""
+    lost: int
+    """Counts the attempts that ended without an answer."""
+    weight: int
+    session_id: str
+    project_name: str
+    payload_ref: str
+    payload_sha256: str
+    payload_size: int
+    created_at: int
+    updated_at: int
+    started_at: int | None
+    finished_at: int | None
+    expires_at: int | None
+    error: JobError | None
+    output: JobOutput | None
+    manifest: Manifest | None
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> JobRecord:
+        """From a row with all columns."""
+        values = dict(row._mapping)
+        for name, kind in (("error", JobError), ("output", JobOutput), ("manifest", Manifest)):
+            if values[name] is not None:
+                values[name] = msgspec.json.decode(values[name], type=kind)
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event before it has its number."""
+
+    type: EventType
+    progress: Progress
+
+
+def event_of(row: Row[Any]) -> Event:
+    """From a row of ``events`` with all columns."""
+    values = dict(row._mapping)
+    values["ts"] = iso(values["ts"])
+    values["meta"] = msgspec.json.decode(values["meta"])
+    return Event(emoji=EMOJI[row.stage], **values)

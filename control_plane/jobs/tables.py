@@ -1,0 +1,61 @@
+"""The tables of jobs, events and idempotency keys; JSON lies in text columns, times are milliseconds since 1970."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("backend", String(20), nullable=False),
+    Column("status", String(10), nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("progress", Integer, nullable=False),
+    Column("stage_progress", Integer, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("last_seq", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("lost", Integer, nullable=False),
+    Column("weight", BigInteger, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("project_name", Text, nullable=False),
+    Column("payload_ref", Text, nullable=False),
+    Column("payload_sha256", String(64), nullable=False),
+    Column("payload_size", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("finished_at", BigInteger),
+    Column("expires_at", BigInteger),
+    Column("error", Text),
+    Column("output", Text),
+    Column("manifest", Text),
+    Index("ix_jobs_status_created", "status", "created_at", "id"),
+    Index("ix_jobs_created", "created_at", "id"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", String(36), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("type", String(20), nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("progress", Integer, nullable=False),
+    Column("stage_progress", Integer, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("meta", Text, nullable=False),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("key", String(255), primary_key=True),
+    Column("job_id", String(36), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Index("ix_idempotency_keys_job", "job_id"),
+)

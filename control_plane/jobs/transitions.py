@@ -1,0 +1,134 @@
+"""The only module that changes the state of a job.
+
+Every change is one guarded UPDATE: it counts only if the job is in a state from which the change is allowed, and the
+event's number comes from the same statement, so numbers have no gaps and a terminal state is written once. A job that
+is ``completed`` may become ``expired`` later; that change has no event, since nothing follows ``job_completed``.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, case, insert, literal, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from common.contract import Event, Progress, Status
+from common.progress import EMOJI
+from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, iso
+from control_plane.jobs.tables import events, jobs
+
+ALLOWED: dict[Status, frozenset[Status]] = {
+    "queued": frozenset({"running", "failed", "canceled", "expired"}),
+    "running": frozenset({"queued", "completed", "failed", "canceled"}),
+    "completed": frozenset({"expired"}),
+    "failed": frozenset(),
+    "canceled": frozenset(),
+    "expired": frozenset(),
+}
+"""From each state to those that may follow."""
+
+
+async def move(
+    connection: AsyncConnection,
+    job_id: str,
+    to: Status,
+    *,
+    now: int,
+    event: NewEvent | None,
+    attempt: int | None = None,
+    sources: frozenset[Status] | None = None,
+    values: dict[str, Any] | None = None,
+) -> tuple[JobRecord, Event | None] | None:
+    """Change the state of a job and append the event that tells of it; None if the change is not allowed (any more).
+
+    ``attempt`` and ``sources`` narrow the guard to one attempt or to fewer states; ``values`` are further columns.
+    """
+    allowed = {source for source, targets in ALLOWED.items() if to in targets}
+    guard = [jobs.c.id == job_id, jobs.c.status.in_(sorted(allowed & (sources or allowed)))]
+    if attempt is not None:
+        guard.append(jobs.c.attempt == attempt)
+    changes: dict[str, Any] = {"status": to, "updated_at": now, **(values or {})}
+    if to in TERMINAL and event is not None:
+        changes["finished_at"] = now
+    if event is not None:
+        changes |= _told_by(event.progress, 1)
+    row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
+    if row is None:
+        return None
+    record = JobRecord.of(row)
+    told = None if event is None else (await _append(connection, record, [event], now))[0]
+    return record, told
+
+
+async def advance(
+    connection: AsyncConnection, job_id: str, attempt: int, new: list[NewEvent], *, now: int
+) -> list[Event] | None:
+    """Append events of a running attempt; None if the job is not running that attempt any more."""
+    row = (
+        await connection.execute(
+            update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.status == "running", jobs.c.attempt == attempt)
+            .values(updated_at=now, **_told_by(new[-1].progress, len(new)))
+            .returning(*jobs.c)
+        )
+    ).one_or_none()
+    return None if row is None else await _append(connection, JobRecord.of(row), new, now)
+
+
+async def open_log(connection: AsyncConnection, record: JobRecord, event: NewEvent) -> Event:
+    """Append the first event of a job that was just inserted with ``last_seq`` 1."""
+    return (await _append(connection, record, [event], record.created_at))[0]
+
+
+def _told_by(progress: Progress, count: int) -> dict[str, ColumnElement[Any] | object]:
+    return {
+        "last_seq": jobs.c.last_seq + count,
+        "progress": case((jobs.c.progress < progress.progress, literal(progress.progress)), else_=jobs.c.progress),
+        "stage": progress.stage,
+        "stage_progress": progress.stage_progress,
+        "message": progress.message,
+    }
+
+
+async def _append(connection: AsyncConnection, record: JobRecord, new: list[NewEvent], now: int) -> list[Event]:
+    first = record.last_seq - len(new) + 1
+    before = await connection.scalar(
+        select(events.c.progress).where(events.c.job_id == record.id, events.c.seq == first - 1)
+    )
+    # A second attempt starts over below what the first one reached: what people see never falls.
+    reached = list(accumulate((event.progress.progress for event in new), max, initial=before or 0))[1:]
+    told = [
+        Event(
+            seq=first + index,
+            ts=iso(now),
+            job_id=record.id,
+            type=event.type,
+            stage=event.progress.stage,
+            progress=reached[index],
+            stage_progress=event.progress.stage_progress,
+            emoji=EMOJI[event.progress.stage],
+            message=event.progress.message,
+            meta=event.progress.meta,
+        )
+        for index, event in enumerate(new)
+    ]
+    await connection.execute(
+        insert(events),
+        [
+            {
+                "job_id": event.job_id,
+                "seq": event.seq,
+                "ts": now,
+                "type": event.type,
+                "stage": event.stage,
+                "progress": event.progress,
+                "stage_progress": event.stage_progress,
+                "message": event.message,
+                "meta": msgspec.json.encode(event.meta).decode(),
+            }
+            for event in told
+        ],
+    )
+    return told

@@ -1,0 +1,42 @@
+"""Figures for Prometheus; each server has a registry of its own."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from common.contract import Status
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+
+
+class Metrics:
+    """What is counted while the server runs; the numbers of jobs by status come from the store at each look."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._jobs = Gauge("memvid_export_jobs", "Jobs by status", ["status"], registry=self._registry)
+        self._depth = Gauge("memvid_export_queue_depth", "Jobs waiting", registry=self._registry)
+        self._streams = Gauge("memvid_export_event_streams", "Open event streams", registry=self._registry)
+        self.accepted = Counter("memvid_export_accepted", "Jobs accepted", registry=self._registry)
+        self.ended = Counter("memvid_export_ended", "Jobs ended", ["status", "code"], registry=self._registry)
+        self.lost = Counter(
+            "memvid_export_attempts_lost", "Attempts that ended without an answer", registry=self._registry
+        )
+        self.queue_delay = self._histogram("memvid_export_queue_delay_seconds", "From 202 to a worker taking the job")
+        self.duration = self._histogram("memvid_export_duration_seconds", "From 202 to the end of a completed job")
+        self.write = self._histogram("memvid_export_write_seconds", "Writing of a capsule")
+        self.embed = self._histogram("memvid_export_embed_seconds", "Embedding of a capsule's texts")
+        self.check = self._histogram("memvid_export_check_seconds", "Reading of a payload before 202")
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, buckets=SECONDS, registry=self._registry)
+
+    def text(self, counts: dict[Status, int], streams: int) -> bytes:
+        """The exposition text."""
+        for status in get_args(Status):
+            self._jobs.labels(status).set(counts.get(status, 0))
+        self._depth.set(counts.get("queued", 0))
+        self._streams.set(streams)
+        return generate_latest(self._registry)

@@ -1,0 +1,63 @@
+"""Removes what is past its time.
+
+A finished export loses its files after the retention and becomes ``expired``; its event log stays as it is, since it
+ended with ``job_completed``. An export that nobody took for so long expires in the queue; that one ends its log with
+``job_expired``. The record itself goes after the time of history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from common.contract import Progress
+from common.errors import ExportError
+from common.settings import Settings
+from common.storage import Storage
+from control_plane.jobs.layout import Layout
+from control_plane.jobs.records import NewEvent
+from control_plane.jobs.store import JobStore, now_ms
+
+log = structlog.get_logger()
+
+SHORTEST_SECONDS = 0.2
+LONGEST_SECONDS = 60.0
+
+
+class Retention:
+    """A loop that looks ten times per retention, at most once a minute."""
+
+    def __init__(self, settings: Settings, store: JobStore, storage: Storage, layout: Layout) -> None:
+        self._retention_ms = settings.retention_seconds * 1000
+        self._history_ms = settings.history_seconds * 1000
+        self._pause = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, settings.retention_seconds / 10))
+        self._store = store
+        self._storage = storage
+        self._layout = layout
+
+    async def run(self) -> None:
+        """Sweep until canceled."""
+        while True:
+            try:
+                await self.sweep()
+            except (SQLAlchemyError, ExportError) as error:
+                log.error("retention failed", again_in_seconds=self._pause, exc_info=error)
+            await asyncio.sleep(self._pause)
+
+    async def sweep(self) -> None:
+        """Expire and forget once. First the state, then the files: a job that offers a file has it."""
+        now = now_ms()
+        message = "The files were removed after their time"
+        for job in await self._store.expired(now, queued_before=now - self._retention_ms):
+            event = None
+            if job.status == "queued":
+                text = "Nobody took this export in time; it was removed from the queue"
+                event = NewEvent("job_expired", Progress(stage="expired", progress=0, stage_progress=100, message=text))
+            values = {} if event else {"stage": "expired", "message": message}
+            moved = await self._store.move(job.id, "expired", event, sources=frozenset({job.status}), values=values)
+            if moved is not None:
+                await asyncio.to_thread(self._storage.delete, self._layout.job_prefix(job.id))
+                await asyncio.to_thread(self._storage.delete, self._layout.payload_ref(job.id))
+        await self._store.forget(now - self._history_ms)

@@ -1,0 +1,71 @@
+"""Running the control plane: ``serve`` returns when the server has stopped."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+
+import structlog
+import uvicorn
+
+from common.settings import Settings
+from control_plane.app import create_app
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.layout import Layout
+
+STOP_SECONDS = 10
+"""Requests that run at a stop have so long to end; event streams are ended at once."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                name = f"[{host}]" if ":" in host else host
+                print(f"memvid-export listens on http://{name}:{port}", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hub.close()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; jobs that run then go back to the queue.
+
+    Raises InvalidSettings where the export root cannot be used.
+    """
+    _log_as_json()
+    layout = Layout(settings)
+    layout.prepare()
+    hub = EventHub()
+    config = uvicorn.Config(
+        create_app(settings, layout, hub),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        lifespan="on",
+    )
+    _Server(config, hub).run()
+
+
+def _log_as_json() -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,170 @@
+"""The process that runs jobs: ``python -m handler.child CONFIG`` (a ChildConfig as JSON).
+
+It reads commands from stdin and writes messages to what was its stdout; whatever a library prints goes to stderr. It
+is the leader of a process group of its own and dies with its parent, and all that it started dies with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from common.capsule.gate import Gate
+
+from common.contract import Progress
+from common.embedding.port import Embedder
+from common.embedding.static import StaticEmbedder
+from common.errors import ExportError, OutOfMemory
+from common.graph.model import ExportRequest
+from common.storage import FileStorage
+from handler.job import read_payload, run_job
+from handler.protocol import (
+    Check,
+    Checked,
+    ChildConfig,
+    Command,
+    Done,
+    Failed,
+    Message,
+    Ready,
+    Reported,
+    Run,
+    job_error,
+)
+
+PR_SET_PDEATHSIG = 1
+
+
+class _Kept(NamedTuple):
+    """The last payload that was checked, so that the job that follows need not read it again."""
+
+    job_id: str
+    request: ExportRequest
+
+
+class Child:
+    """Runs one command after the other."""
+
+    def __init__(self, config: ChildConfig, gate: Gate, out: int) -> None:
+        self._config = config
+        self._gate = gate
+        self._out = out
+        self._lock = threading.Lock()
+        self._storage = FileStorage([Path(root) for root in config.storage_roots])
+        self._scratch = Path(config.scratch)
+        self._kept: _Kept | None = None
+
+    def send(self, message: Message) -> None:
+        """Write one line; waits while the parent is behind."""
+        data = msgspec.json.encode(message) + b"\n"
+        with self._lock:
+            while data:
+                data = data[os.write(self._out, data) :]
+
+    def serve(self, command: Command) -> bool:
+        """Carry out one command; False if this process should not take another."""
+        try:
+            self.send(self._check(command) if isinstance(command, Check) else self._run(command))
+        except ExportError as error:
+            self.send(Failed(error=job_error(error)))
+        except MemoryError:
+            self._kept = None
+            limit = self._config.memory_limit
+            full = OutOfMemory(f"the job needs more than the {limit >> 20:,} MiB that a worker may use", limit=limit)
+            self.send(Failed(error=job_error(full)))
+            return False
+        except Exception:
+            logging.exception("the command failed")
+            unforeseen = ExportError("the worker failed in a way that nobody foresaw; its log has the story")
+            self.send(Failed(error=job_error(unforeseen)))
+            return False
+        return True
+
+    def _check(self, command: Check) -> Checked:
+        self._kept = None
+        request = read_payload(
+            command.payload_ref, storage=self._storage, scratch=self._scratch, limits=self._config.limits
+        )
+        self._kept = _Kept(command.job_id, request)
+        return Checked(
+            session_id=request.session_id or "",
+            project_name=request.project_name,
+            nodes=len(request.nodes),
+            relationships=len(request.relations),
+            files=len(request.files),
+        )
+
+    def _run(self, command: Run) -> Done:
+        job, kept = command.job, self._kept
+        self._kept = None
+        request = kept.request if kept and kept.job_id == job.job_id else None
+        del kept
+        output = run_job(
+            job,
+            storage=self._storage,
+            scratch=self._scratch / f"{job.job_id}-{job.attempt}",
+            limits=self._config.limits,
+            writer=self._config.writer,
+            embedder=_static_embedder,
+            gate=self._gate,
+            emit=self._report,
+            should_stop=_never,
+            generated_at=command.generated_at,
+            request=request,
+        )
+        return Done(output=output)
+
+    def _report(self, progress: Progress) -> None:
+        self.send(Reported(progress=progress))
+
+
+def _never() -> None:
+    """Who wants this process to stop ends it with a signal, which also reaches native code."""
+
+
+@cache
+def _static_embedder() -> Embedder:
+    return StaticEmbedder()
+
+
+def _die_with(parent_pid: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _read_commands(commands: queue.SimpleQueue[Command]) -> None:
+    decoder = msgspec.json.Decoder(Command)
+    for line in sys.stdin.buffer:
+        commands.put(decoder.decode(line))
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Serve until the parent goes away."""
+    config = msgspec.json.decode(sys.argv[1], type=ChildConfig)
+    _die_with(config.parent_pid)
+    out = os.dup(1)
+    os.dup2(2, 1)
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+    with Gate() as gate:
+        resource.setrlimit(resource.RLIMIT_DATA, (config.memory_limit, config.memory_limit))
+        child = Child(config, gate, out)
+        child.send(Ready())
+        while child.serve(commands.get()):
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The parent's side of a worker's child process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from common.errors import ExportError, OutOfMemory, WorkerLost
+from handler.protocol import ChildConfig, Command, Failed, Message, Ready, export_error
+
+TERM_SECONDS = 0.3
+"""From asking a process group to end to ending it."""
+WATCH_SECONDS = 0.1
+MAX_LINE = 64 << 20
+
+
+class ChildProcess:
+    """One child with its process group; it takes one command at a time.
+
+    Made by ``start``. However it ends, ``receive`` raises the reason: the one that ``kill`` was given, else
+    OutOfMemory or WorkerLost.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, config: ChildConfig) -> None:
+        self._process = process
+        self._config = config
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._reason: ExportError | None = None
+        self._peak = 0
+        self.kept_job: str | None = None
+        """The job whose payload this child has read and still holds."""
+        self.ended = False
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    @classmethod
+    async def start(cls, config: ChildConfig) -> ChildProcess:
+        """Start a child and wait until it takes commands. Raises WorkerLost if it does not come up."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "handler.child",
+            msgspec.json.encode(config).decode(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=MAX_LINE,
+            start_new_session=True,
+        )
+        child = cls(process, config)
+        try:
+            first = await child.receive()
+        except BaseException:
+            await child.close()
+            raise
+        if not isinstance(first, Ready):
+            await child.close()
+            raise WorkerLost("the worker's process spoke before it was ready")
+        return child
+
+    @property
+    def usable(self) -> bool:
+        """It takes another command."""
+        return not self.ended and self._reason is None
+
+    async def send(self, command: Command) -> None:
+        """Give it a command."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(ConnectionError):  # A dead child is told of by ``receive``.
+            stdin.write(msgspec.json.encode(command) + b"\n")
+            await stdin.drain()
+
+    async def receive(self) -> Message:
+        """The next message; raises the reason when the process has ended, and the error of a failed command."""
+        message = await self._messages.get()
+        return self._open(message)
+
+    def receive_now(self) -> Message | None:
+        """The next message if there is one already, other than the end."""
+        if self._messages.empty():
+            return None
+        return self._open(self._messages.get_nowait())
+
+    def _open(self, message: Message | None) -> Message:
+        if message is None:
+            self._messages.put_nowait(None)
+            raise self._reason or WorkerLost("the worker's process ended without an answer")
+        if isinstance(message, Failed):
+            error = export_error(message.error)
+            if error.code in ("INTERNAL", "OUT_OF_MEMORY"):  # It ends by itself after these.
+                self.kill(error)
+            raise error
+        return message
+
+    def kill(self, reason: ExportError) -> None:
+        """End the process and all that it started, within ``TERM_SECONDS``; ``receive`` then raises ``reason``."""
+        if self._reason is None and not self.ended:
+            self._reason = reason
+            self._signal(signal.SIGTERM)
+            asyncio.get_running_loop().call_later(TERM_SECONDS, self._signal, signal.SIGKILL)
+
+    async def close(self) -> None:
+        """End the process at once and wait until it is gone."""
+        self._signal(signal.SIGKILL)
+        await self._process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def memory(self) -> int:
+        """Bytes of private memory that the group holds now."""
+        return sum(_private_memory(pid) for pid in [self._process.pid, *_children(self._process.pid)])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.ended:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    async def _read(self) -> None:
+        decoder = msgspec.json.Decoder(Message)
+        stdout = self._process.stdout
+        assert stdout is not None
+        while line := await stdout.readline():
+            self._messages.put_nowait(decoder.decode(line))
+        code = await self._process.wait()
+        self._signal(signal.SIGKILL)
+        self.ended = True
+        if self._reason is None:
+            self._reason = self._why(code)
+        self._messages.put_nowait(None)
+
+    def _why(self, code: int) -> ExportError:
+        # Native code aborts where the limit refuses it memory; the watch has then seen it near the limit.
+        if code == -signal.SIGABRT and self._peak > self._config.memory_limit // 2:
+            return self._out_of_memory()
+        return WorkerLost(f"the worker's process ended ({_exit_text(code)}) before the job was done")
+
+    def _out_of_memory(self) -> OutOfMemory:
+        limit = self._config.memory_limit
+        return OutOfMemory(f"the job needs more than the {limit >> 20:,} MiB that a worker may use", limit=limit)
+
+    async def _watch(self) -> None:
+        while not self.ended:
+            self._peak = max(self._peak, held := self.memory())
+            if held > self._config.memory_limit:
+                self.kill(self._out_of_memory())
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _private_memory(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
+    return int(line.split()[1]) << 10
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,90 @@
+"""What a worker's child process and its parent say to each other: one JSON object a line, commands down, events up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common.contract import JobError, JobInput, JobOutput, Progress, WriterName
+from common.errors import ExportError
+from common.graph.model import GraphLimits
+
+
+class ChildConfig(msgspec.Struct, kw_only=True, frozen=True):
+    """What a child is started with; paths are absolute."""
+
+    parent_pid: int
+    storage_roots: list[str]
+    scratch: str
+    writer: WriterName | None
+    memory_limit: int
+    """Bytes of private memory; more raises OutOfMemory."""
+    limits: GraphLimits
+
+
+class Check(msgspec.Struct, tag="check", kw_only=True):
+    """Read a staged payload and say what is in it; what was read is kept for the job of that id."""
+
+    job_id: str
+    payload_ref: str
+
+
+class Run(msgspec.Struct, tag="run", kw_only=True):
+    """Run a job."""
+
+    job: JobInput
+    generated_at: str
+    """ISO 8601 in UTC; the same for every attempt, so that every attempt gives the same bytes."""
+
+
+Command = Check | Run
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """Everything is imported; commands are taken."""
+
+
+class Checked(msgspec.Struct, tag="checked", kw_only=True):
+    """A payload can be exported."""
+
+    session_id: str
+    project_name: str
+    nodes: int
+    relationships: int
+    files: int
+
+
+class Reported(msgspec.Struct, tag="progress", kw_only=True):
+    """A step of the running job."""
+
+    progress: Progress
+
+
+class Done(msgspec.Struct, tag="done", kw_only=True):
+    """The job is published."""
+
+    output: JobOutput
+
+
+class Failed(msgspec.Struct, tag="failed", kw_only=True):
+    """The command ended in an error."""
+
+    error: JobError
+
+
+Message = Ready | Checked | Reported | Done | Failed
+
+
+_CLASSES = {kind.code: kind for kind in ExportError.__subclasses__()}
+
+
+def job_error(error: ExportError) -> JobError:
+    """An error as it is told to others."""
+    details: dict[str, Any] = msgspec.to_builtins(error.details, str_keys=True)
+    return JobError(code=error.code, message=error.message, retryable=error.retryable, details=details)
+
+
+def export_error(error: JobError) -> ExportError:
+    """The error that ``job_error`` told of."""
+    return _CLASSES.get(error.code, ExportError)(error.message, **error.details)
