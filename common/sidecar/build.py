@@ -41,6 +41,9 @@ PRAGMA user_version = {USER_VERSION};
 _FTS_HASH_BYTES = 32 << 20
 """FTS5 holds this many bytes of postings before it writes a segment; one or few segments need few merges."""
 
+_FLUSH_FRAMES = 2000
+_MANIFEST = "mv2://meta/manifest"
+
 MAX_NEIGHBOURS = 24
 """Neighbour names indexed of one node; more would outweigh its own words."""
 MAX_SIGNATURE_CHARS = 300
@@ -113,6 +116,10 @@ class SidecarBuilder:
         self._file_nodes: dict[str, int] = {}
         self._evidence: _Numbers[tuple[float, str | None]] = _Numbers()
         self._nodes: dict[str, int] = {}
+        self._documents: list[tuple[int, str, str]] = []
+        self._node_rows: list[tuple[object, ...]] = []
+        self._symbol_rows: list[tuple[str, int]] = []
+        self._edge_rows: list[tuple[object, ...]] = []
         self._missing: _Numbers[str] = _Numbers()
         self._texts: list[tuple[int, str, str, str, str]] = []
         self._processes: dict[int, tuple[str | None, str | None, str | None]] = {}
@@ -144,27 +151,22 @@ class SidecarBuilder:
         if known[1] != first_frame_id:
             raise ValueError(f"part {part} goes on at frame {known[1]}, not at {first_frame_id}")
         known[1] += len(frames)
-        documents: list[tuple[int, str, str]] = []
-        nodes: list[tuple[object, ...]] = []
-        symbols: list[tuple[str, int]] = []
-        edges: list[tuple[object, ...]] = []
         try:
             for position, frame in enumerate(frames, self._position):
                 if frame.kind == "relation":
-                    self._relation(position, frame, edges)
+                    self._relation(position, frame)
                 elif frame.kind == "meta":
-                    documents.append((position, frame.uri, frame.title))
-                    if frame.uri == "mv2://meta/manifest":
+                    self._documents.append((position, frame.uri, frame.title))
+                    if frame.uri == _MANIFEST:
                         self._meta["manifest"] = frame.metadata
                 else:
-                    self._node(position, frame, nodes, symbols)
+                    self._node(position, frame)
+                # At fixed places, not at the end of a batch: where a row lies in the file depends on when it comes.
+                if position % _FLUSH_FRAMES == _FLUSH_FRAMES - 1:
+                    self._flush()
         except msgspec.MsgspecError as error:
             raise CapsuleUnreadable(f"Frame {position} has no readable metadata: {error}") from error
         self._position += len(frames)
-        self._insert("documents", documents)
-        self._insert("nodes", nodes)
-        self._insert("symbols", symbols)
-        self._insert("edges", edges)
 
     def complete(self) -> None:
         """Say that all frames are in: full text, summaries and indexes are built now, while the capsule is sealed.
@@ -174,6 +176,7 @@ class SidecarBuilder:
         if self._completed:
             return
         self._completed = True
+        self._flush()
         self._insert("parts", [(part, first, frames) for part, (first, frames) in sorted(self._parts.items())])
         self._insert("labels", [(number, *label) for label, number in self._labels.items()])
         self._insert("types", [(number, name) for name, number in self._types.items()])
@@ -210,13 +213,11 @@ class SidecarBuilder:
         self._db.close()
         self.path.unlink(missing_ok=True)
 
-    def _node(
-        self, position: int, frame: Frame, nodes: list[tuple[object, ...]], symbols: list[tuple[str, int]]
-    ) -> None:
+    def _node(self, position: int, frame: Frame) -> None:
         node = _decode_node(frame.metadata)
         self._nodes[node.id] = position
         path = node.file_path if type(node.file_path) is str else ""
-        nodes.append(
+        self._node_rows.append(
             (
                 position,
                 node_key(node.id),
@@ -229,7 +230,7 @@ class SidecarBuilder:
             )
         )
         name = split_identifier(node.name)
-        symbols.append((name.replace(" ", "") or node.name.lower(), position))
+        self._symbol_rows.append((name.replace(" ", "") or node.name.lower(), position))
         if node.label == "File" and path:
             self._file_nodes.setdefault(path, position)
         if frame.kind == "process":
@@ -243,14 +244,14 @@ class SidecarBuilder:
             body = f"{_told(node)}\n{body}"
         self._texts.append((position, name, split_identifier(path), signature, self._words.of(body)))
 
-    def _relation(self, position: int, frame: Frame, edges: list[tuple[object, ...]]) -> None:
+    def _relation(self, position: int, frame: Frame) -> None:
         relation = _decode_relation(frame.metadata)
         source = self._end(relation.source_id)
         target = self._end(relation.target_id)
         kind = relation.type
         derived = relation.id == f"{relation.source_id}_{kind}_{relation.target_id}"
         evidence = self._evidence[relation.confidence, relation.reason]
-        edges.append(
+        self._edge_rows.append(
             (
                 position,
                 source,
@@ -269,6 +270,16 @@ class SidecarBuilder:
             self._steps.append((target, relation.step or 0, source))
         elif kind in _CONTAINERS:
             self._contained.append((source, target))
+
+    def _flush(self) -> None:
+        for table, rows in (
+            ("documents", self._documents),
+            ("nodes", self._node_rows),
+            ("symbols", self._symbol_rows),
+            ("edges", self._edge_rows),
+        ):
+            self._insert(table, rows)
+            rows.clear()
 
     def _end(self, node_id: str) -> int:
         position = self._nodes.get(node_id)
@@ -331,7 +342,7 @@ class SidecarBuilder:
         )
         self._texts.clear()
 
-    def _insert(self, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+    def _insert(self, table: str, rows: Sequence[Sequence[object]]) -> None:
         if not rows:
             return
         try:

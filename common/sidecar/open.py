@@ -233,7 +233,7 @@ class Sidecar:
 
         ``words`` are plain words (as ``split_identifier`` gives them), never query syntax.
         """
-        query = " OR ".join('"' + word.replace('"', '""').replace("\0", "") + '"' for word in words if word.strip("\0"))
+        query = " OR ".join('"' + _storable(word).replace('"', '""').replace("\0", " ") + '"' for word in words)
         if not query:
             return []
         weights = ", ".join(map(str, COLUMN_WEIGHTS))
@@ -431,8 +431,12 @@ def _filter(scope: Scope) -> tuple[str, list[str]]:
     if scope.file_prefix is not None:
         condition += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
         parameters += [scope.file_prefix, scope.file_prefix + _LAST]
-    # A stored text has no lone surrogates, so what a question has of them finds nothing as ``?`` either.
-    return condition, [text.encode("utf-8", "replace").decode() for text in parameters]
+    return condition, [_storable(text) for text in parameters]
+
+
+def _storable(text: str) -> str:
+    """A text that SQLite takes: a lone surrogate, which no stored text has, becomes ``?``."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _marks(values: Sequence[object]) -> str:
