@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from common.contract import WriterName
 from common.frames.model import Frame
 
+CAPACITY_BYTES = 52_428_800
+"""What Memvid's free tier holds: header, WAL and payloads, indexes not counted."""
+MAX_INDEX_BYTES = 512 * 1024 * 1024
+"""memvid reads no TOC and no index larger than this back."""
+
 
 class PartWriter(Protocol):
     """Writes one ``.mv2`` file; frames come in order and get their position as frame id."""
@@ -19,16 +24,16 @@ class PartWriter(Protocol):
     def add(self, frames: Sequence[Frame], vectors: NDArray[np.float32] | None) -> None:
         """Append frames; ``vectors`` has one row for each of them that has an ``embed_text``, in order.
 
-        Raises CapacityExceeded before anything over the limit is written, WriterFailed.
+        Raises CapacityExceeded, WriterFailed, StorageFailed.
         """
         ...
 
     def finish(self) -> None:
-        """Write the indexes, seal and fsync. The file is complete at its path only after this."""
+        """Write the indexes, seal and fsync; the file is complete only after this. Raises as ``add``."""
         ...
 
     def abort(self) -> None:
-        """Remove what was written. Idempotent; also right after ``finish``."""
+        """Stop; what was written is the caller's to remove. Idempotent, also right after ``finish``."""
         ...
 
 
@@ -36,7 +41,16 @@ class CapsuleWriter(Protocol):
     """Makes part writers."""
 
     name: WriterName
+    readers: str
+    """Which memvid versions read the files."""
+    takes_vectors: bool
 
-    def open(self, path: Path, *, timestamp: int, model: str | None, dimension: int | None) -> PartWriter:
-        """Start a new file. ``timestamp`` (Unix seconds) is given to every frame."""
+    def open(
+        self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, expected_frames: int
+    ) -> PartWriter:
+        """Start a new file at ``path``, whose folder exists.
+
+        ``timestamp`` (Unix seconds) is given to every frame; ``model`` and ``dimension`` are of the vectors, None
+        without; ``expected_frames`` is the plan, which sizes the lexical segments.
+        """
         ...

@@ -1,0 +1,106 @@
+"""The last writer: the ``memvid`` command (npm ``memvid-cli``), where neither the crate nor memvid-sdk can write.
+
+It takes no vectors here, drops track and kind, and needs about 0.2 s a frame. Files of version 2.0.151 can be read
+by that command only: memvid-sdk 2.0.160 refuses their table of contents.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from common.capsule.sdk import MEMVID_ENVIRONMENT
+from common.contract import WriterName
+from common.errors import WriterFailed, WriterUnavailable
+from common.frames.model import Frame
+
+COMMAND = "memvid"
+SECONDS_PER_CALL = 600
+BATCH = 500
+"""memvid's batch call hangs above about 512 documents."""
+
+
+def run(*arguments: str) -> str:
+    """Standard output of the command. Raises subprocess.SubprocessError, with the end of what it said."""
+    done = subprocess.run(
+        [COMMAND, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_PER_CALL,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **MEMVID_ENVIRONMENT},
+    )
+    if done.returncode != 0:
+        raise subprocess.SubprocessError(f"memvid {arguments[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
+    return done.stdout
+
+
+class CliPartWriter:
+    """One file under way; see ``common.capsule.port.PartWriter``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._call("create", str(path))
+
+    def _call(self, *arguments: str) -> None:
+        try:
+            run(*arguments)
+        except (subprocess.SubprocessError, OSError) as error:
+            raise WriterFailed(f"{self._path.name}: {error}") from error
+
+    def add(self, frames: Sequence[Frame], vectors: NDArray[np.float32] | None) -> None:
+        """See the port."""
+        for start in range(0, len(frames), BATCH):
+            documents = [
+                {
+                    "title": frame.title,
+                    "label": frame.kind,
+                    "text": frame.text,
+                    "uri": frame.uri,
+                    "tags": frame.tags,
+                    "labels": [],
+                    "metadata": msgspec.json.decode(frame.metadata),
+                }
+                for frame in frames[start : start + BATCH]
+            ]
+            with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".json") as file:
+                file.write(msgspec.json.encode(documents))
+                file.flush()
+                self._call("put-many", str(self._path), "--input", file.name, "--raw")
+
+    def finish(self) -> None:
+        """See the port."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def abort(self) -> None:
+        """See the port: no process outlives a call."""
+
+
+class CliWriter:
+    """Writes through the ``memvid`` command."""
+
+    name: WriterName = "cli"
+    readers = "the memvid command that wrote it"
+    takes_vectors = False
+
+    def __init__(self) -> None:
+        if shutil.which(COMMAND) is None:
+            raise WriterUnavailable("the memvid command is not on PATH; npm has it as memvid-cli")
+
+    def open(
+        self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, expected_frames: int
+    ) -> CliPartWriter:
+        """See the port; the command sets the timestamp itself."""
+        if dimension is not None:
+            raise WriterFailed("the memvid command takes no vectors of ours; export without semanticEnabled")
+        return CliPartWriter(path)

@@ -1,0 +1,481 @@
+"""The export, as one streaming path: graph → frames → vectors → capsule → sidecar → gate → published files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from common.capsule.capacity import Estimate, estimate
+from common.capsule.cli import CliWriter
+from common.capsule.gate import Gate, GatePlan
+from common.capsule.native import NativeWriter, native
+from common.capsule.port import CapsuleWriter, PartWriter
+from common.capsule.probes import Probes
+from common.capsule.sdk import SdkWriter
+from common.contract import (
+    CapsuleReport,
+    EmbeddingReport,
+    Manifest,
+    ManifestPart,
+    Progress,
+    Report,
+    SidecarReport,
+    Timings,
+    Versions,
+    WriterName,
+)
+from common.embedding.port import Embedder
+from common.errors import CapacityExceeded, ExportError, StorageFailed, WriterFailed, WriterUnavailable
+from common.frames.build import META_FRAMES, frame_count, frames
+from common.frames.model import Frame
+from common.graph.canonical import canonical, content_digest
+from common.graph.model import ExportRequest, WarningCounter
+from common.graph.names import capsule_file_name
+from common.progress import ProgressReporter
+from common.sidecar.build import SidecarBuilder
+
+BATCH = 512
+"""Frames that move through the stages at once."""
+SAMPLE = 400
+"""Frames that capacity is estimated from."""
+SIDECAR_QUEUE = 16
+"""Batches that may wait for the sidecar's thread."""
+SPLITS = 3
+"""Times that a plan whose estimate was too low is made anew, each time with one more half of parts."""
+
+_WRITERS: dict[WriterName, Callable[[], CapsuleWriter]] = {"native": NativeWriter, "sdk": SdkWriter, "cli": CliWriter}
+_HASH_BLOCK = 1 << 20
+
+
+class ExportResult(msgspec.Struct, kw_only=True):
+    """What an export published."""
+
+    report: Report
+    manifest: Manifest
+    capsule_paths: list[Path]
+    sidecar_path: Path
+    manifest_path: Path
+
+
+def export(
+    request: ExportRequest,
+    *,
+    out_dir: Path,
+    gate: Gate,
+    generated_at: str,
+    writer: WriterName | None = None,
+    embedder: Embedder | None = None,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], None],
+) -> ExportResult:
+    """Export a graph into ``out_dir`` and answer what was published there.
+
+    ``generated_at`` is an ISO 8601 time in UTC; its day names the files and stamps the frames, so that the same graph
+    gives the same bytes all day long. ``writer`` None takes the best that works, and the report says so when it is not
+    the native one. ``embedder`` None exports without vectors. ``should_stop`` is called at least once per batch of
+    frames and ten times a second while waiting; what it raises ends the export, with nothing left behind.
+
+    Raises InvalidRequest, WriterFailed, WriterUnavailable, GateFailed, StorageFailed, EmbeddingFailed.
+    """
+    started = time.perf_counter()
+    run = _Export(request, out_dir, gate, generated_at, embedder, ProgressReporter(on_progress), should_stop)
+    result = run.run(writer)
+    result.report.timings.total = round(time.perf_counter() - started, 4)
+    return result
+
+
+class _Stage:
+    """Adds the seconds of a block to one of the timings."""
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings, self._name = timings, name
+
+    def __enter__(self) -> None:
+        self._from = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = getattr(self._timings, self._name) + time.perf_counter() - self._from
+        setattr(self._timings, self._name, round(spent, 4))
+
+
+class _SidecarThread:
+    """Builds the sidecar beside the writer: SQLite works while the writer's threads do."""
+
+    def __init__(self, path: Path) -> None:
+        self._builder = SidecarBuilder(path)
+        self._batches: queue.Queue[tuple[Sequence[Frame], int, int] | None] = queue.Queue(SIDECAR_QUEUE)
+        self._error: ExportError | None = None
+        self._thread = threading.Thread(target=self._run, name="sidecar", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            if self._error is None:
+                try:
+                    self._builder.add(*batch)
+                except ExportError as error:
+                    self._error = error
+
+    def add(self, batch: Sequence[Frame], first_frame_id: int, part: int) -> None:
+        if self._error is not None:
+            raise self._error
+        self._batches.put((batch, first_frame_id, part))
+
+    def join(self) -> None:
+        self._batches.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self, capsule_sha256: str) -> None:
+        self._builder.finish(capsule_sha256)
+
+    def abort(self) -> None:
+        if self._thread.is_alive():
+            self._batches.put(None)
+            self._thread.join()
+        self._builder.abort()
+
+
+class _Written(msgspec.Struct):
+    """Parts written into the working folder."""
+
+    paths: list[Path]
+    plans: list[GatePlan]
+    sidecar: _SidecarThread
+
+
+class _Export:
+    def __init__(
+        self,
+        request: ExportRequest,
+        out_dir: Path,
+        gate: Gate,
+        generated_at: str,
+        embedder: Embedder | None,
+        progress: ProgressReporter,
+        should_stop: Callable[[], None],
+    ) -> None:
+        self._out_dir = out_dir
+        self._gate = gate
+        self._generated_at = generated_at
+        self._day = f"{generated_at[:10]}T00:00:00.000Z"
+        self._embedder = embedder
+        self._progress = progress
+        self._should_stop = should_stop
+        self._report = Report(profile=request.options.profile)
+        self._extra_warnings = WarningCounter()
+        self._timings = self._report.timings
+        self._request = request
+
+    def run(self, wanted: WriterName | None) -> ExportResult:
+        self._progress.report("transform", 0.0, f"Reading the graph of {self._request.project_name}")
+        with _Stage(self._timings, "transform"):
+            self._graph = canonical(self._request)
+            self._digest = content_digest(self._graph)
+        self._total = frame_count(self._graph)
+        self._progress.report(
+            "transform",
+            1.0,
+            f"Ordered {len(self._graph.nodes):,} nodes and {len(self._graph.relations):,} relationships",
+            nodes=len(self._graph.nodes),
+            relationships=len(self._graph.relations),
+        )
+        try:
+            self._out_dir.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".export-", dir=self._out_dir))
+        except OSError as error:
+            raise StorageFailed(f"the output folder cannot be written: {error.strerror}") from error
+        try:
+            return self._export_in(work, wanted)
+        except OSError as error:
+            raise StorageFailed(f"{error.strerror or error}") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _export_in(self, work: Path, wanted: WriterName | None) -> ExportResult:
+        writer, written = self._write_with_any(work, wanted)
+        try:
+            with _Stage(self._timings, "verify"):
+                self._progress.report("finalize", 0.0, "Reading the capsule back to prove it")
+                probes = sum(self._gate.check(plan, self._should_stop) for plan in written.plans)
+            hashes = [_sha256(path, self._should_stop) for path in written.paths]
+            with _Stage(self._timings, "sidecar"):
+                capsule_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+                written.sidecar.finish(capsule_sha256)
+        except BaseException:
+            written.sidecar.abort()
+            raise
+        self._progress.report("finalize", 0.9, f"{probes} probes held; publishing", probes=probes)
+        return self._publish(work, writer, written, hashes, capsule_sha256)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def _write_with_any(self, work: Path, wanted: WriterName | None) -> tuple[CapsuleWriter, _Written]:
+        """Write with the wanted writer, or with the first of all that can; a step down is counted as a warning."""
+        names: list[WriterName] = [wanted] if wanted else list(_WRITERS)
+        for place, name in enumerate(names):
+            try:
+                writer = _WRITERS[name]()
+                return writer, self._write_in_parts(work, writer)
+            except (WriterUnavailable, WriterFailed) as error:
+                if place == len(names) - 1:
+                    raise
+                self._extra_warnings.add("WRITER_FALLBACK", f"{name}: {error.message}; the next is ~1,000 times slower")
+        raise AssertionError("unreachable: the last writer returns or raises")
+
+    def _write_in_parts(self, work: Path, writer: CapsuleWriter) -> _Written:
+        plan = self._estimate()
+        parts, per_part = plan.parts, plan.frames_per_part
+        for attempt in range(SPLITS + 1):
+            try:
+                return self._write(work, writer, parts, per_part)
+            except CapacityExceeded as error:
+                if attempt == SPLITS:
+                    raise
+                self._extra_warnings.add("CAPACITY_UNDERESTIMATED", error.message)
+                parts += -(-parts // 2)
+                per_part = -(-self._total // parts)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _estimate(self) -> Estimate:
+        graph, dimension = self._graph, self._embedder.dimension if self._embedder else None
+        stride = max(1, self._total // SAMPLE)
+        thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
+        sample = islice(frames(thinned, generated_at=self._day), META_FRAMES, None)
+        return estimate(sample, frames=self._total, dimension=dimension, embedded=len(graph.nodes))
+
+    def _write(self, work: Path, writer: CapsuleWriter, parts: int, per_part: int) -> _Written:
+        name = capsule_file_name(self._graph.source.base_name, self._generated_at)
+        embedder = self._embedder
+        self._report.embedding = EmbeddingReport()
+        if embedder:
+            self._report.embedding = EmbeddingReport(provider=embedder.provider, model=embedder.model)
+        sidecar = _SidecarThread(work / f"{name}.index.v1.sqlite")
+        written = _Written([], [], sidecar)
+        part: PartWriter | None = None
+        try:
+            for number, batches in enumerate(self._parts(parts, per_part), start=1):
+                path = work / (name if parts == 1 else f"{name[:-4]}.part{number:03}.mv2")
+                path.unlink(missing_ok=True)
+                probes = Probes(f"{self._digest}:{number}", min(per_part, self._total))
+                with _Stage(self._timings, "write"):
+                    part = writer.open(
+                        path,
+                        timestamp=int(datetime.fromisoformat(self._day).timestamp()),
+                        model=embedder.model if embedder else None,
+                        dimension=embedder.dimension if embedder else None,
+                        expected_frames=per_part,
+                    )
+                position = 0
+                for batch in batches:
+                    vectors = self._vectors(batch)
+                    with _Stage(self._timings, "write"):
+                        part.add(batch, vectors)
+                    sidecar.add(batch, position, number - 1)
+                    probes.see(batch, vectors)
+                    position += len(batch)
+                self._progress.report("write_capsule", 0.3, f"Writing {self._total:,} frames", frames=self._total)
+                with _Stage(self._timings, "write"):
+                    part.finish()
+                self._should_stop()
+                written.paths.append(path)
+                written.plans.append(probes.plan(path, writer))
+            self._progress.report("write_capsule", 1.0, f"Wrote {self._total:,} frames", frames=self._total)
+            with _Stage(self._timings, "sidecar"):
+                self._progress.report("build_sidecar", 0.0, "Building the index for reading")
+                sidecar.join()
+        except BaseException:
+            if part is not None:
+                part.abort()
+            sidecar.abort()
+            raise
+        self._report.capsule = self._counts(written)
+        return written
+
+    def _parts(self, parts: int, per_part: int) -> Iterator[Iterator[list[Frame]]]:
+        """Frames in batches, cut into parts; every part begins with the meta frames, so that each explains itself."""
+        layout = self._embedder.layout if self._embedder else None
+        stream = frames(self._graph, generated_at=self._day, layout=layout)
+        meta = list(islice(stream, META_FRAMES))
+        done = 0
+
+        def batches() -> Iterator[list[Frame]]:
+            nonlocal done
+            yield meta
+            left = per_part - len(meta)
+            while left > 0 and (batch := list(islice(stream, min(BATCH, left)))):
+                self._should_stop()
+                left -= len(batch)
+                done += len(batch)
+                self._progress.report(
+                    "frame_prep",
+                    done / self._total,
+                    f"Prepared {done:,} of {self._total:,} frames",
+                    frames=done,
+                    texts=self._report.embedding.texts,
+                )
+                yield batch
+
+        while done < self._total - len(meta):
+            yield batches()
+        next(stream, None)  # runs the generator to its end, where it counts its warnings
+
+    def _vectors(self, batch: Sequence[Frame]) -> NDArray[np.float32] | None:
+        texts = [frame.embed_text for frame in batch if frame.embed_text is not None]
+        if self._embedder is None or not texts:
+            return None
+        with _Stage(self._timings, "embed"):
+            vectors, tokens, truncated = self._embedder.embed(texts)
+        totals = self._report.embedding
+        totals.texts += len(texts)
+        totals.tokens += tokens
+        totals.truncated += truncated
+        totals.batches += 1
+        totals.cost_estimate = round(totals.tokens * self._embedder.price_per_million_tokens / 1e6, 6)
+        return vectors
+
+    def _counts(self, written: _Written) -> CapsuleReport:
+        embedder = self._embedder
+        return CapsuleReport(
+            content_digest=self._digest,
+            frames=sum(plan.frames for plan in written.plans),
+            node_frames=len(self._graph.nodes),
+            relation_frames=len(self._graph.relations),
+            vectors=sum(plan.vectors for plan in written.plans),
+            dimension=embedder.dimension if embedder else None,
+            model=embedder.model if embedder else None,
+            parts=len(written.paths),
+        )
+
+    # --- publishing -------------------------------------------------------------------------------
+
+    def _publish(
+        self, work: Path, writer: CapsuleWriter, written: _Written, hashes: list[str], capsule_sha256: str
+    ) -> ExportResult:
+        name = capsule_file_name(self._graph.source.base_name, self._generated_at)
+        sidecar = work / f"{name}.index.v1.sqlite"
+        sidecar_sha256 = _sha256(sidecar, self._should_stop)
+        report = self._finished_report(writer, written, capsule_sha256, sidecar, sidecar_sha256)
+        manifest = self._manifest(writer, written, hashes, report)
+        (work / f"{name}.manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+        self._should_stop()
+
+        # The old manifest goes first and the new one comes last: whoever finds a manifest finds what it names.
+        manifest_path = self._out_dir / f"{name}.manifest.json"
+        manifest_path.unlink(missing_ok=True)
+        capsule_paths = [_move(path, self._out_dir) for path in written.paths]
+        sidecar_path = _move(sidecar, self._out_dir)
+        _move(work / manifest_path.name, self._out_dir)
+        _sync_folder(self._out_dir)
+        self._progress.report("download_ready", 1.0, "The capsule is ready")
+        report.capsule.path, report.sidecar.path = str(capsule_paths[0]), str(sidecar_path)
+        return ExportResult(
+            report=report,
+            manifest=manifest,
+            capsule_paths=capsule_paths,
+            sidecar_path=sidecar_path,
+            manifest_path=manifest_path,
+        )
+
+    def _finished_report(
+        self, writer: CapsuleWriter, written: _Written, capsule_sha256: str, sidecar: Path, sidecar_sha256: str
+    ) -> Report:
+        report, graph = self._report, self._graph
+        report.writer = writer.name
+        report.input = graph.input
+        report.left_out = graph.left_out
+        report.warnings = sorted([*graph.warnings, *self._extra_warnings.warnings()], key=lambda warning: warning.code)
+        report.capsule.file_name = written.paths[0].name
+        report.capsule.size_bytes = sum(path.stat().st_size for path in written.paths)
+        report.capsule.sha256 = capsule_sha256
+        report.sidecar = SidecarReport(size_bytes=sidecar.stat().st_size, sha256=sidecar_sha256)
+        report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report.versions = versions()
+        return report
+
+    def _manifest(self, writer: CapsuleWriter, written: _Written, hashes: list[str], report: Report) -> Manifest:
+        graph, capsule, embedder = self._graph, report.capsule, self._embedder
+        return Manifest(
+            generated_at=self._generated_at,
+            session_id=graph.session_id,
+            project_name=graph.project_name,
+            source=graph.source,
+            options=graph.options,
+            content_digest=self._digest,
+            capsule_sha256=capsule.sha256,
+            parts=[
+                ManifestPart(
+                    file_name=path.name,
+                    size_bytes=path.stat().st_size,
+                    sha256=sha256,
+                    frames=plan.frames,
+                    vectors=plan.vectors,
+                )
+                for path, sha256, plan in zip(written.paths, hashes, written.plans, strict=True)
+            ],
+            sidecar_file_name=f"{capsule_file_name(graph.source.base_name, self._generated_at)}.index.v1.sqlite",
+            sidecar_size_bytes=report.sidecar.size_bytes,
+            sidecar_sha256=report.sidecar.sha256,
+            frames=capsule.frames,
+            node_frames=capsule.node_frames,
+            relation_frames=capsule.relation_frames,
+            vectors=capsule.vectors,
+            dimension=capsule.dimension,
+            embedding_model=capsule.model,
+            embedding_layout=embedder.layout if embedder else None,
+            writer=writer.name,
+            readers=writer.readers,
+            versions=report.versions,
+            report=report,
+        )
+
+
+def versions() -> Versions:
+    """Versions of this program and of the two memvid libraries; empty for one that is not installed."""
+    found = Versions(memvid_core=native.MEMVID_CORE_VERSION if native else "")
+    with suppress(PackageNotFoundError):
+        found.memvid_export = version("memvid-export")
+    with suppress(PackageNotFoundError):
+        found.memvid_sdk = version("memvid-sdk")
+    return found
+
+
+def _sha256(path: Path, should_stop: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            should_stop()
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _move(path: Path, folder: Path) -> Path:
+    """Sync a finished file and give it its place in ``folder``."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.replace(folder / path.name)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

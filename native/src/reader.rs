@@ -1,0 +1,128 @@
+//! Reads a capsule back: frames with their text, and the vectors.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use memvid_core::find_last_valid_footer;
+use memvid_core::types::{CanonicalEncoding, Frame, FrameStatus, Toc};
+
+use crate::error::{At, Error, Result};
+
+/// Largest text of one frame that is decompressed (memvid's own bound is 256 MiB).
+const MAX_FRAME_BYTES: u64 = 256 * 1024 * 1024;
+
+pub struct CapsuleReader {
+    path: PathBuf,
+    map: Mmap,
+    toc: Toc,
+}
+
+pub struct Vectors<'a> {
+    pub count: u64,
+    pub dimension: u32,
+    pub model: Option<&'a str>,
+    /// `count` rows of `{frame id: u64, length: u64, values: f32…}`, little-endian.
+    pub rows: &'a [u8],
+}
+
+impl CapsuleReader {
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).at(path)?;
+        // SAFETY: capsules are immutable: they appear by rename and are never written again. A file that is cut while
+        // it is mapped would end the process with SIGBUS, as with any mapped file.
+        let map = unsafe { Mmap::map(&file) }.at(path)?;
+        let unreadable = |reason: String| Error::Unreadable {
+            path: path.to_path_buf(),
+            reason,
+        };
+        let footer =
+            find_last_valid_footer(&map).ok_or_else(|| unreadable("no valid footer".into()))?;
+        let toc = Toc::decode(footer.toc_bytes).map_err(|err| unreadable(err.to_string()))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            map,
+            toc,
+        })
+    }
+
+    pub fn frame_count(&self) -> usize {
+        self.toc.frames.len()
+    }
+
+    pub fn frame(&self, id: usize) -> Result<&Frame> {
+        let frame = self
+            .toc
+            .frames
+            .get(id)
+            .ok_or_else(|| self.unreadable(format!("no frame {id}")))?;
+        if frame.status != FrameStatus::Active {
+            return Err(self.unreadable(format!("frame {id} is not active")));
+        }
+        Ok(frame)
+    }
+
+    pub fn text(&self, id: usize) -> Result<String> {
+        let frame = self.frame(id)?;
+        let payload = self.range(frame.payload_offset, frame.payload_length)?;
+        if blake3::hash(payload).as_bytes() != &frame.checksum {
+            return Err(
+                self.unreadable(format!("payload of frame {id} does not match its checksum"))
+            );
+        }
+        let bytes = match frame.canonical_encoding {
+            CanonicalEncoding::Plain => payload.to_vec(),
+            CanonicalEncoding::Zstd => {
+                let length = frame.canonical_length.unwrap_or(0);
+                if length > MAX_FRAME_BYTES {
+                    return Err(self.unreadable(format!("frame {id} is {length} bytes long")));
+                }
+                zstd::bulk::decompress(payload, usize::try_from(length).unwrap_or(0))
+                    .map_err(|err| self.unreadable(format!("frame {id}: {err}")))?
+            }
+        };
+        String::from_utf8(bytes).map_err(|_| self.unreadable(format!("frame {id} is not UTF-8")))
+    }
+
+    pub fn vectors(&self) -> Result<Option<Vectors<'_>>> {
+        let Some(manifest) = &self.toc.indexes.vec else {
+            return Ok(None);
+        };
+        let bytes = self.range(manifest.bytes_offset, manifest.bytes_length)?;
+        if blake3::hash(bytes).as_bytes() != &manifest.checksum {
+            return Err(self.unreadable("the vectors do not match their checksum".into()));
+        }
+        let row = 16 + u64::from(manifest.dimension) * 4;
+        let expected = manifest
+            .vector_count
+            .checked_mul(row)
+            .and_then(|rows| rows.checked_add(8));
+        if expected != Some(bytes.len() as u64) {
+            return Err(self.unreadable("the vectors are not an exact, uncompressed index".into()));
+        }
+        Ok(Some(Vectors {
+            count: manifest.vector_count,
+            dimension: manifest.dimension,
+            model: manifest.model.as_deref(),
+            rows: &bytes[8..],
+        }))
+    }
+
+    fn range(&self, offset: u64, length: u64) -> Result<&[u8]> {
+        let range = usize::try_from(offset).ok().and_then(|from| {
+            usize::try_from(length)
+                .ok()
+                .and_then(|len| Some(from..from.checked_add(len)?))
+        });
+        range
+            .and_then(|range| self.map.get(range))
+            .ok_or_else(|| self.unreadable(format!("bytes {offset}+{length} lie outside the file")))
+    }
+
+    fn unreadable(&self, reason: String) -> Error {
+        Error::Unreadable {
+            path: self.path.clone(),
+            reason,
+        }
+    }
+}
