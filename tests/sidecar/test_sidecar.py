@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.capsule.native import NativeWriter
 from common.errors import CapsuleUnreadable
 from common.frames import Frame, frames
 from common.graph.canonical import canonical
@@ -18,6 +19,7 @@ from common.graph.model import Graph
 from common.graph.read import read_graph
 from common.sidecar.build import SidecarBuilder, normalise_name
 from common.sidecar.open import Scope, Sidecar
+from common.sidecar.rebuild import capsule_sha256, rebuild
 
 GENERATED_AT = "2026-01-02T03:04:05.000Z"
 SHA = "ab" * 32
@@ -291,3 +293,29 @@ def test_the_content_digest_tells_other_content_but_not_another_capsule(
     with closing(Sidecar.open(moved)) as one, closing(Sidecar.open(fewer)) as two:
         assert one.content_digest() == sidecar.content_digest()
         assert two.content_digest() != sidecar.content_digest()
+
+
+def test_a_sidecar_rebuilt_from_the_capsule_alone_is_equal(graph_frames: list[Frame], tmp_path: Path) -> None:
+    half = len(graph_frames) // 2
+    capsules = [tmp_path / "a.mv2", tmp_path / "b.mv2"]
+    builder = SidecarBuilder(tmp_path / "beside.sqlite")
+    for part, (path, some) in enumerate(zip(capsules, (graph_frames[:half], graph_frames[half:]), strict=True)):
+        writer = NativeWriter().open(path, timestamp=1, model=None, dimension=None, expected_frames=len(some))
+        for start in range(0, len(some), 500):
+            writer.add(some[start : start + 500], None)
+            builder.add(some[start : start + 500], start, part)
+        writer.finish()
+    builder.finish(capsule_sha256(capsules))
+
+    rebuild(capsules, tmp_path / "rebuilt.sqlite")
+
+    assert (tmp_path / "rebuilt.sqlite").read_bytes() == (tmp_path / "beside.sqlite").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mv2", "b.mv2", "beside.sqlite", "rebuilt.sqlite"]
+
+
+def test_a_rebuild_from_a_file_that_is_no_capsule_leaves_nothing_behind(tmp_path: Path) -> None:
+    foreign = tmp_path / "x.mv2"
+    foreign.write_bytes(b"nothing of the kind" * 1000)
+    with pytest.raises(CapsuleUnreadable):
+        rebuild([foreign], tmp_path / "x.sqlite")
+    assert list(tmp_path.iterdir()) == [foreign]
