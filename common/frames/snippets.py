@@ -30,6 +30,8 @@ _MAX_CANDIDATES = 64
 """Places of one name looked at in one file."""
 _MAX_LINE_CHARS = 1_000
 """Longer lines (minified code) declare nothing that a snippet could show."""
+_MAX_LINES = 500_000
+"""Lines of one text that are looked at: 60 MB of memory."""
 _MAX_IN_LINE = 8
 """Places of one name looked at in one line."""
 
@@ -166,9 +168,9 @@ class _Text:
     """One file's text, cut into lines and parts."""
 
     def __init__(self, text: str, path: str) -> None:
-        self._text = text
-        self._lines = text.split("\n")
+        self._lines = text.split("\n", _MAX_LINES)[:_MAX_LINES]
         self._starts = list(accumulate((len(line) + 1 for line in self._lines), initial=0))
+        self._text = text[: self._starts[-1]]
         self._keywords_only = path.rsplit(".", 1)[-1].lower() in _KEYWORD_EXTENSIONS
         joints = [
             i for i, line in enumerate(self._lines) if line.startswith(_JOINT) and line.rstrip() in (_JOINT, TRUNCATED)

@@ -27,8 +27,9 @@ class GraphLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_nodes: int = 2_000_000
     max_relationships: int = 5_000_000
     max_files: int = 1_000_000
-    max_values: int = 50_000_000
-    """JSON values in all, told from commas and braces before anything is decoded: bounds the memory for decoding."""
+    max_values: int = 25_000_000
+    """Commas and opening brackets in one JSON document, counted before it is decoded: bounds the memory for that to
+    2 GB. Graphs of code have one in 42 bytes or more."""
     max_text_chars: int = 64_000_000
     """Characters of one file's text or one node's content."""
     max_id_chars: int = 8_192

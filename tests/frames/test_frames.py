@@ -281,3 +281,19 @@ def test_real_graphs_become_unique_well_formed_frames(real_graphs: dict[str, Pat
             metadata = msgspec.json.decode(frame.metadata)
             if frame.kind != "meta":
                 assert frame_id_of(frame.uri) == metadata["id"]
+
+
+def test_frames_do_not_depend_on_the_order_of_the_input(real_graphs: dict[str, Path]) -> None:
+    for path in real_graphs.values():
+        request = read_graph(path)
+        turned = msgspec.structs.replace(
+            request,
+            nodes=request.nodes[::-1],
+            relations=request.relations[::-1],
+            files=dict(reversed(request.files.items())),
+        )
+        given, again = canonical(request), canonical(turned)
+        assert list(frames(again, generated_at=AT, layout="static-v1")) == list(
+            frames(given, generated_at=AT, layout="static-v1")
+        )
+        assert {(w.code, w.count) for w in again.warnings} == {(w.code, w.count) for w in given.warnings}

@@ -296,3 +296,12 @@ def test_in_a_real_export_snippets_equal_the_text_that_gitnexus_keeps(real_graph
             assert ours[:shorter] == theirs[:shorter]
             compared += 1
     assert compared > 900
+
+
+def test_a_file_of_40_mb_gives_bounded_frames_with_the_symbols_of_its_first_lines() -> None:
+    text = "".join(f"def f{i}(a):\n    return a\n" for i in range(1_400_000))
+    graph = graph_of(text, [("Function", f"f{i}", 2 * i, 2 * i + 1) for i in range(0, 1_400_000, 50_000)])
+    found = snippets(graph)
+    assert found["f50000"] == "def f50000(a):\n    return a"
+    assert found["f1350000"] is None
+    assert len(found["File"] or "") <= 1_400 + len("...[truncated]")
