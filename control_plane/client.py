@@ -16,16 +16,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import httpx
 import msgspec
 
-from common.contract import ErrorBody, Event, EventPage, Job, JobCreated, Source
+from common.contract import ErrorBody, Event, EventPage, Job, JobCreated, Manifest, Report, Source
 from common.errors import Canceled, ExportError, InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
 
 TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
-ArtifactKind = Literal["download", "sidecar", "manifest"]
 
 _CHUNK = 1 << 18
 _ATTEMPTS = 6
@@ -186,6 +185,10 @@ class ExportClient:
         """The job as it is now."""
         return msgspec.json.decode(self._send("GET", f"/v1/exports/{job_id}").content, type=Job)
 
+    def report(self, job_id: str) -> Report:
+        """The report of a finished job."""
+        return msgspec.json.decode(self._send("GET", f"/v1/exports/{job_id}/report").content, type=Report)
+
     def cancel(self, job_id: str) -> Job:
         """Ask the server to stop a job; a finished one answers its state."""
         return msgspec.json.decode(self._send("DELETE", f"/v1/exports/{job_id}").content, type=Job)
@@ -223,43 +226,63 @@ class ExportClient:
                 raise StorageFailed(f"Job {job_id} sends no events", url=self._url)
             time.sleep(0.5)
 
-    def download(self, job_id: str, kind: ArtifactKind, path: Path, on_bytes: Callable[[int, int], None]) -> None:
-        """Fetch one file of a finished job to ``path``, whole or not at all.
+    def fetch(self, job_id: str, folder: Path, on_bytes: Callable[[str], Callable[[int, int], None]]) -> list[Path]:
+        """Fetch the files of a finished job into ``folder``: its parts, the sidecar, the manifest last, as in the
+        answer. ``on_bytes(name)`` gives the sink of one file's ``(got, total)``.
 
-        A broken download goes on where it stopped (``Range`` with ``If-Range``); the bytes are checked against the
-        server's ``Content-Digest`` before the file gets its name.
+        Each file appears whole or not at all; a broken download goes on where it stopped. Raises StorageFailed for
+        bytes that are not what the manifest and ``Content-Digest`` announce.
         """
-        url = f"/v1/exports/{job_id}/{kind}"
-        head = self._send("HEAD", url)
-        size, etag = int(head.headers["Content-Length"]), head.headers["ETag"]
-        part = path.with_name(path.name + ".part")
-        part.unlink(missing_ok=True)
+        url = f"/v1/exports/{job_id}"
+        answer = self._send("GET", f"{url}/manifest")
+        _check_digest(answer.headers, hashlib.sha256(answer.content).digest(), "manifest")
+        manifest = msgspec.json.decode(answer.content, type=Manifest)
+        wanted = [(f"{url}/download?part={n}", part) for n, part in enumerate(manifest.parts, 1)]
+        paths = []
+        for address, part in wanted:
+            paths.append(folder / _plain(part.file_name))
+            self._download(address, paths[-1], part.size_bytes, part.sha256, on_bytes(part.file_name))
+        name, size = manifest.sidecar_file_name, manifest.sidecar_size_bytes
+        paths.append(folder / _plain(name))
+        self._download(f"{url}/sidecar", paths[-1], size, manifest.sidecar_sha256, on_bytes(name))
+        paths.append(folder / f"{paths[0].name}.manifest.json")
+        temporary = paths[-1].with_name(f".{paths[-1].name}.part")
+        temporary.write_bytes(answer.content)
+        temporary.replace(paths[-1])
+        return paths
+
+    def _download(self, url: str, path: Path, size: int, sha256: str, on_bytes: Callable[[int, int], None]) -> None:
+        temporary = path.with_name(f".{path.name}.part")
         digest = hashlib.sha256()
-        failures = 0
-        with part.open("wb") as file:
-            while (got := file.tell()) < size:
-                headers = {"Range": f"bytes={got}-", "If-Range": etag} if got else {}
-                try:
-                    with self._http.stream("GET", url, headers=headers) as answer:
-                        if answer.is_error:
-                            answer.read()
-                            self._refuse(answer)
-                        if got and answer.status_code != httpx.codes.PARTIAL_CONTENT:
-                            raise StorageFailed(f"The {kind} of job {job_id} changed while it was fetched")
-                        for chunk in answer.iter_raw(_CHUNK):
-                            file.write(chunk)
-                            digest.update(chunk)
-                            on_bytes(file.tell(), size)
-                except httpx.TransportError as error:
-                    failures = failures + 1 if file.tell() == got else 0
-                    self._pause(failures, error)
-            file.flush()
-            os.fsync(file.fileno())
-        said = _sha256(head.headers.get("Content-Digest", ""))
-        if said is None or digest.digest() != said:
-            part.unlink()
-            raise StorageFailed(f"The {kind} of job {job_id} does not have the hash that the server announced")
-        part.replace(path)
+        etag, failures = "", 0
+        try:
+            with temporary.open("wb") as file:
+                while (got := file.tell()) < size:
+                    headers = {"Range": f"bytes={got}-", "If-Range": etag} if got else {}
+                    try:
+                        with self._http.stream("GET", url, headers=headers) as answer:
+                            if answer.is_error:
+                                answer.read()
+                                self._refuse(answer)
+                            if got and answer.status_code != httpx.codes.PARTIAL_CONTENT:
+                                raise StorageFailed(f"{path.name} changed on the server while it was fetched")
+                            if not got:
+                                etag = answer.headers.get("ETag", "")
+                                _check_digest(answer.headers, bytes.fromhex(sha256), path.name)
+                            for chunk in answer.iter_raw(_CHUNK):
+                                file.write(chunk)
+                                digest.update(chunk)
+                                on_bytes(file.tell(), size)
+                    except httpx.TransportError as error:
+                        failures = failures + 1 if file.tell() == got else 0
+                        self._pause(failures, error)
+                file.flush()
+                os.fsync(file.fileno())
+            if digest.hexdigest() != sha256:
+                raise StorageFailed(f"{path.name} is not what its manifest says: its SHA-256 differs")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     # -- one request -------------------------------------------------------------------
 
@@ -340,10 +363,17 @@ def _upload(graph: Path, *, compress: bool, on_bytes: Callable[[int, int], None]
         yield deflate.flush()
 
 
-def _sha256(header: str) -> bytes | None:
-    """The SHA-256 of a ``Content-Digest`` header (RFC 9530: ``sha-256=:<base64>:``), None when it has none."""
-    for entry in header.split(","):
+def _plain(name: str) -> str:
+    """A file name from the server, which must be one. Raises StorageFailed."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise StorageFailed(f"The server names a file {name!r}, which is no plain file name")
+    return name
+
+
+def _check_digest(headers: httpx.Headers, found: bytes, what: str) -> None:
+    """Compare with ``Content-Digest`` (RFC 9530: ``sha-256=:<base64>:``). Raises StorageFailed."""
+    for entry in headers.get("Content-Digest", "").split(","):
         name, _, value = entry.strip().partition("=")
-        if name == "sha-256":
-            return base64.b64decode(value.strip(":"))
-    return None
+        if name == "sha-256" and base64.b64decode(value.strip(":")) == found:
+            return
+    raise StorageFailed(f"{what} is not what the server announces: Content-Digest differs or is missing")

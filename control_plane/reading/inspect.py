@@ -1,1 +1,248 @@
-"""What lies in a capsule on disk, and whether it is whole: the work behind ``inspect`` and ``verify``."""
+"""Capsules on disk: their parts, what is in them, and whether they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from common.capsule.gate import FrameProbe, Gate, GatePlan, VectorProbe
+from common.capsule.reader import CapsuleReader
+from common.contract import Manifest, Wire
+from common.embedding.static import StaticEmbedder
+from common.errors import CapsuleUnreadable, GateFailed, InvalidRequest
+from common.sidecar.open import Sidecar
+from common.sidecar.rebuild import capsule_sha256, rebuild
+from control_plane.reading.search import Vectors
+
+META_URI = "mv2://meta/manifest"
+_SAMPLES = 100
+"""Frames and vectors of each part that are read back."""
+_META_FRAMES = 16
+"""Frames at the start of a capsule that are looked at for its manifest."""
+
+
+class Files:
+    """A capsule's files: ``manifest`` and ``sidecar`` are None where they do not lie beside it."""
+
+    def __init__(self, capsule: Path) -> None:
+        """``capsule`` is the capsule or any of its parts. Raises CapsuleUnreadable for a file that is not there."""
+        if not capsule.is_file():
+            raise CapsuleUnreadable(f"There is no capsule {capsule}")
+        self.manifest = _manifest(capsule)
+        self.parts = [capsule]
+        self.sidecar_path = capsule.with_name(f"{capsule.name}.index.v1.sqlite")
+        if self.manifest:
+            self.parts = [capsule.with_name(part.file_name) for part in self.manifest.parts]
+            self.sidecar_path = capsule.with_name(self.manifest.sidecar_file_name)
+        missing = [path.name for path in self.parts if not path.is_file()]
+        if missing:
+            raise CapsuleUnreadable(f"{capsule.name} has a part that is not here: {missing[0]}")
+
+    @property
+    def sidecar(self) -> Path | None:
+        """The sidecar, if it is there."""
+        return self.sidecar_path if self.sidecar_path.is_file() else None
+
+
+def _manifest(capsule: Path) -> Manifest | None:
+    own = capsule.with_name(f"{capsule.name}.manifest.json")
+    for path in [own] if own.is_file() else sorted(capsule.parent.glob("*.mv2.manifest.json")):
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
+            if path == own:
+                raise CapsuleUnreadable(f"The manifest {path.name} is damaged: {error}") from error
+            continue  # of another capsule in the same folder
+        if any(part.file_name == capsule.name for part in manifest.parts):
+            return manifest
+        if path == own:
+            raise CapsuleUnreadable(f"The manifest {path.name} is not this capsule's")
+    return None
+
+
+@contextmanager
+def opened_sidecar(files: Files) -> Iterator[Sidecar]:
+    """The capsule's sidecar; one that is missing, damaged or of other bytes is rebuilt from the capsule, for this
+    reading alone. Raises CapsuleUnreadable."""
+    expected = files.manifest.capsule_sha256 if files.manifest else capsule_sha256(files.parts)
+    sidecar = _current(files.sidecar, expected)
+    if sidecar:
+        with closing(sidecar):
+            yield sidecar
+        return
+    with tempfile.TemporaryDirectory(prefix="memvid-export-") as folder:
+        path = Path(folder) / "rebuilt.sqlite"
+        rebuild(files.parts, path)
+        with closing(Sidecar.open(path)) as sidecar:
+            yield sidecar
+
+
+def _current(path: Path | None, capsule: str) -> Sidecar | None:
+    if path is None:
+        return None
+    try:
+        sidecar = Sidecar.open(path)
+    except CapsuleUnreadable:
+        return None  # the caller rebuilds it
+    if sidecar.capsule_sha256 == capsule:
+        return sidecar
+    sidecar.close()
+    return None
+
+
+def vectors(files: Files, sidecar: Sidecar) -> Vectors | None:
+    """The vectors of all parts, None for a capsule without. Raises InvalidRequest for a model that is not here."""
+    embedder = StaticEmbedder()
+    positions, matrices = [], []
+    for part, path in enumerate(files.parts):
+        with CapsuleReader(path) as reader:
+            found = reader.vectors()
+            model = reader.model
+        if found is None:
+            continue
+        if model != embedder.model:
+            raise InvalidRequest(f"The vectors are of model {model}; this machine has {embedder.model}", field="mode")
+        positions.append(found[0] + sidecar.position(part, 0))
+        matrices.append(found[1])
+    return Vectors(np.concatenate(positions), np.concatenate(matrices), embedder) if positions else None
+
+
+class Part(Wire, kw_only=True):
+    """One file."""
+
+    path: str
+    size_bytes: int
+    frames: int
+    vectors: int
+
+
+class Contents(Wire, kw_only=True):
+    """What ``inspect`` shows."""
+
+    parts: list[Part]
+    frames: int
+    vectors: int
+    dimension: int | None
+    model: str | None
+    manifest: dict[str, Any] | None
+    """Metadata of the capsule's own manifest frame; None for a capsule that is not of this project's kind."""
+    sidecar: str | None
+    content_digest: str | None
+    readers: str | None
+
+
+def inspect(capsule: Path) -> Contents:
+    """Look into a capsule. Raises CapsuleUnreadable."""
+    files = Files(capsule)
+    parts: list[Part] = []
+    dimension, model, meta = None, None, None
+    for path in files.parts:
+        with CapsuleReader(path) as reader:
+            found = reader.vectors()
+            if found is not None:
+                dimension, model = found[1].shape[1], reader.model
+            rows = 0 if found is None else len(found[0])
+            parts.append(Part(path=str(path), size_bytes=path.stat().st_size, frames=reader.frame_count, vectors=rows))
+            for frame in [] if meta else reader.frames(0, _META_FRAMES):
+                if frame.uri == META_URI:
+                    meta = msgspec.json.decode(frame.metadata, type=dict[str, Any])
+    return Contents(
+        parts=parts,
+        frames=sum(part.frames for part in parts),
+        vectors=sum(part.vectors for part in parts),
+        dimension=dimension,
+        model=model,
+        manifest=meta,
+        sidecar=str(files.sidecar) if files.sidecar else None,
+        content_digest=files.manifest.content_digest if files.manifest else None,
+        readers=files.manifest.readers if files.manifest else None,
+    )
+
+
+class Check(Wire, kw_only=True):
+    """One thing that ``verify`` looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify(capsule: Path) -> Iterator[Check]:
+    """Check a capsule and all that belongs to it, one finding after the other. Raises CapsuleUnreadable."""
+    files = Files(capsule)
+    if files.manifest:
+        for part, path in zip(files.manifest.parts, files.parts, strict=True):
+            yield _same_hash(f"manifest: {path.name}", path, part.sha256)
+        yield _same_hash(f"manifest: {files.sidecar_path.name}", files.sidecar_path, files.manifest.sidecar_sha256)
+    for path in files.parts:
+        yield _read_through_memvid(path)
+    yield _same_sidecar(files)
+
+
+def _same_hash(name: str, path: Path, expected: str) -> Check:
+    if not path.is_file():
+        return Check(name=name, ok=False, detail="the file is missing")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    same = found == expected
+    return Check(name=name, ok=same, detail=f"sha256 {found}" if same else f"sha256 {found}, expected {expected}")
+
+
+def _read_through_memvid(path: Path) -> Check:
+    with CapsuleReader(path) as reader, Gate() as gate:
+        count = reader.frame_count
+        sampled = sorted({place * count // _SAMPLES for place in range(_SAMPLES)} | ({count - 1} if count else set()))
+        frames = [reader.frames(place, 1)[0] for place in sampled]
+        found = reader.vectors()
+        probes = []
+        if found is not None:
+            # Equal texts have equal vectors, and then any of them may be the nearest: only single ones prove something.
+            rows = [row.tobytes() for row in np.round(found[1], 3)]
+            single = Counter(rows)
+            for row in range(0, len(rows), max(1, len(rows) // _SAMPLES)):
+                if single[rows[row]] > 1:
+                    continue
+                uri = reader.frames(int(found[0][row]), 1)[0].uri
+                probes.append(VectorProbe(values=found[1][row].tolist(), uri=uri))
+        plan = GatePlan(
+            path=str(path),
+            frames=count,
+            exact=True,
+            vectors=0 if found is None else len(found[0]),
+            reader="sdk",
+            frame_probes=[
+                FrameProbe(uri=f.uri, title=f.title, track=f.track, tags=f.tags, text=f.text) for f in frames
+            ],
+            word_probes=[],
+            vector_probes=probes,
+        )
+        name = f"memvid-sdk reads {path.name}"
+        try:
+            held = gate.check(plan, lambda: None)
+        except GateFailed as error:
+            return Check(name=name, ok=False, detail=error.message)
+    return Check(name=name, ok=True, detail=f"{held} probes over {count:,} frames")
+
+
+def _same_sidecar(files: Files) -> Check:
+    name = "sidecar: equal to one built from the capsule alone"
+    if not files.sidecar:
+        return Check(name=name, ok=False, detail="the file is missing")
+    with tempfile.TemporaryDirectory(prefix="memvid-export-") as folder:
+        again = Path(folder) / "rebuilt.sqlite"
+        rebuild(files.parts, again)
+        try:
+            with closing(Sidecar.open(files.sidecar)) as kept, closing(Sidecar.open(again)) as built:
+                same = kept.content_digest() == built.content_digest() and kept.capsule_sha256 == built.capsule_sha256
+                detail = f"content digest {kept.content_digest()}" if same else "it differs from the capsule"
+        except CapsuleUnreadable as error:
+            same, detail = False, error.message
+    return Check(name=name, ok=same, detail=detail)

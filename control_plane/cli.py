@@ -1,0 +1,346 @@
+"""The command line: ``memvid-export …``.
+
+The boundary on a terminal: the environment, the clock and signals are read here and nowhere below; errors become one
+line and an exit code (0 done, 2 bad usage or input, 3 export failed, 130 interrupted). What a command needs is
+imported when it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
+
+import msgspec
+import typer
+
+from common.errors import Canceled, ExportError, InvalidRequest, InvalidSettings
+
+if TYPE_CHECKING:
+    from common.capsule.gate import Gate
+    from common.contract import Source, WriterName
+    from control_plane.terminal import Show
+
+app = typer.Typer(
+    name="memvid-export",
+    help="Turns GitNexus code graphs into searchable Memvid capsules (.mv2).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Writer(StrEnum):
+    """The capsule writers."""
+
+    native = "native"
+    sdk = "sdk"
+    cli = "cli"
+
+
+class Mode(StrEnum):
+    """The ways to search."""
+
+    lexical = "lexical"
+    semantic = "semantic"
+    hybrid = "hybrid"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Capsule = Annotated[Path, typer.Argument(metavar="CAPSULE", help="A .mv2 file; its sidecar lies beside it.")]
+
+
+@app.command()
+def export(
+    graphs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="GRAPH…", help="Graph files (.gz and .zst too); - is standard input."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the capsule, its sidecar and its manifest.")] = Path(),
+    semantic: Annotated[bool, typer.Option("--semantic", help="Also search by meaning (adds vectors).")] = False,
+    profile: Annotated[str | None, typer.Option(help="A preset of options, kept in the report.")] = None,
+    writer: Annotated[Writer | None, typer.Option(help="Which writer; the best installed one by default.")] = None,
+    gitnexus: Annotated[str | None, typer.Option(metavar="URL", help="Read from a running GitNexus server.")] = None,
+    repo: Annotated[str | None, typer.Option(help="With --gitnexus: the repository's name or path.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Turn graphs into capsules on this machine."""
+    from control_plane.terminal import Show
+
+    if bool(graphs) == bool(gitnexus):
+        raise typer.BadParameter("give graph files, or --gitnexus URL", param_hint="GRAPH…")
+    if repo and not gitnexus:
+        raise typer.BadParameter("--repo goes with --gitnexus", param_hint="--repo")
+    from common.capsule.gate import Gate
+
+    with Show(json=json) as show, Gate() as gate:
+        options = _Options(out, semantic, profile, writer.value if writer else None, gate)
+        if not gitnexus:
+            for graph in graphs or []:
+                _export(*_local(graph), options, show)
+            return
+        from control_plane.client import GitNexus
+
+        with GitNexus(gitnexus) as server:
+            found = server.find(repo)
+            with server.graph(found) as body:
+                _export(body, server.source(found), options, show)
+
+
+class _Options(NamedTuple):
+    out: Path
+    semantic: bool
+    profile: str | None
+    writer: WriterName | None
+    gate: Gate
+
+
+def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
+    from common.contract import Source
+
+    if graph == "-":
+        return sys.stdin.buffer, Source(base_name="graph")
+    path = Path(graph)
+    name = re.sub(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", "", path.name) or path.name
+    return path, Source(base_name=name, original_file_name=path.name)
+
+
+def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: Show) -> None:
+    from common.pipeline import export as run
+
+    from common.embedding.static import StaticEmbedder
+    from common.graph.read import read_graph
+
+    stages = show.stages(defaults.original_file_name or defaults.base_name)
+    started = time.perf_counter()
+    request = read_graph(source, defaults=defaults)
+    read_seconds = time.perf_counter() - started
+    request.options.semantic_enabled |= options.semantic
+    request.options.profile = options.profile or request.options.profile
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = run(
+        request,
+        out_dir=options.out,
+        writer=options.writer,
+        embedder=StaticEmbedder() if request.options.semantic_enabled else None,
+        gate=options.gate,
+        on_progress=stages,
+        should_stop=lambda: None,
+        generated_at=_now(os.environ),
+    )
+    report = result.report
+    report.timings.read = read_seconds
+    report.timings.total += read_seconds
+    show.report(
+        report,
+        *(("capsule", path) for path in result.capsule_paths),
+        ("sidecar", result.sidecar_path),
+        ("manifest", result.manifest_path),
+    )
+
+
+def _now(env: Mapping[str, str]) -> str:
+    """The time of this export, ISO 8601 in UTC. ``SOURCE_DATE_EPOCH`` (seconds, reproducible-builds.org) fixes it: the
+    same graph then gives the same bytes on any day."""
+    fixed = env.get("SOURCE_DATE_EPOCH", "")
+    if fixed and not fixed.isdigit():
+        raise InvalidSettings("SOURCE_DATE_EPOCH must be a whole number of seconds", field="SOURCE_DATE_EPOCH")
+    now = datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now(UTC)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@app.command()
+def serve(
+    dev: Annotated[
+        bool, typer.Option("--dev", help="Without a key, on 127.0.0.1:8080, files in .memvid-export (unless set).")
+    ] = False,
+) -> None:
+    """Run the server; settings come from the environment (MEMVID_EXPORT_…)."""
+    from common.settings import Settings
+    from control_plane.server import serve as run
+
+    # The server stops in order on SIGTERM and then gets the signal again: that is a good end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    run(Settings.read(os.environ, dev=dev))
+
+
+@app.command()
+def submit(
+    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="A graph file (.gz and .zst too).")],
+    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the export to its end and fetch the files.")] = False,
+    out: Annotated[Path, typer.Option(help="With --wait: the folder for the files.")] = Path(),
+    json: JsonFlag = False,
+) -> None:
+    """Send a graph to a server; the key is taken from MEMVID_EXPORT_API_KEY or MEMVID_EXPORT_API_KEY_FILE."""
+    from common.contract import Progress
+    from control_plane.client import ExportClient
+    from control_plane.terminal import Show
+    from handler.protocol import export_error
+
+    if not graph.is_file():
+        raise InvalidRequest(f"There is no file {graph}", field="GRAPH")
+    with Show(json=json) as show, ExportClient(url, _key(os.environ)) as client:
+        created = client.submit(graph, show.amount(f"Sending {graph.name}"))
+        if not wait:
+            show.data(created)
+            show.result(f"{created.job_id}: {created.message}")
+            return
+        show.note(f"Job {created.job_id}")
+        stages = show.stages(graph.name)
+        for event in client.events(created.job_id):
+            if event.stage in ("failed", "canceled", "expired"):
+                break
+            stages(
+                Progress(
+                    stage=event.stage,
+                    progress=event.progress,
+                    stage_progress=event.stage_progress,
+                    message=event.message,
+                )
+            )
+        job = client.job(created.job_id)
+        if job.error or not job.artifact:
+            raise export_error(job.error) if job.error else Canceled(f"Job {job.job_id} was {job.status}")
+        out.mkdir(parents=True, exist_ok=True)
+        *capsules, sidecar, manifest = client.fetch(job.job_id, out, lambda name: show.amount(f"Fetching {name}"))
+        files = [*(("capsule", path) for path in capsules), ("sidecar", sidecar), ("manifest", manifest)]
+        show.report(client.report(job.job_id), *files)
+
+
+def _key(env: Mapping[str, str]) -> str | None:
+    if key := env.get("MEMVID_EXPORT_API_KEY"):
+        return key
+    file = env.get("MEMVID_EXPORT_API_KEY_FILE")
+    if not file:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidSettings(f"MEMVID_EXPORT_API_KEY_FILE cannot be read: {error.strerror}") from error
+
+
+@app.command()
+def inspect(capsule: Capsule, json: JsonFlag = False) -> None:
+    """Show what is in a capsule."""
+    from control_plane.reading.inspect import inspect as look
+    from control_plane.terminal import Show
+
+    found = look(capsule)
+    with Show(json=json) as show:
+        show.data(found)
+        meta = found.manifest or {}
+        lines = {
+            "project": meta.get("projectName"),
+            "made": meta.get("generatedAt"),
+            "frames": f"{found.frames:,}",
+            "vectors": f"{found.vectors:,} of {found.dimension} numbers, {found.model}" if found.vectors else "none",
+            "nodes": _tally(meta.get("nodeLabels")),
+            "relations": _tally(meta.get("relationshipTypes")),
+            "sidecar": found.sidecar or "none (it can be rebuilt from the capsule)",
+            "digest": found.content_digest,
+            "read by": found.readers,
+        }
+        show.result(*(f"{part.path}: {part.frames:,} frames, {part.size_bytes / 1e6:.1f} MB" for part in found.parts))
+        show.result(*(f"  {name:<10}{value}" for name, value in lines.items() if value))
+
+
+def _tally(counts: Mapping[str, int] | None) -> str | None:
+    if not counts:
+        return None
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {name}" for name, count in ordered)
+
+
+@app.command()
+def verify(capsule: Capsule, json: JsonFlag = False) -> None:
+    """Check a capsule, its sidecar and its manifest: hashes, structure, and reads through memvid-sdk."""
+    from common.errors import GateFailed
+    from control_plane.reading.inspect import verify as check
+    from control_plane.terminal import Show
+
+    with Show(json=json) as show:
+        checks = []
+        for found in check(capsule):
+            checks.append(found)
+            show.result(f"{'ok    ' if found.ok else 'WRONG '} {found.name}: {found.detail}")
+        show.data({"ok": all(found.ok for found in checks), "checks": checks})
+    wrong = [found.name for found in checks if not found.ok]
+    if wrong:
+        raise GateFailed(f"{capsule.name} is not whole: {', '.join(wrong)}")
+
+
+@app.command()
+def search(
+    capsule: Capsule,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Words, or a name.")] = None,
+    mode: Annotated[Mode, typer.Option(help="How to search.")] = Mode.hybrid,
+    queries: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Lines {query_id, text}; prints lines {query_id, ranked}.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Search a capsule."""
+    from control_plane.reading.inspect import Files, opened_sidecar, vectors
+    from control_plane.reading.search import rank_all
+    from control_plane.reading.search import search as find
+    from control_plane.terminal import Show
+
+    if (query is None) == (queries is None):
+        raise typer.BadParameter("give a query, or --queries FILE", param_hint="QUERY")
+    files = Files(capsule)
+    with Show(json=json) as show, opened_sidecar(files) as sidecar:
+        loaded = None if mode is Mode.lexical else vectors(files, sidecar)
+        if queries is not None:
+            for answer in rank_all(sidecar, _queries(queries), mode=mode.value, vectors=loaded):
+                print(msgspec.json.encode(answer).decode())
+            return
+        assert query is not None
+        hits = find(sidecar, query, mode=mode.value, vectors=loaded)
+        show.data({"query": query, "mode": mode.value, "hits": hits})
+        show.result(*(f"{hit.score:6.3f}  {hit.title}\n        {hit.id}\n        {hit.why}" for hit in hits))
+        if not hits:
+            show.result("Nothing found.")
+
+
+class _Query(msgspec.Struct):
+    query_id: str
+    text: str
+
+
+def _queries(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        found = msgspec.json.decode(line, type=_Query)
+                    except msgspec.MsgspecError as error:
+                        raise InvalidRequest(f"{path.name}, line {number}: {error}", field=f"line {number}") from error
+                    yield found.query_id, found.text
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}", field="--queries") from error
+
+
+def main() -> None:
+    """The entry point: runs a command, turns its error into one line and an exit code."""
+    # Ended by another program as by Ctrl-C: temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except ExportError as error:
+        if "--json" in sys.argv[1:]:
+            print(
+                msgspec.json.encode(
+                    {"error": {"code": error.code, "message": error.message, "details": error.details}}
+                ).decode()
+            )
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,115 @@
+"""What the command line shows: bars on a terminal, quiet lines in a pipe, on request nothing but JSON on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from common.contract import Progress, Report
+
+
+class Show:
+    """Standard error has the progress, standard output the result."""
+
+    def __init__(self, *, json: bool) -> None:
+        self.json = json
+        self._console = Console(stderr=True)
+        self._bars: Bars | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            self._bars = Bars(*columns, TimeElapsedColumn(), console=self._console)
+
+    def __enter__(self) -> Show:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def stages(self, name: str) -> Callable[[Progress], None]:
+        """A sink for the progress of one export; in a pipe it prints a line for each stage."""
+        if self._bars:
+            bars = self._bars
+            task = bars.add_task(f"{name}: starting", total=100)
+
+            def move(progress: Progress) -> None:
+                bars.update(task, completed=progress.progress, description=f"{name}: {progress.message}")
+
+            return move
+        stage = ""
+
+        def tell(progress: Progress) -> None:
+            nonlocal stage
+            if progress.stage != stage:
+                stage = progress.stage
+                self.note(f"{name}: {progress.progress:3d}% {progress.message}")
+
+        return tell
+
+    def amount(self, what: str) -> Callable[[int, int], None]:
+        """A sink for bytes moved, as ``(done, total)``; a pipe gets one line at the end."""
+        if self._bars:
+            bars = self._bars
+            task = bars.add_task(what, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        def tell(done: int, total: int) -> None:
+            if done >= total:
+                self.note(f"{what}: {total:,} bytes")
+
+        return tell
+
+    def note(self, text: str) -> None:
+        """One line about what is going on."""
+        if self._bars:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, *lines: str) -> None:
+        """Lines for people; dropped where JSON was asked for."""
+        if not self.json:
+            for line in lines:
+                self._out(line)
+
+    def data(self, value: object) -> None:
+        """One line of JSON, where JSON was asked for."""
+        if self.json:
+            self._out(msgspec.json.encode(value).decode())
+
+    def report(self, report: Report, *paths: tuple[str, object]) -> None:
+        """The end of an export: the report as JSON, or what a person wants to know of it."""
+        self.data(report)
+        capsule = report.capsule
+        vectors = f", {capsule.vectors:,} vectors" if capsule.vectors else ""
+        parts = f" in {capsule.parts} parts" if capsule.parts > 1 else ""
+        left = report.left_out
+        self.result(
+            f"{capsule.frames:,} frames{vectors}, {capsule.size_bytes / 1e6:.1f} MB{parts}, "
+            f"{report.timings.total:.2f} s, writer {report.writer}",
+            *(f"  {name:<9}{path}" for name, path in paths),
+            *(f"  warning  {w.code} x {w.count:,}: {w.example}" for w in report.warnings),
+        )
+        if left.nodes or left.relationships:
+            self.result(f"  left out {left.nodes:,} nodes and {left.relationships:,} relationships, by the maximum")
+
+    def _out(self, line: str) -> None:
+        if self._bars and sys.stdout.isatty():
+            self._bars.console.file.flush()
+        print(line.translate(_CONTROLS), flush=True)
+
+
+_CONTROLS = dict.fromkeys((*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)), "\ufffd")
+"""Names in a graph are other people's text: no escape sequence of theirs reaches a terminal."""
