@@ -17,6 +17,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from common.settings import Settings
 from common.storage import FileStorage
 from control_plane.backends.legacy_vps import LegacyVps
+from control_plane.dashboard import dashboard_routes
 from control_plane.errors import to_response
 from control_plane.exports.intake import Intake
 from control_plane.exports.routes import ExportController
@@ -65,7 +66,12 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
 
     return Litestar(
         # The read tools are mounted here, from control_plane.reading.mcp.
-        route_handlers=[ExportController, HealthController, metrics_route(need_key=settings.metrics_need_key)],
+        route_handlers=[
+            ExportController,
+            HealthController,
+            metrics_route(need_key=settings.metrics_need_key),
+            *dashboard_routes(),
+        ],
         dependencies={name: _providing(part) for name, part in parts.items()},
         middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
         exception_handlers={Exception: to_response},

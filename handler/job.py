@@ -98,12 +98,12 @@ def run_job(
         )
         should_stop()
         started = time.perf_counter()
-        manifest = msgspec.json.decode(result.manifest_path.read_bytes(), type=Manifest)
+        manifest, report = result.manifest, result.report
         hashes = {part.file_name: part.sha256 for part in manifest.parts}
         hashes[manifest.sidecar_file_name] = manifest.sidecar_sha256
         for path in (*result.capsule_paths, result.sidecar_path, result.manifest_path):
             storage.put(path, ref_of(job.output_prefix, path.name), sha256=hashes.get(path.name))
-        report = result.report
+        report.capsule.path = report.sidecar.path = None
         report.job_id, report.attempts = job.job_id, job.attempt
         report.timings.read = read_seconds
         report.timings.upload = time.perf_counter() - started

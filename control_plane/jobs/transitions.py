@@ -7,6 +7,7 @@ is ``completed`` may become ``expired`` later; that change has no event, since n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 from sqlalchemy import ColumnElement, case, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from common.contract import Event, Progress, Status
+from common.contract import Event, Status
 from common.progress import EMOJI
 from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, iso
 from control_plane.jobs.tables import events, jobs
@@ -53,7 +54,7 @@ async def move(
     if to in TERMINAL and event is not None:
         changes["finished_at"] = now
     if event is not None:
-        changes |= _told_by(event.progress, 1)
+        changes |= _told_by([event])
     row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     if row is None:
         return None
@@ -63,14 +64,14 @@ async def move(
 
 
 async def advance(
-    connection: AsyncConnection, job_id: str, attempt: int, new: list[NewEvent], *, now: int
+    connection: AsyncConnection, job_id: str, attempt: int, new: Sequence[NewEvent], *, now: int
 ) -> list[Event] | None:
     """Append events of a running attempt; None if the job is not running that attempt any more."""
     row = (
         await connection.execute(
             update(jobs)
             .where(jobs.c.id == job_id, jobs.c.status == "running", jobs.c.attempt == attempt)
-            .values(updated_at=now, **_told_by(new[-1].progress, len(new)))
+            .values(updated_at=now, **_told_by(new))
             .returning(*jobs.c)
         )
     ).one_or_none()
@@ -82,17 +83,18 @@ async def open_log(connection: AsyncConnection, record: JobRecord, event: NewEve
     return (await _append(connection, record, [event], record.created_at))[0]
 
 
-def _told_by(progress: Progress, count: int) -> dict[str, ColumnElement[Any] | object]:
+def _told_by(new: Sequence[NewEvent]) -> dict[str, ColumnElement[Any] | object]:
+    last, highest = new[-1].progress, max(event.progress.progress for event in new)
     return {
-        "last_seq": jobs.c.last_seq + count,
-        "progress": case((jobs.c.progress < progress.progress, literal(progress.progress)), else_=jobs.c.progress),
-        "stage": progress.stage,
-        "stage_progress": progress.stage_progress,
-        "message": progress.message,
+        "last_seq": jobs.c.last_seq + len(new),
+        "progress": case((jobs.c.progress < highest, literal(highest)), else_=jobs.c.progress),
+        "stage": last.stage,
+        "stage_progress": last.stage_progress,
+        "message": last.message,
     }
 
 
-async def _append(connection: AsyncConnection, record: JobRecord, new: list[NewEvent], now: int) -> list[Event]:
+async def _append(connection: AsyncConnection, record: JobRecord, new: Sequence[NewEvent], now: int) -> list[Event]:
     first = record.last_seq - len(new) + 1
     before = await connection.scalar(
         select(events.c.progress).where(events.c.job_id == record.id, events.c.seq == first - 1)

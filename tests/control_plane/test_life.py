@@ -1,0 +1,138 @@
+"""The whole life of an export over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from live_server import Server, graph
+
+STAGES = ["queued", "transform", "frame_prep", "write_capsule", "build_sidecar", "finalize", "download_ready"]
+
+
+def test_an_export_goes_from_post_to_files_that_fit_together(server: Server, tmp_path: Path) -> None:
+    created = server.post(graph(5, name="life"))
+    assert created.status_code == 202
+    body = created.json()
+    assert set(body) == {"jobId", "status", "progress", "currentStage", "stageProgress", "message", "createdAt"}
+    assert (body["status"], body["progress"]) == ("queued", 0)
+    job_id = body["jobId"]
+
+    events = list(server.stream(job_id))
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert [event["progress"] for event in events] == sorted(event["progress"] for event in events)
+    assert events[-1]["type"] == "job_completed"
+    assert events[-1]["progress"] == 100
+    seen = list(dict.fromkeys(event["stage"] for event in events))
+    assert seen == [stage for stage in STAGES if stage in seen]
+    assert {"queued", "transform", "write_capsule", "finalize", "download_ready"} <= set(seen)
+    assert all(event["emoji"] and event["message"] and event["jobId"] == job_id for event in events)
+
+    job = server.job(job_id)
+    assert (job["status"], job["progress"], job["currentStage"]) == ("completed", 100, "download_ready")
+    assert job["lastEventSeq"] == len(events)
+    assert job["error"] is None
+    assert job["metadata"]["backend"] == "legacy_vps"
+    artifact = job["artifact"]
+    assert artifact["fileName"] == f"life-gitnexus-mem_capsule-{job['createdAt'][:10]}.mv2"
+
+    capsule = server.client.get(artifact["downloadUrl"]).content
+    assert len(capsule) == artifact["sizeBytes"]
+    assert hashlib.sha256(capsule).hexdigest() == artifact["sha256"]
+    manifest = server.client.get(artifact["manifestUrl"]).json()
+    assert manifest["parts"][0]["sha256"] == artifact["sha256"]
+    sidecar = server.client.get(artifact["sidecarUrl"]).content
+    assert hashlib.sha256(sidecar).hexdigest() == manifest["sidecarSha256"]
+    (tmp_path / "sidecar.sqlite").write_bytes(sidecar)
+    with sqlite3.connect(tmp_path / "sidecar.sqlite") as database:
+        assert database.execute("pragma quick_check").fetchone() == ("ok",)
+    database.close()
+
+    report = server.client.get(f"/v1/exports/{job_id}/report").json()
+    assert report["jobId"] == job_id
+    assert (report["status"], report["backend"], report["attempts"]) == ("completed", "legacy_vps", 1)
+    assert (report["input"]["nodes"], report["input"]["relationships"]) == (5, 5)
+    assert report["capsule"]["sha256"] == artifact["sha256"]
+    assert report["timings"]["total"] > 0
+
+
+def test_real_graphs_go_through_without_an_edit(server: Server, real_graphs: dict[str, Path]) -> None:
+    for name, path in real_graphs.items():
+        if "litestar" in name:
+            continue
+        kind = "application/x-ndjson" if "ndjson" in name else "application/json"
+        answer = server.post(path.read_bytes(), content_type=kind)
+        assert answer.status_code == 202, (name, answer.text)
+        job_id = answer.json()["jobId"]
+        assert server.wait(job_id)["type"] == "job_completed", (name, server.job(job_id)["error"])
+        report = server.client.get(f"/v1/exports/{job_id}/report").json()
+        assert report["input"]["bytes"] == path.stat().st_size
+        assert report["input"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_all_files_of_a_payload_are_gone_when_the_job_has_ended(server: Server) -> None:
+    job_id = server.submit(graph(name="clean"))
+    server.wait(job_id)
+    # Files are removed after the terminal event is out: the next job's end comes later.
+    server.wait(server.submit(graph(name="clean-too")))
+    assert not (server.root / "staging" / "payloads" / job_id).exists()
+    assert not list((server.root / "scratch").iterdir())
+
+
+def test_jobs_are_listed_by_pages_and_by_status(server: Server) -> None:
+    ids = [server.submit(graph(name=f"list{n}")) for n in range(3)]
+    for job_id in ids:
+        server.wait(job_id)
+    found: list[str] = []
+    cursor = None
+    while True:
+        page = server.client.get("/v1/exports", params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+        assert len(page["jobs"]) <= 2
+        found += [job["jobId"] for job in page["jobs"]]
+        cursor = page["nextCursor"]
+        if cursor is None:
+            break
+    assert len(found) == len(set(found))
+    assert [job_id for job_id in found if job_id in ids] == ids[::-1]
+    done = server.client.get("/v1/exports", params={"status": "completed", "limit": 200}).json()["jobs"]
+    assert {job["status"] for job in done} == {"completed"}
+    assert set(ids) <= {job["jobId"] for job in done}
+
+
+def test_operations_tell_the_truth(server: Server) -> None:
+    server.wait(server.submit(graph(name="ops")))
+    assert server.client.get("/healthz").json()["ok"] is True
+    ready = server.client.get("/readyz").json()
+    assert ready == {"ok": True, "checks": {"database": "ok", "root": "ok", "worker": "ok"}}
+    figures = server.client.get("/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in figures.splitlines() if not line.startswith("#"))
+    assert float(lines['memvid_export_jobs{status="completed"}']) >= 1
+    assert float(lines["memvid_export_queue_depth"]) == 0
+    assert float(lines["memvid_export_queue_delay_seconds_count"]) >= 1
+
+
+def test_not_ready_is_said_while_the_root_cannot_be_written(server: Server) -> None:
+    scratch = server.root / "scratch"
+    moved = scratch.rename(server.root / "scratch-away")
+    try:
+        answer = server.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "QUEUE_UNAVAILABLE"
+        assert answer.json()["error"]["details"]["checks"]["root"].startswith("cannot be written")
+        assert server.client.get("/healthz").status_code == 200
+    finally:
+        moved.rename(scratch)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "zstd"])
+def test_bodies_may_be_plain_or_zstd(server: Server, encoding: str) -> None:
+    import zstandard
+
+    data = json.dumps(graph(name=encoding)).encode()
+    body = zstandard.compress(data) if encoding == "zstd" else data
+    answer = server.post(body, content_encoding=encoding)
+    assert answer.status_code == 202, answer.text
+    assert server.wait(answer.json()["jobId"])["type"] == "job_completed"

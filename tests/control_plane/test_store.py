@@ -1,0 +1,219 @@
+"""The job store: guarded changes, numbers without gaps, one end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect
+
+from common.contract import Event, Progress, Stage
+from common.errors import InvalidRequest
+from control_plane.errors import QueueUnavailable
+from control_plane.jobs.database import Database
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.records import TERMINAL_EVENTS, JobRecord, NewEvent, NewJob
+from control_plane.jobs.store import JobStore
+from control_plane.jobs.tables import metadata
+from control_plane.jobs.transitions import ALLOWED
+
+
+@asynccontextmanager
+async def _store(root: Path, capacity: int = 100) -> AsyncIterator[JobStore]:
+    database = Database(f"sqlite+aiosqlite:///{root / 'jobs.sqlite'}")
+    await database.migrate()
+    try:
+        yield JobStore(database, EventHub(), queue_capacity=capacity)
+    finally:
+        await database.close()
+
+
+def _run(root: Path, scenario: Callable[[JobStore], Awaitable[None]], capacity: int = 100) -> None:
+    async def inside() -> None:
+        async with _store(root, capacity) as store:
+            await scenario(store)
+
+    asyncio.run(inside())
+
+
+def _new(weight: int = 1, sha256: str = "0" * 64) -> NewJob:
+    return NewJob(
+        id=str(uuid.uuid4()),
+        backend="legacy_vps",
+        weight=weight,
+        session_id="s",
+        project_name="p",
+        payload_ref="file:///payload",
+        payload_sha256=sha256,
+        payload_size=1,
+        message="Queued",
+        meta={},
+    )
+
+
+def _step(progress: int, stage: Stage = "write_capsule") -> NewEvent:
+    return NewEvent("stage_progress", Progress(stage=stage, progress=progress, stage_progress=0, message=f"{progress}"))
+
+
+def _check(job: JobRecord, events: list[Event]) -> None:
+    assert [event.seq for event in events] == list(range(1, job.last_seq + 1))
+    figures = [event.progress for event in events]
+    assert figures == sorted(figures)
+    assert job.progress == figures[-1]
+    ends = [event.seq for event in events if event.type in TERMINAL_EVENTS]
+    assert ends in ([], [job.last_seq])
+
+
+def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
+    async def inside() -> None:
+        database = Database(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}")
+        await database.migrate()
+        await database.migrate()
+        async with database.read.connect() as connection:
+            found = await connection.run_sync(
+                lambda sync: {
+                    table: {column["name"]: str(column["type"]) for column in inspect(sync).get_columns(table)}
+                    for table in metadata.tables
+                }
+            )
+            indexes = await connection.run_sync(
+                lambda sync: {index["name"] for table in metadata.tables for index in inspect(sync).get_indexes(table)}
+            )
+        await database.close()
+        for name, table in metadata.tables.items():
+            assert found[name] == {column.name: str(column.type) for column in table.columns}
+        assert {index.name for table in metadata.tables.values() for index in table.indexes} <= indexes
+
+    asyncio.run(inside())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def scenario(store: JobStore) -> None:
+        record, _ = await store.create(_new())
+        job = await store.claim(max_weight=None)
+        assert job is not None
+        assert job.id == record.id
+
+        async def progress() -> None:
+            for _ in range(10):
+                batch = [_step(chance.randint(0, 99)) for _ in range(chance.randint(1, 4))]
+                await store.advance(job.id, job.attempt, batch)
+
+        async def end(to: str) -> bool:
+            await asyncio.sleep(chance.random() / 50)
+            event = NewEvent(f"job_{to}", Progress(stage="failed", progress=0, stage_progress=0, message=to))  # type: ignore[arg-type]
+            return await store.move(job.id, to, event, attempt=job.attempt) is not None  # type: ignore[arg-type]
+
+        ends = await asyncio.gather(progress(), progress(), end("completed"), end("canceled"), end("failed"))
+        assert ends.count(True) == 1
+        after = await store.get(job.id)
+        assert after is not None
+        _check(after, await store.events(job.id, 0, 1_000))
+        assert not await store.advance(job.id, job.attempt, [_step(50)])
+
+    _run(tmp_path, scenario)
+
+
+def test_what_may_follow_what_is_held_by_the_database(tmp_path: Path) -> None:
+    paths: dict[str, list[str]] = {
+        "queued": [],
+        "running": ["running"],
+        "completed": ["running", "completed"],
+        "failed": ["failed"],
+        "canceled": ["canceled"],
+        "expired": ["running", "completed", "expired"],
+    }
+
+    async def scenario(store: JobStore) -> None:
+        event = NewEvent("stage_progress", Progress(stage="queued", progress=0, stage_progress=0, message="x"))
+        for source, targets in ALLOWED.items():
+            for target in ALLOWED:
+                job, _ = await store.create(_new())
+                for step in paths[source]:
+                    assert await store.move(job.id, step, event) is not None  # type: ignore[arg-type]
+                moved = await store.move(job.id, target, event)
+                assert (moved is not None) == (target in targets), (source, target)
+
+    _run(tmp_path, scenario)
+
+
+def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(tmp_path: Path) -> None:
+    async def scenario(store: JobStore) -> None:
+        await store.create(_new())
+        first = await store.claim(max_weight=None)
+        assert first is not None
+        assert await store.advance(first.id, 1, [_step(30), _step(70)])
+        assert await store.move(first.id, "queued", _step(0, "queued"), attempt=1, values={"lost": 1}) is not None
+        second = await store.claim(max_weight=None)
+        assert second is not None
+        assert (second.attempt, second.lost) == (2, 1)
+        assert not await store.advance(first.id, 1, [_step(80)])
+        assert await store.advance(first.id, 2, [_step(5), _step(40), _step(75)])
+        events = await store.events(first.id, 0, 100)
+        after = await store.get(first.id)
+        assert after is not None
+        _check(after, events)
+        assert [event.progress for event in events][-3:] == [70, 70, 75]
+
+    _run(tmp_path, scenario)
+
+
+def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(tmp_path: Path) -> None:
+    async def scenario(store: JobStore) -> None:
+        large = (await store.create(_new(weight=1_000)))[0].id
+        small = [(await store.create(_new(weight=10)))[0].id for _ in range(5)]
+        first = await store.claim(max_weight=100)
+        assert first is not None
+        assert first.id == small[0]
+        claimed = await asyncio.gather(*(store.claim(max_weight=None) for _ in range(8)))
+        ids = [job.id for job in claimed if job is not None]
+        assert sorted(ids) == sorted([large, *small[1:]])
+        assert ids[0] == large
+
+    _run(tmp_path, scenario)
+
+
+def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(tmp_path: Path) -> None:
+    async def scenario(store: JobStore) -> None:
+        results = await asyncio.gather(*(store.create(_new()) for _ in range(10)), return_exceptions=True)
+        assert sum(isinstance(result, QueueUnavailable) for result in results) == 7
+        assert await store.counts() == {"queued": 3}
+        with pytest.raises(QueueUnavailable):
+            await store.check_capacity()
+
+    _run(tmp_path, scenario, capacity=3)
+
+
+def test_a_key_stands_for_one_body(tmp_path: Path) -> None:
+    async def scenario(store: JobStore) -> None:
+        results = await asyncio.gather(*(store.create(_new(), "key") for _ in range(6)))
+        assert len({job.id for job, _ in results}) == 1
+        assert sum(new for _, new in results) == 1
+        with pytest.raises(InvalidRequest):
+            await store.create(_new(sha256="1" * 64), "key")
+        assert await store.counts() == {"queued": 1}
+
+    _run(tmp_path, scenario)
+
+
+def test_old_records_are_forgotten_with_all_that_belongs_to_them(tmp_path: Path) -> None:
+    async def scenario(store: JobStore) -> None:
+        job, _ = await store.create(_new(), "key")
+        waiting, _ = await store.create(_new())
+        await store.move(job.id, "canceled", NewEvent("job_canceled", _step(0, "canceled").progress))
+        assert await store.forget(0) == 0
+        assert await store.forget(2**62) == 1
+        assert await store.get(job.id) is None
+        assert await store.events(job.id, 0, 10) == []
+        assert await store.find_key("key", "0" * 64) is None
+        assert await store.get(waiting.id) is not None
+
+    _run(tmp_path, scenario)
