@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
 from processes import EXAMPLE, REPOSITORY, serving
 
 KEY = "correct-horse-battery"
@@ -62,6 +62,16 @@ def enter(page: Page, url: str, key: str = KEY) -> None:
     page.goto(url)
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Open").press("Enter")
+    if key == KEY:
+        expect(page.locator("#workspace")).to_be_visible()
+
+
+def begin(page: Page, graph: Path) -> Locator:
+    """Choose a file as a person would; the row of its export."""
+    before = page.locator(".export").count()
+    page.locator("#file").set_input_files(graph)
+    expect(page.locator(".export")).to_have_count(before + 1)
+    return page.locator(".export").first
 
 
 def large(path: Path) -> Path:
@@ -90,8 +100,7 @@ def test_a_graph_goes_in_and_the_capsule_comes_out(page: Page, server: str, tmp_
     enter(page, server)
     expect(page.get_by_text("Nothing here yet")).to_be_visible()
     shot(page, "empty")
-    page.locator("#file").set_input_files(EXAMPLE)
-    row = page.locator(".export").first
+    row = begin(page, EXAMPLE)
     expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
     expect(row.locator(".title")).to_contain_text(".mv2")
 
@@ -115,9 +124,7 @@ def test_a_graph_goes_in_and_the_capsule_comes_out(page: Page, server: str, tmp_
 
 def test_progress_is_shown_while_an_export_runs(page: Page, server: str, tmp_path: Path) -> None:
     enter(page, server)
-    expect(page.locator("#drop")).to_be_visible()
-    page.locator("#file").set_input_files(large(tmp_path / "large.ndjson.gz"))
-    row = page.locator(".export").first
+    row = begin(page, large(tmp_path / "large.ndjson.gz"))
     expect(row.locator("progress")).to_be_visible(timeout=DONE)
     shot(page, "running")
     expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
@@ -184,8 +191,7 @@ def test_hostile_text_is_shown_as_text(page: Page, server: str, tmp_path: Path) 
     seen = Seen(page)
     page.on("dialog", lambda dialog: seen.errors.append(dialog.message))
     enter(page, server)
-    page.locator("#file").set_input_files(file)
-    row = page.locator(".export").first
+    row = begin(page, file)
     expect(row.locator(".title")).to_contain_text("img")
     expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
     row.get_by_role("button", name="Report").click()
@@ -199,8 +205,7 @@ def test_hostile_text_is_shown_as_text(page: Page, server: str, tmp_path: Path) 
 )
 def test_it_fits_a_phone_in_the_dark(page: Page, server: str) -> None:
     enter(page, server)
-    page.locator("#file").set_input_files(EXAMPLE)
-    row = page.locator(".export").first
+    row = begin(page, EXAMPLE)
     expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
     row.get_by_role("button", name="Report").tap()
     expect(row.locator(".report")).to_be_visible()
@@ -210,8 +215,7 @@ def test_it_fits_a_phone_in_the_dark(page: Page, server: str) -> None:
 
 def test_everything_can_be_reached_with_the_keyboard(page: Page, server: str) -> None:
     enter(page, server)
-    page.locator("#file").set_input_files(EXAMPLE)
-    expect(page.locator(".export").first).to_have_attribute("data-status", "completed", timeout=DONE)
+    expect(begin(page, EXAMPLE)).to_have_attribute("data-status", "completed", timeout=DONE)
     page.locator("body").click(position={"x": 1, "y": 1})
     reached = set()
     for _ in range(12):
