@@ -289,7 +289,7 @@ class EmbeddingReport(Wire, kw_only=True):
     cost_estimate: float = 0.0
 
 
-class Warning(Wire, kw_only=True):
+class Warning(Wire, kw_only=True):  # noqa: A001 - the report's own word; used as contract.Warning
     """One kind of repair made to the input, how often, and the first place."""
 
     code: str

@@ -94,7 +94,15 @@ def export(
     Raises InvalidRequest, WriterFailed, WriterUnavailable, GateFailed, StorageFailed, EmbeddingFailed.
     """
     started = time.perf_counter()
-    run = _Export(request, out_dir, gate, generated_at, embedder, ProgressReporter(on_progress), should_stop)
+    run = _Export(
+        request=request,
+        out_dir=out_dir,
+        gate=gate,
+        generated_at=generated_at,
+        embedder=embedder,
+        progress=ProgressReporter(on_progress),
+        should_stop=should_stop,
+    )
     result = run.run(writer)
     result.report.timings.total = round(time.perf_counter() - started, 4)
     return result
@@ -164,6 +172,7 @@ class _Written(msgspec.Struct):
 class _Export:
     def __init__(
         self,
+        *,
         request: ExportRequest,
         out_dir: Path,
         gate: Gate,

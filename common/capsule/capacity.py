@@ -44,7 +44,7 @@ def estimate(sample: Iterable[Frame], *, frames: int, dimension: int | None, emb
     for frame in sample:
         count += 1
         payload += len(compressor.compress(frame.text.encode()))
-        fields = (frame.uri, frame.title, frame.track, *frame.tags, frame.metadata)
+        fields = (frame.uri, frame.title, frame.track, *frame.tags, frame.extra)
         toc += _TOC_BYTES_PER_FRAME + sum(8 + len(field.encode()) for field in fields)
     scale = frames / max(1, count)
     return Estimate(

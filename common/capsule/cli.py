@@ -68,7 +68,7 @@ class CliPartWriter:
                     "uri": frame.uri,
                     "tags": frame.tags,
                     "labels": [],
-                    "metadata": msgspec.json.decode(frame.metadata),
+                    "metadata": msgspec.json.decode(frame.extra),
                 }
                 for frame in frames[start : start + BATCH]
             ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +17,16 @@ from common.contract import WriterName
 from common.errors import CapacityExceeded, ExportError, StorageFailed, WriterFailed, WriterUnavailable
 from common.frames.model import Frame
 
+native: Any
+"""The module of the crate, or None where it is not built: then the portable writer stands in for it."""
 try:
-    import memvid_export_native as native
-except ImportError:  # The crate is an extra; the portable writer stands in for it.
+    native = import_module("memvid_export_native")
+except ImportError:
     native = None
 
 LEXICAL_SEGMENTS = 10
 """Lexical segments a capsule is planned to have: enough for two and more cores, few enough to open fast."""
-MIN_SLICE_FRAMES = 2_048
+MIN_SLICE_FRAMES = 4_096
 MAX_SLICE_FRAMES = 16_384
 
 

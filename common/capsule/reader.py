@@ -54,37 +54,43 @@ class CapsuleReader:
             rows = self._inner.frames(start, count)
         except native.NativeError as error:
             raise CapsuleUnreadable(f"{self.path.name}: {error}", path=str(self.path)) from error
-        return [Frame(*row, metadata=_metadata(row[5])) for row in rows]
+        return [
+            Frame(uri, title, track, _kind(uri), tags, text, _metadata(text)) for uri, title, track, tags, text in rows
+        ]
 
     def all_frames(self) -> Iterator[list[Frame]]:
         """All frames in order, in batches."""
         for start in range(0, self.frame_count, BATCH):
             yield self.frames(start, BATCH)
 
-    def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """Frame ids of shape (n,) and their vectors of shape (n, dimension), or None for a capsule without."""
-        found = self._vector_rows()
-        if found is None:
-            return None
-        count, dimension, _, rows = found
-        row = np.dtype([("frame", "<i8"), ("length", "<i8"), ("values", "<f4", (dimension,))])
-        table = np.frombuffer(rows, dtype=row, count=count)
-        if not (table["length"] == dimension).all():
-            raise CapsuleUnreadable(f"{self.path.name}: vectors of different lengths", path=str(self.path))
-        return table["frame"].astype(np.int64), np.ascontiguousarray(table["values"], dtype=np.float32)
-
     @property
     def model(self) -> str | None:
         """Name of the model that made the vectors, or None."""
-        found = self._vector_rows()
-        return None if found is None else found[2]
+        model: str | None = self._inner.model
+        return model
 
-    def _vector_rows(self) -> tuple[int, int, str | None, bytes] | None:
+    def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Frame positions of shape (n,) and their vectors of shape (n, dimension), or None for a capsule without."""
         try:
-            found: tuple[int, int, str | None, bytes] | None = self._inner.vectors()
+            found = self._inner.vectors()
         except native.NativeError as error:
             raise CapsuleUnreadable(f"{self.path.name}: {error}", path=str(self.path)) from error
-        return found
+        if found is None:
+            return None
+        frames, dimension, rows = found
+        row = np.dtype([("frame", "<i8"), ("length", "<i8"), ("values", "<f4", (dimension,))])
+        table = np.frombuffer(rows, dtype=row)
+        if not (table["length"] == dimension).all():
+            raise CapsuleUnreadable(f"{self.path.name}: vectors of different lengths", path=str(self.path))
+        return np.array(frames, dtype=np.int64), np.ascontiguousarray(table["values"], dtype=np.float32)
+
+
+_KINDS = {"nodes": "node", "communities": "community", "processes": "process", "relations": "relation"}
+
+
+def _kind(uri: str) -> str:
+    """The kind of frame that a uri ``mv2://<what>/<id>`` names."""
+    return _KINDS.get(uri.removeprefix("mv2://").partition("/")[0], "meta")
 
 
 def _metadata(text: str) -> str:

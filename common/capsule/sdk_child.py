@@ -17,7 +17,7 @@ WAL_BYTES = 40 * 1024
 
 
 def _put(memory: Any, frame: list[Any], vector: list[float] | None, timestamp: int) -> int:
-    uri, title, track, kind, tags, text, metadata, _ = frame
+    uri, title, track, kind, tags, text, _, _, extra = frame
     payload = {
         "uri": uri,
         "title": title,
@@ -27,7 +27,7 @@ def _put(memory: Any, frame: list[Any], vector: list[float] | None, timestamp: i
         "kind": kind,
         "tags": tags,
         "text": text,
-        "metadata": msgspec.json.decode(metadata),
+        "metadata": msgspec.json.decode(extra),
         "timestamp": timestamp,
         "auto_tag": False,
         "extract_dates": False,
@@ -38,8 +38,9 @@ def _put(memory: Any, frame: list[Any], vector: list[float] | None, timestamp: i
     if vector is None:
         memory._core.put(payload)
     else:
-        memory._core.put_with_chunk_embeddings(payload, [vector])
-    return 2 * len(text.encode()) + len(metadata.encode()) + 8 * len(vector or ()) + 512
+        chunks = memory._core.preview_chunks(text=text) or [text]
+        memory._core.put_with_chunk_embeddings(payload, [vector] * len(chunks))
+    return 2 * len(text.encode()) + len(extra.encode()) + 8 * len(vector or ()) + 512
 
 
 def _answer(outcome: str, message: str = "") -> None:

@@ -72,4 +72,5 @@ def _pool(weights: NDArray[np.float32], flat: NDArray[np.int64], lengths: NDArra
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     directionless = norms[:, 0] == 0
     sums[directionless, 0] = norms[directionless, 0] = 1
-    return sums / norms
+    np.divide(sums, norms, out=sums)
+    return sums

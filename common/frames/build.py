@@ -38,16 +38,16 @@ _RELATION_KEYS = frozenset(
         "type",
         "sourceId",
         "targetId",
-        "sourceName",
-        "targetName",
-        "sourceLabel",
-        "targetLabel",
         "confidence",
         "reason",
         "step",
         "occurrences",
     }
 )
+_NODE_IN_FIELDS = _NODE_KEYS | {"name"}
+"""Keys that the uri, the title and the track of a node frame tell already."""
+_RELATION_IN_TEXT = frozenset({"id", "type", "sourceId", "targetId", "confidence", "reason"})
+"""Keys that the uri, the track and the first lines of a relation frame tell already."""
 _TO_ENCODE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]|%(?=[0-9A-Fa-f]{2})")
 _ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
 
@@ -153,7 +153,8 @@ class _Builder:
 
     def _meta_frame(self, uri: str, title: str, kind: str, text: str, metadata: dict[str, Any]) -> Frame:
         encoded = _encode(metadata).decode()
-        return Frame(uri, title, "meta", "meta", [f"kind={kind}"], f"{text}\nmetadata={encoded}", encoded)
+        text = f"{text}\nmetadata={encoded}"
+        return Frame(uri, title, "meta", "meta", [f"kind={kind}"], text, encoded, None, encoded)
 
     # --- nodes ------------------------------------------------------------------------------------
 
@@ -187,6 +188,7 @@ class _Builder:
             f"{text}metadata={encoded}",
             encoded,
             self._embed(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS])) if self._embed else None,
+            _encode({key: value for key, value in metadata.items() if key not in _NODE_IN_FIELDS}).decode(),
         )
 
     def _encode_bounded(self, metadata: dict[str, Any], core: frozenset[str], item_id: str) -> str:
@@ -207,33 +209,29 @@ class _Builder:
     # --- relations --------------------------------------------------------------------------------
 
     def _relations(self) -> Iterator[Frame]:
-        ends = {node.id: (node.properties["name"], node.label) for node in self._graph.nodes}
-        lines = {node_id: (_line(name), _line(label)) for node_id, (name, label) in ends.items()}
+        lines = {node.id: (_line(node.properties["name"]), _line(node.label)) for node in self._graph.nodes}
         tags: dict[str, list[str]] = {}
         session_tag = self._session_tag
         for relation in self._graph.relations:
             source_id, target_id, kind = relation.source_id, relation.target_id, relation.type
-            source_name, source_label = ends.get(source_id) or (source_id, UNKNOWN_LABEL)
-            target_name, target_label = ends.get(target_id) or (target_id, UNKNOWN_LABEL)
             metadata: dict[str, Any] = {
                 "id": relation.id,
                 "type": kind,
                 "sourceId": source_id,
                 "targetId": target_id,
-                "sourceName": source_name,
-                "targetName": target_name,
-                "sourceLabel": source_label,
-                "targetLabel": target_label,
                 "confidence": relation.confidence,
-                "reason": relation.reason,
-                "step": relation.step,
             }
+            if relation.reason:
+                metadata["reason"] = relation.reason
+            if relation.step:
+                metadata["step"] = relation.step
             if relation.occurrences > 1:
                 metadata["occurrences"] = relation.occurrences
             if relation.extra or (relation.reason and len(relation.reason) > MAX_PROPERTY_CHARS):
                 encoded = self._relation_metadata(relation, metadata)
             else:
                 encoded = _encode(metadata).decode()
+            extra = {key: value for key, value in metadata.items() if key not in _RELATION_IN_TEXT}
             source_line, source_label = lines.get(source_id) or (_line(source_id), UNKNOWN_LABEL)
             target_line, target_label = lines.get(target_id) or (_line(target_id), UNKNOWN_LABEL)
             kind = _line(kind)
@@ -249,6 +247,8 @@ class _Builder:
                 f"Relationship {kind}\nsource={source_line} ({source_label})\ntarget={target_line} ({target_label})\n"
                 f"confidence={relation.confidence:.3f}\nreason={reason}\nmetadata={encoded}",
                 encoded,
+                None,
+                _encode(extra).decode() if extra else "{}",
             )
 
     def _relation_metadata(self, relation: Relation, metadata: dict[str, Any]) -> str:

@@ -20,7 +20,10 @@ class Frame(NamedTuple):
     text: str
     """What readers see; its last line is ``metadata=`` and ``metadata``."""
     metadata: str
-    """A compact JSON object with typed values; a writer stores each top-level value as a string (strings as they
-    are, all else as compact JSON) in the frame's ``extra_metadata``."""
+    """A compact JSON object with typed values: all that is known, for readers and the sidecar."""
     embed_text: str | None = None
     """The text to embed in the layout of the engine, or None for a frame without a vector."""
+    extra: str = "{}"
+    """A compact JSON object whose top-level values a writer stores as strings (strings as they are, all else as
+    compact JSON) in the frame's ``extra_metadata``, which lies uncompressed in the capsule's table of contents. So it
+    leaves out what the frame's other fields hold: see ``docs/decisions.md``."""

@@ -99,6 +99,13 @@ def node_key(node_id: str) -> int:
     return crc32(node_id.encode())
 
 
+def snippet_of(text: str) -> str:
+    """The snippet in a node frame's text, without the line end that closes it; empty where there is none."""
+    start = text.find(_SNIPPET)
+    end = text.rfind(_METADATA)
+    return "" if start < 0 else text[start + len(_SNIPPET) : end if end > start else len(text)]
+
+
 class SidecarBuilder:
     """Writes one sidecar; calls come from one thread at a time.
 
@@ -238,7 +245,7 @@ class SidecarBuilder:
         elif frame.kind == "community":
             cohesion = float(node.cohesion) if type(node.cohesion) in (int, float) else None
             self._communities[position] = (cohesion, _integer(node.symbol_count))
-        body = _snippet(frame.text)
+        body = snippet_of(frame.text)
         signature = split_identifier(_signature(body)) if node.start_line is not None else ""
         if node.keywords or node.description:
             body = f"{_told(node)}\n{body}"
@@ -376,12 +383,6 @@ def _told(node: _NodeMetadata) -> str:
     keywords = node.keywords if type(node.keywords) is list else []
     words = [word for word in (node.description, *keywords[:MAX_KEYWORDS]) if type(word) is str]
     return "\n".join(words)
-
-
-def _snippet(text: str) -> str:
-    start = text.find(_SNIPPET)
-    end = text.rfind(_METADATA)
-    return "" if start < 0 else text[start + len(_SNIPPET) : end if end > start else len(text)]
 
 
 def _signature(body: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
@@ -185,6 +185,14 @@ class Sidecar:
         counts["files"] = self._count("SELECT count(node) FROM files")
         return counts
 
+    def labels(self) -> list[str]:
+        """The labels of nodes, in order."""
+        return [name for (name,) in self._db.execute("SELECT DISTINCT name FROM labels ORDER BY name")]
+
+    def stop_when(self, should_stop: Callable[[], bool] | None) -> None:
+        """Ask ``should_stop`` now and then while a query runs; one that it ends raises sqlite3.OperationalError."""
+        self._db.set_progress_handler(should_stop, 100_000)
+
     # --- nodes ---
 
     def node(self, node_id: str) -> Node | None:
@@ -284,8 +292,8 @@ class Sidecar:
 
     def edges(
         self, position: int, direction: Direction, types: Sequence[str] = (), *, limit: int = -1, offset: int = 0
-    ) -> list[Edge]:
-        """The relationships of a node, outgoing before incoming, each in order of type, other end and own id.
+    ) -> list[tuple[Direction, Edge]]:
+        """The relationships of a node, ``out`` before ``in``, each in order of type, other end and own id.
 
         A relationship from a node to itself comes once for each direction.
         """
@@ -300,10 +308,21 @@ class Sidecar:
                     f"SELECT id, {order} AS side, type, {there} AS other FROM edges WHERE {here} = ?{condition}"  # noqa: S608
                 )
                 parameters += [position, *chosen]
-        chosen_ids = f"SELECT id FROM ({' UNION ALL '.join(queries)} ORDER BY side, type, other, id LIMIT ? OFFSET ?)"  # noqa: S608
-        positions = self._column(chosen_ids, *parameters, limit, offset)
-        found = {edge.position: edge for edge in self._edges_at(positions)}
-        return [found[at] for at in positions]
+        union = " UNION ALL ".join(queries)
+        chosen_ids = f"SELECT id, side FROM ({union} ORDER BY side, type, other, id LIMIT ? OFFSET ?)"  # noqa: S608
+        sides = self._db.execute(chosen_ids, (*parameters, limit, offset)).fetchall()
+        found = {edge.position: edge for edge in self._edges_at([at for at, _ in sides])}
+        return [("in" if side else "out", found[at]) for at, side in sides]
+
+    def incoming(self, positions: Sequence[int], types: Sequence[str]) -> list[tuple[int, int]]:
+        """(source, target) of every relationship of these types that leads to one of the nodes, in order."""
+        chosen = [self._types[name] for name in types if name in self._types]
+        found: list[tuple[int, int]] = []
+        for start in range(0, len(positions), _MAX_VARIABLES):
+            some = positions[start : start + _MAX_VARIABLES]
+            condition = f"target IN ({_marks(some)}) AND type IN ({_marks(chosen)})"
+            found += self._db.execute(f"SELECT source, target FROM edges WHERE {condition}", (*some, *chosen))  # noqa: S608
+        return sorted(found)
 
     def degree(self, position: int) -> tuple[int, int]:
         """How many relationships come in and go out."""

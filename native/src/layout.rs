@@ -26,7 +26,7 @@ use serde_json::value::RawValue;
 use crate::error::{At, Error, Result};
 use crate::lexical::{self, Segment, SegmentFile};
 
-/// zstd level of payloads: 3 is memvid's own.
+/// zstd level of payloads: 3 is memvid's own; 6 takes 2% less for nearly twice the time.
 const ZSTD_LEVEL: i32 = 3;
 /// memvid reads no TOC and no index larger than this back (`MAX_INDEX_BYTES`).
 const MAX_INDEX_BYTES: u64 = 512 * 1024 * 1024;
@@ -38,11 +38,10 @@ pub struct FrameDoc {
     pub uri: String,
     pub title: String,
     pub track: String,
-    pub kind: String,
     pub tags: Vec<String>,
     pub text: String,
     /// A JSON object; each top-level value becomes a string of `extra_metadata`.
-    pub metadata: String,
+    pub extra: String,
 }
 
 pub struct Options {
@@ -205,6 +204,11 @@ impl CapsuleWriter {
             in_flight: 0,
             options,
         })
+    }
+
+    /// Whether the capsule was opened with a dimension.
+    pub fn takes_vectors(&self) -> bool {
+        self.options.dimension.is_some()
     }
 
     /// Adds frames; `vectors` holds `(position in frames, row)` for those that have one.
@@ -584,7 +588,8 @@ fn encode_frame(
         timestamp,
         anchor_ts: None,
         anchor_source: None,
-        kind: Some(doc.kind),
+        // The uri and the track say it already; 16 bytes a frame.
+        kind: None,
         track: Some(doc.track),
         payload_offset: 0,
         payload_length: payload.len() as u64,
@@ -598,7 +603,7 @@ fn encode_frame(
         search_text: None,
         tags: doc.tags,
         labels: Vec::new(),
-        extra_metadata: extra_metadata(&doc.metadata)
+        extra_metadata: extra_metadata(&doc.extra)
             .map_err(|err| reason(format!("metadata: {err}")))?,
         content_dates: Vec::new(),
         chunk_manifest: None,

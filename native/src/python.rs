@@ -42,17 +42,16 @@ impl From<Error> for PyErr {
     }
 }
 
-/// `(uri, title, track, kind, tags, text, metadata, embed_text)`: `common.frames.model.Frame`.
+/// `(uri, title, track, kind, tags, text, metadata, embed_text, extra)`: `common.frames.model.Frame`.
 fn frame_doc(frame: &Bound<'_, PyTuple>) -> PyResult<(FrameDoc, bool)> {
     let text = |at: usize| frame.get_item(at)?.extract::<String>();
     let doc = FrameDoc {
         uri: text(0)?,
         title: text(1)?,
         track: text(2)?,
-        kind: text(3)?,
         tags: frame.get_item(4)?.extract()?,
         text: text(5)?,
-        metadata: text(6)?,
+        extra: text(8)?,
     };
     Ok((doc, !frame.get_item(7)?.is_none()))
 }
@@ -148,6 +147,13 @@ impl CapsuleWriter {
         py.detach(|| {
             let mut guard = self.lock()?;
             let inner = guard.as_mut().ok_or(Error::Closed)?;
+            if inner.takes_vectors() && rows.len() != embedded.len() {
+                let message = format!(
+                    "{} frames of this batch have an embed_text, no vectors came",
+                    embedded.len()
+                );
+                return Err(Error::Vectors(message).into());
+            }
             let vectors: Vec<(usize, &[f32])> = embedded
                 .iter()
                 .zip(&rows)
@@ -186,8 +192,8 @@ struct CapsuleReader {
     inner: crate::CapsuleReader,
 }
 
-type FrameTuple = (String, String, String, String, Vec<String>, String);
-type VectorRows<'py> = (u64, u32, Option<String>, Bound<'py, PyBytes>);
+type FrameTuple = (String, String, String, Vec<String>, String);
+type VectorRows<'py> = (Vec<usize>, u32, Bound<'py, PyBytes>);
 
 #[pymethods]
 impl CapsuleReader {
@@ -200,21 +206,25 @@ impl CapsuleReader {
 
     #[getter]
     fn frame_count(&self) -> usize {
-        self.inner.frame_count()
+        self.inner.document_count()
     }
 
-    /// `(uri, title, track, kind, tags, text)` of frames `start` to `start + count`.
+    #[getter]
+    fn model(&self) -> Option<&str> {
+        self.inner.model()
+    }
+
+    /// `(uri, title, track, tags, text)` of frames `start` to `start + count`.
     fn frames(&self, py: Python<'_>, start: usize, count: usize) -> PyResult<Vec<FrameTuple>> {
-        let end = start.saturating_add(count).min(self.inner.frame_count());
+        let end = start.saturating_add(count).min(self.inner.document_count());
         let frames = py.detach(|| {
             (start..end)
                 .map(|id| {
-                    let frame = self.inner.frame(id)?;
+                    let frame = self.inner.document(id)?;
                     Ok((
                         frame.uri.clone().unwrap_or_default(),
                         frame.title.clone().unwrap_or_default(),
                         frame.track.clone().unwrap_or_default(),
-                        frame.kind.clone().unwrap_or_default(),
                         frame.tags.clone(),
                         self.inner.text(id)?,
                     ))
@@ -224,49 +234,20 @@ impl CapsuleReader {
         Ok(frames)
     }
 
-    /// `(count, dimension, model, rows)` or None; rows are `{u64 frame id, u64 length, f32…}`, little-endian.
+    /// `(document of each row, dimension, rows)` or None; a row is `{u64 frame id, u64 length, f32…}`, little-endian.
     fn vectors<'py>(&self, py: Python<'py>) -> PyResult<Option<VectorRows<'py>>> {
         let Some(vectors) = self.inner.vectors()? else {
             return Ok(None);
         };
         let rows = PyBytes::new(py, vectors.rows);
-        Ok(Some((
-            vectors.count,
-            vectors.dimension,
-            vectors.model.map(str::to_string),
-            rows,
-        )))
+        Ok(Some((vectors.documents, vectors.dimension, rows)))
     }
 }
 
-/// Writes the frames through memvid-core's own commit, to compare with.
+/// Replaces the indexes of a capsule by those that memvid-core builds itself, to compare with.
 #[pyfunction]
-#[pyo3(signature = (path, frames, *, timestamp, vectors=None))]
-fn memvid_core_commit(
-    py: Python<'_>,
-    path: PathBuf,
-    frames: &Bound<'_, PyAny>,
-    timestamp: i64,
-    vectors: Option<PyBuffer<f32>>,
-) -> PyResult<()> {
-    let (docs, embedded) = batch(frames)?;
-    let rows = rows(py, vectors, embedded.len())?;
-    py.detach(|| {
-        let mut wanted = embedded.into_iter().zip(rows).peekable();
-        let frames = docs
-            .into_iter()
-            .enumerate()
-            .map(|(at, doc)| {
-                (
-                    doc,
-                    wanted
-                        .next_if(|(position, _)| *position == at)
-                        .map(|(_, row)| row),
-                )
-            })
-            .collect();
-        crate::reference::commit(&path, frames, timestamp)
-    })?;
+fn memvid_core_commit(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    py.detach(|| crate::reference::commit(&path))?;
     Ok(())
 }
 

@@ -1,11 +1,15 @@
-//! Reads a capsule back: frames with their text, and the vectors.
+//! Reads a capsule back: documents with their text, and the vectors.
+//!
+//! memvid's own writers cut long documents into chunk frames; those are passed over here, so that the n-th document is
+//! the n-th frame that was handed to a writer, whichever wrote it.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use memvid_core::find_last_valid_footer;
-use memvid_core::types::{CanonicalEncoding, Frame, FrameStatus, Toc};
+use memvid_core::types::{CanonicalEncoding, Frame, FrameRole, FrameStatus, Toc};
 
 use crate::error::{At, Error, Result};
 
@@ -16,13 +20,15 @@ pub struct CapsuleReader {
     path: PathBuf,
     map: Mmap,
     toc: Toc,
+    /// Places in `toc.frames` of the active documents.
+    documents: Vec<usize>,
 }
 
 pub struct Vectors<'a> {
-    pub count: u64,
+    /// The document of each row.
+    pub documents: Vec<usize>,
     pub dimension: u32,
-    pub model: Option<&'a str>,
-    /// `count` rows of `{frame id: u64, length: u64, values: f32…}`, little-endian.
+    /// Rows of `{frame id: u64, length: u64, values: f32…}`, little-endian.
     pub rows: &'a [u8],
 }
 
@@ -39,49 +45,56 @@ impl CapsuleReader {
         let footer =
             find_last_valid_footer(&map).ok_or_else(|| unreadable("no valid footer".into()))?;
         let toc = Toc::decode(footer.toc_bytes).map_err(|err| unreadable(err.to_string()))?;
+        let documents = (0..toc.frames.len())
+            .filter(|&at| {
+                let frame = &toc.frames[at];
+                frame.status == FrameStatus::Active && frame.role == FrameRole::Document
+            })
+            .collect();
         Ok(Self {
             path: path.to_path_buf(),
             map,
             toc,
+            documents,
         })
     }
 
-    pub fn frame_count(&self) -> usize {
-        self.toc.frames.len()
+    pub fn document_count(&self) -> usize {
+        self.documents.len()
     }
 
-    pub fn frame(&self, id: usize) -> Result<&Frame> {
-        let frame = self
-            .toc
-            .frames
+    pub fn model(&self) -> Option<&str> {
+        self.toc.indexes.vec.as_ref()?.model.as_deref()
+    }
+
+    pub fn document(&self, id: usize) -> Result<&Frame> {
+        let place = self
+            .documents
             .get(id)
-            .ok_or_else(|| self.unreadable(format!("no frame {id}")))?;
-        if frame.status != FrameStatus::Active {
-            return Err(self.unreadable(format!("frame {id} is not active")));
-        }
-        Ok(frame)
+            .ok_or_else(|| self.unreadable(format!("no document {id}")))?;
+        Ok(&self.toc.frames[*place])
     }
 
     pub fn text(&self, id: usize) -> Result<String> {
-        let frame = self.frame(id)?;
+        let frame = self.document(id)?;
         let payload = self.range(frame.payload_offset, frame.payload_length)?;
         if blake3::hash(payload).as_bytes() != &frame.checksum {
-            return Err(
-                self.unreadable(format!("payload of frame {id} does not match its checksum"))
-            );
+            return Err(self.unreadable(format!(
+                "payload of document {id} does not match its checksum"
+            )));
         }
         let bytes = match frame.canonical_encoding {
             CanonicalEncoding::Plain => payload.to_vec(),
             CanonicalEncoding::Zstd => {
                 let length = frame.canonical_length.unwrap_or(0);
                 if length > MAX_FRAME_BYTES {
-                    return Err(self.unreadable(format!("frame {id} is {length} bytes long")));
+                    return Err(self.unreadable(format!("document {id} is {length} bytes long")));
                 }
                 zstd::bulk::decompress(payload, usize::try_from(length).unwrap_or(0))
-                    .map_err(|err| self.unreadable(format!("frame {id}: {err}")))?
+                    .map_err(|err| self.unreadable(format!("document {id}: {err}")))?
             }
         };
-        String::from_utf8(bytes).map_err(|_| self.unreadable(format!("frame {id} is not UTF-8")))
+        String::from_utf8(bytes).map_err(|_| self.unreadable(format!("document {id} is not UTF-8")))
     }
 
     pub fn vectors(&self) -> Result<Option<Vectors<'_>>> {
@@ -100,11 +113,26 @@ impl CapsuleReader {
         if expected != Some(bytes.len() as u64) {
             return Err(self.unreadable("the vectors are not an exact, uncompressed index".into()));
         }
+        let rows = &bytes[8..];
+        let places: HashMap<u64, usize> = self
+            .documents
+            .iter()
+            .enumerate()
+            .map(|(id, place)| (self.toc.frames[*place].id, id))
+            .collect();
+        let documents = rows
+            .chunks_exact(row as usize)
+            .map(|row| {
+                let id = u64::from_le_bytes(row[..8].try_into().unwrap_or_default());
+                let parent = || self.toc.frames.get(usize::try_from(id).ok()?)?.parent_id;
+                places.get(&id).or_else(|| places.get(&parent()?)).copied()
+            })
+            .collect::<Option<Vec<usize>>>()
+            .ok_or_else(|| self.unreadable("a vector belongs to no document".into()))?;
         Ok(Some(Vectors {
-            count: manifest.vector_count,
+            documents,
             dimension: manifest.dimension,
-            model: manifest.model.as_deref(),
-            rows: &bytes[8..],
+            rows,
         }))
     }
 

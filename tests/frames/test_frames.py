@@ -120,22 +120,19 @@ def test_a_relation_frame_names_both_ends() -> None:
         "type": "CALLS",
         "sourceId": "Function:src/a.py:f#1",
         "targetId": "Function:src/a.py:g",
-        "sourceName": "f",
-        "targetName": "g",
-        "sourceLabel": "Function",
-        "targetLabel": "Function",
         "confidence": 0.85,
         "reason": "local-call",
-        "step": 0,
         "occurrences": 2,
     }
+    assert json.loads(frame.extra) == {"occurrences": 2}
 
 
 def test_unknown_keys_of_a_relation_stay_in_its_metadata() -> None:
-    odd = {**CALL, "weight": 2, "sourceName": "mine", "reason": None}
+    odd = {**CALL, "weight": 2, "confidence": 0.5, "occurrences": "often", "step": 3, "reason": None}
     frame = by_uri(graph_of(relationships=[odd]))["mv2://relations/f_CALLS_g"]
     metadata = json.loads(frame.metadata)
-    assert (metadata["weight"], metadata["sourceName"], metadata["properties.sourceName"]) == (2, "f", "mine")
+    assert (metadata["weight"], metadata["step"], metadata["properties.occurrences"]) == (2, 3, "often")
+    assert json.loads(frame.extra) == {"weight": 2, "step": 3, "properties.occurrences": "often"}
     assert "\nreason=\n" in frame.text
 
 
@@ -143,7 +140,7 @@ def test_a_dangling_relation_shows_the_id_of_the_missing_node() -> None:
     frame = by_uri(graph_of(relationships=[{**CALL, "targetId": "gone"}]))["mv2://relations/f_CALLS_g"]
     assert frame.title == "f CALLS gone"
     assert "target=gone (Unknown)" in frame.text
-    assert json.loads(frame.metadata)["targetLabel"] == "Unknown"
+    assert json.loads(frame.metadata)["targetId"] == "gone"
 
 
 def test_the_manifest_frame_states_what_is_in_the_capsule() -> None:
