@@ -144,7 +144,16 @@ def _known(error: Exception) -> ExportError | None:
         return None
     if kind := _FRAMEWORK.get(error.status_code):
         return kind("There is no such route." if error.status_code == 404 else "This route does not know that method.")
-    extra = error.extra if isinstance(error.extra, list) else []
-    fields = [str(item["key"]) for item in extra if isinstance(item, dict) and "key" in item]
-    what = "; ".join(f"{i['key']}: {i['message']}" for i in extra if isinstance(i, dict) and "key" in i)
-    return InvalidRequest(what or error.detail, **({"field": fields[0]} if fields else {}))
+    wrong = [item for item in error.extra if "key" in item] if isinstance(error.extra, list) else []
+    if not wrong:
+        return InvalidRequest(error.detail)
+    what = "; ".join(f"{_wire_name(item)}: {item['message']}" for item in wrong)
+    return InvalidRequest(what, field=_wire_name(wrong[0]))
+
+
+def _wire_name(wrong: dict[str, str]) -> str:
+    """The framework names parameters as our functions do; clients know ``sinceSeq`` and ``Last-Event-ID``."""
+    first, *rest = wrong["key"].split("_")
+    if wrong.get("source") == "header":
+        return "-".join([first, *rest])
+    return first + "".join(word.capitalize() for word in rest)

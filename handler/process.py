@@ -63,6 +63,11 @@ class ChildProcess:
         return child
 
     @property
+    def pid(self) -> int:
+        """The process, and the group that it leads."""
+        return self._process.pid
+
+    @property
     def usable(self) -> bool:
         """It takes another command."""
         return not self.ended and self._reason is None
@@ -116,13 +121,13 @@ class ChildProcess:
 
     def memory(self) -> int:
         """Bytes of private memory that the group holds now."""
-        return sum(_private_memory(pid) for pid in [self._process.pid, *_children(self._process.pid)])
+        return sum(_private_memory(pid) for pid in [self.pid, *_children(self.pid)])
 
     def _signal(self, number: signal.Signals) -> None:
         if self.ended:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     async def _read(self) -> None:
         decoder = msgspec.json.Decoder(Message)

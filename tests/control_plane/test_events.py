@@ -101,9 +101,7 @@ def test_many_streams_of_one_job_get_the_same(server: Server) -> None:
 
     def follow(into: list[int]) -> None:
         with httpx.Client(base_url=server.url, headers=server.client.headers, timeout=60) as client:
-            for line in _lines(client, job_id):
-                if line.startswith("id: "):
-                    into.append(int(line[4:]))
+            into += [int(line[4:]) for line in _lines(client, job_id) if line.startswith("id: ")]
 
     threads = [threading.Thread(target=follow, args=(into,)) for into in results]
     for thread in threads:
@@ -123,7 +121,8 @@ def test_more_streams_than_allowed_are_refused(start_server: object) -> None:
     server = start_server(max_streams=1, worker_slots=1)  # type: ignore[operator]
     slow = server.submit(large_graph("streams"))
     with server.client.stream("GET", f"/v1/exports/{slow}/events/stream") as first:
-        next(first.iter_bytes())
+        pieces = first.iter_bytes()
+        assert next(pieces).startswith(b": ping")
         with httpx.Client(base_url=server.url, headers=server.client.headers) as other:
             refused = other.get(f"/v1/exports/{slow}/events/stream")
         assert refused.status_code == 429

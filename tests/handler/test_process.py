@@ -1,0 +1,188 @@
+"""A worker's child process: it runs jobs, and it and all that it started end when they should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.contract import JobInput
+from common.errors import Canceled, DeadlineExceeded, InvalidRequest, StorageFailed, WorkerLost
+from common.graph.model import GraphLimits
+from handler.process import ChildProcess
+from handler.protocol import Check, Checked, ChildConfig, Done, Reported, Run
+
+GRAPH = {
+    "sessionId": "s",
+    "projectName": "p",
+    "nodes": [{"id": "a", "label": "Function", "properties": {"name": "first"}}],
+    "relationships": [{"id": "e", "sourceId": "a", "targetId": "a", "type": "CALLS", "confidence": 1.0}],
+}
+
+
+def _config(root: Path) -> ChildConfig:
+    return ChildConfig(
+        parent_pid=os.getpid(),
+        storage_roots=[str(root)],
+        scratch=str(root / "scratch"),
+        writer=None,
+        memory_limit=4 << 30,
+        limits=GraphLimits(),
+    )
+
+
+def _with_child(root: Path, scenario: Callable[[ChildProcess], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        child = await ChildProcess.start(_config(root))
+        try:
+            await scenario(child)
+        finally:
+            await child.close()
+
+    asyncio.run(inside())
+
+
+def _payload(root: Path, body: Any = GRAPH) -> str:
+    path = root / "payload"
+    path.write_text(json.dumps(body))
+    return path.as_uri()
+
+
+def _run(root: Path, **changes: Any) -> Run:
+    job = JobInput(
+        **{
+            "job_id": "job",
+            "payload_ref": (root / "payload").as_uri(),
+            "output_prefix": (root / "out").as_uri() + "/",
+            **changes,
+        }
+    )
+    return Run(job=job, generated_at="2026-11-21T10:00:00.000Z")
+
+
+async def _end(child: ChildProcess) -> Done:
+    while not isinstance(message := await child.receive(), Done):
+        assert isinstance(message, Reported)
+    return message
+
+
+def _group(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_one_child_checks_and_runs_one_job_after_the_other(tmp_path: Path) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        ref = _payload(tmp_path)
+        digests = set()
+        for number in range(3):
+            await child.send(Check(job_id=f"job{number}", payload_ref=ref))
+            checked = await child.receive()
+            assert isinstance(checked, Checked)
+            assert (checked.session_id, checked.nodes, checked.relationships) == ("s", 1, 1)
+            prefix = (tmp_path / f"out{number}").as_uri() + "/"
+            await child.send(_run(tmp_path, job_id=f"job{number}", output_prefix=prefix))
+            output = (await _end(child)).output
+            assert output.artifact_ref.startswith(prefix)
+            digests.add(output.sha256)
+            assert sorted(path.suffix for path in (tmp_path / f"out{number}").iterdir()) == [".json", ".mv2", ".sqlite"]
+        assert len(digests) == 1
+
+    _with_child(tmp_path, scenario)
+
+
+def test_a_bad_payload_is_told_and_the_child_goes_on(tmp_path: Path) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        await child.send(Check(job_id="bad", payload_ref=_payload(tmp_path, {"nodes": [], "relationships": []})))
+        with pytest.raises(InvalidRequest) as caught:
+            await child.receive()
+        assert caught.value.details["field"] == "nodes"
+        await child.send(Check(job_id="good", payload_ref=_payload(tmp_path)))
+        assert isinstance(await child.receive(), Checked)
+        assert child.usable
+
+    _with_child(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"payload_sha256": "0" * 64}, StorageFailed),
+        ({"payload_size": 7}, StorageFailed),
+        ({"payload_ref": "file:///etc/passwd"}, StorageFailed),
+        ({"schema_version": "gitnexus.export.schema.v9"}, InvalidRequest),
+        ({"embedding_mode": "telepathy"}, InvalidRequest),
+        ({"output_prefix": "file:///tmp/elsewhere/"}, StorageFailed),
+    ],
+)
+def test_a_job_that_is_not_as_announced_publishes_nothing(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        _payload(tmp_path)
+        await child.send(_run(tmp_path, **changes))
+        with pytest.raises(error):
+            await _end(child)
+        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "scratch").glob("*"))
+
+    _with_child(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("reason", [Canceled("stop"), DeadlineExceeded("too long")])
+def test_a_kill_ends_the_whole_group_and_gives_the_reason(tmp_path: Path, reason: Exception) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        pid = child.pid
+        assert len(_group(pid)) >= 2
+        child.kill(reason)  # type: ignore[arg-type]
+        with pytest.raises(type(reason)):
+            await child.receive()
+        assert not child.usable
+        for _ in range(100):
+            if not _group(pid):
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail(f"left: {_group(pid)}")
+
+    _with_child(tmp_path, scenario)
+
+
+def test_a_child_that_dies_is_noticed(tmp_path: Path) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="signal 9"):
+            await child.receive()
+        with pytest.raises(WorkerLost):
+            await child.receive()
+
+    _with_child(tmp_path, scenario)
+
+
+def test_a_child_whose_parent_is_another_does_not_start(tmp_path: Path) -> None:
+    import msgspec
+
+    config = msgspec.structs.replace(_config(tmp_path), parent_pid=1)
+    ended = subprocess.run(
+        [sys.executable, "-m", "handler.child", msgspec.json.encode(config).decode()],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, b"")
