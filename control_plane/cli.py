@@ -113,10 +113,9 @@ def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
 
 
 def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: Show) -> None:
-    from common.pipeline import export as run
-
     from common.embedding.static import StaticEmbedder
     from common.graph.read import read_graph
+    from common.pipeline import export as run
 
     stages = show.stages(defaults.original_file_name or defaults.base_name)
     started = time.perf_counter()
@@ -282,6 +281,7 @@ def search(
     capsule: Capsule,
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Words, or a name.")] = None,
     mode: Annotated[Mode, typer.Option(help="How to search.")] = Mode.hybrid,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most hits to show.")] = 10,
     queries: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Lines {query_id, text}; prints lines {query_id, ranked}.")
     ] = None,
@@ -303,7 +303,7 @@ def search(
                 print(msgspec.json.encode(answer).decode())
             return
         assert query is not None
-        hits = find(sidecar, query, mode=mode.value, vectors=loaded)
+        hits = find(sidecar, query, mode=mode.value, limit=limit, vectors=loaded)
         show.data({"query": query, "mode": mode.value, "hits": hits})
         show.result(*(f"{hit.score:6.3f}  {hit.title}\n        {hit.id}\n        {hit.why}" for hit in hits))
         if not hits:

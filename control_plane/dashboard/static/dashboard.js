@@ -7,8 +7,7 @@ const REFRESH_MS = 4000;
 // Browsers open six connections to one HTTP/1.1 server; the event streams must leave some for everything else.
 const MAX_STREAMS = 3;
 const BADGES = {
-  queued: "🕒 waiting", running: "⚙️ running", completed: "✅ ready", failed: "❌ failed",
-  canceled: "🛑 canceled", expired: "⌛ expired",
+  queued: "waiting", running: "running", completed: "ready", failed: "failed", canceled: "canceled", expired: "expired",
 };
 const TERMINAL = new Set(["job_completed", "job_failed", "job_canceled", "job_expired"]);
 
