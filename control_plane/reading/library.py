@@ -1,0 +1,210 @@
+"""Open capsules for the read tools: a bounded pool, each with a sidecar that belongs to it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.capsule.reader import CapsuleReader
+from common.errors import CapsuleUnreadable, ExportError
+from common.frames.model import Frame
+from common.sidecar.open import Sidecar
+from common.sidecar.rebuild import capsule_sha256, rebuild
+from control_plane.reading.inspect import Files, vectors
+from control_plane.reading.search import Vectors
+
+
+class IndexBuildInProgress(ExportError):
+    """The sidecar is being rebuilt from its capsule; the same question has an answer soon."""
+
+    code = "INDEX_BUILD_IN_PROGRESS"
+    retryable = True
+
+
+class TimedOut(ExportError):
+    """A question took longer than it may."""
+
+    code = "TIMEOUT"
+    retryable = True
+
+
+class OpenCapsule:
+    """A capsule with its sidecar, for one thread at a time."""
+
+    def __init__(self, files: Files) -> None:
+        """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes. Raises
+        CapsuleUnreadable, StorageFailed."""
+        self._files = files
+        self._readers: dict[int, CapsuleReader] = {}
+        self._vectors: Vectors | None = None
+        self._vectors_read = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._deadline = float("inf")
+        path, expected = files.sidecar_path, _expected(files)
+        sidecar = _current(path, expected)
+        if sidecar is None:
+            if not os.access(path.parent, os.W_OK):
+                self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
+                path = Path(self._folder.name) / path.name
+            rebuild(files.parts, path)
+            sidecar = Sidecar.open(path)
+        self.sidecar = sidecar
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here."""
+        if not self._vectors_read:
+            self._vectors = vectors(self._files, self.sidecar)
+            self._vectors_read = True
+        return self._vectors
+
+    def frame(self, position: int) -> Frame:
+        """The frame at a position. Raises CapsuleUnreadable."""
+        part, frame_id = self.sidecar.locate(position)
+        if part not in self._readers:
+            self._readers[part] = CapsuleReader(self._files.parts[part])
+        return self._readers[part].frames(frame_id, 1)[0]
+
+    def metadata(self, position: int) -> dict[str, Any]:
+        """All properties of the frame at a position. Raises CapsuleUnreadable."""
+        return msgspec.json.decode(self.frame(position).metadata, type=dict[str, Any])
+
+    def allow(self, seconds: float) -> None:
+        """Give what follows this long; then queries end and ``check`` raises TimedOut."""
+        self._deadline = time.monotonic() + seconds
+        self.sidecar.stop_when(lambda: time.monotonic() > self._deadline)
+
+    def check(self) -> None:
+        """Raise TimedOut when the time is over."""
+        if time.monotonic() > self._deadline:
+            raise TimedOut("The answer took too long; ask for less, or for a smaller depth.")
+
+    def close(self) -> None:
+        """Close every file. Idempotent."""
+        self.sidecar.close()
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        if self._folder:
+            self._folder.cleanup()
+
+
+def _expected(files: Files) -> str:
+    manifest = files.manifest
+    if manifest and [part.size_bytes for part in manifest.parts] == [path.stat().st_size for path in files.parts]:
+        return manifest.capsule_sha256
+    return capsule_sha256(files.parts)
+
+
+def _current(path: Path, expected: str) -> Sidecar | None:
+    try:
+        sidecar = Sidecar.open(path)
+    except CapsuleUnreadable:
+        return None  # missing, damaged or of another version: it is rebuilt
+    if sidecar.capsule_sha256 == expected:
+        return sidecar
+    sidecar.close()
+    return None
+
+
+class _Entry:
+    def __init__(self, opening: Future[OpenCapsule]) -> None:
+        self.opening = opening
+        self.lock = threading.Lock()
+        self.users = 0
+
+
+class Library:
+    """Keeps the ``capacity`` capsules that were read last open; safe for many threads."""
+
+    def __init__(self, *, capacity: int, patience: float = 2.0) -> None:
+        """A question waits ``patience`` seconds for a capsule to be opened, which may mean to rebuild its sidecar."""
+        self._capacity = capacity
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
+        self._opener = ThreadPoolExecutor(1, "capsule-opener")
+
+    @contextmanager
+    def lease(self, path: Path) -> Iterator[OpenCapsule]:
+        """The open capsule of a file, for one user at a time.
+
+        Raises IndexBuildInProgress, CapsuleUnreadable, StorageFailed, TimedOut.
+        """
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise CapsuleUnreadable(f"There is no capsule {path.name}") from error
+        key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        entry = self._entry(key, path)
+        try:
+            capsule = self._opened(key, entry)
+            if not entry.lock.acquire(timeout=self._patience):
+                raise TimedOut("This capsule is busy with other questions; try again.")
+            try:
+                yield capsule
+            finally:
+                entry.lock.release()
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._shrink()
+
+    def discard(self, path: Path) -> None:
+        """Remove the sidecar of a capsule, which turned out to be damaged: the next reader rebuilds it."""
+        with self._lock:
+            for key in [key for key in self._entries if key[0] == str(path)]:
+                entry = self._entries.pop(key)
+                with entry.lock:
+                    entry.opening.result().sidecar.path.unlink(missing_ok=True)
+                self._retire(entry)
+
+    def close(self) -> None:
+        """Close every capsule; nothing may be leased any more."""
+        self._opener.shutdown(cancel_futures=True)
+        with self._lock:
+            while self._entries:
+                self._retire(self._entries.popitem()[1])
+
+    def _entry(self, key: tuple[object, ...], path: Path) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._entries[key] = _Entry(self._opener.submit(lambda: OpenCapsule(Files(path))))
+            self._entries.move_to_end(key)
+            entry.users += 1
+            return entry
+
+    def _opened(self, key: tuple[object, ...], entry: _Entry) -> OpenCapsule:
+        try:
+            return entry.opening.result(self._patience)
+        except FutureTimeout as error:
+            raise IndexBuildInProgress("The index of this capsule is being built; ask again in a moment.") from error
+        except ExportError:
+            with self._lock:
+                self._entries.pop(key, None)
+            raise
+
+    def _shrink(self) -> None:
+        for key, entry in list(self._entries.items()):
+            if len(self._entries) <= self._capacity:
+                return
+            if entry.users == 0:
+                self._retire(self._entries.pop(key))
+
+    def _retire(self, entry: _Entry) -> None:
+        """Close what an entry holds; one that is still being opened closes itself."""
+        entry.opening.add_done_callback(
+            lambda done: None if done.cancelled() or done.exception() else done.result().close()
+        )

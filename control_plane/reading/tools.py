@@ -1,0 +1,696 @@
+"""The sixteen read tools: what they take, and how they answer from an open capsule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+
+from common.errors import ExportError, InvalidRequest
+from common.frames.guide import TOOLS
+from common.sidecar.build import SCHEMA_VERSION, snippet_of
+from common.sidecar.open import Edge, Node, Scope, Sidecar
+from common.text import split_identifier
+from control_plane.reading.library import OpenCapsule
+from control_plane.reading.search import MAX_LIMIT, PLAIN_LABELS, query_words, search
+
+MAX_PATH_STEPS = 20_000
+"""Calls followed for one ``call_trace``."""
+MAX_IMPACTED = 20_000
+DEPENDING = ("CALLS", "IMPORTS", "EXTENDS", "IMPLEMENTS", "METHOD_OVERRIDES", "OVERRIDES", "ACCESSES", "USES")
+"""Relations whose source may break when their target changes."""
+HOTSPOTS = 10
+LOW_CONFIDENCE = 0.6
+SCOPES: dict[str, tuple[str, ...]] = {
+    "files": ("File", "Folder"),
+    "sections": ("Section",),
+    "communities": ("Community",),
+    "processes": ("Process",),
+}
+
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=8192)]
+Query = Annotated[str, msgspec.Meta(max_length=2000)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=200)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=10)]
+
+
+class NotFound(ExportError):
+    """The capsule has nothing of that id or path."""
+
+    code = "NOT_FOUND"
+
+
+class Locator(msgspec.Struct, rename="camel", kw_only=True, forbid_unknown_fields=True):
+    """Which capsule to read: that of an export, or a file; the newest completed export where neither is given."""
+
+    job_id: Text | None = None
+    capsule_path: Text | None = None
+
+
+class Arguments(msgspec.Struct, rename="camel", kw_only=True, forbid_unknown_fields=True):
+    """What every tool takes."""
+
+    locator: Locator | None = None
+    cursor: Annotated[str, msgspec.Meta(max_length=200)] | None = None
+
+
+class Listing(Arguments, kw_only=True):
+    """A page of a list."""
+
+    limit: Limit = 50
+
+
+class SymbolLookup(Arguments, kw_only=True):
+    """A name, or a part of one."""
+
+    query: Query
+    limit: Limit = 20
+
+
+class NodeGet(Arguments, kw_only=True):
+    """A node's id."""
+
+    node_id: Text
+
+
+class NeighborsGet(Listing, kw_only=True):
+    """A node, and which of its relationships."""
+
+    node_id: Text
+    direction: Literal["in", "out", "both"] = "both"
+    relation_types: Annotated[list[Text], msgspec.Meta(max_length=50)] = []
+
+
+class EdgeGet(Arguments, kw_only=True):
+    """A relationship's id."""
+
+    edge_id: Text
+
+
+class TextSearch(Arguments, kw_only=True):
+    """Words."""
+
+    query: Query
+    scope: Literal["all", "symbols", "files", "sections", "communities", "processes"] = "all"
+    limit: Limit = 20
+
+
+class CallTrace(Arguments, kw_only=True):
+    """Where calls start, and where they should lead."""
+
+    from_node_id: Text
+    to_node_id: Text | None = None
+    max_depth: Depth = 5
+    limit_paths: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
+
+
+class Calls(Listing, kw_only=True):
+    """A node whose calls to list."""
+
+    node_id: Text
+
+
+class ProcessGet(Arguments, kw_only=True):
+    """A process's id."""
+
+    process_id: Text
+
+
+class ImpactAnalysis(Arguments, kw_only=True):
+    """A node that is to change, and over how many steps to look."""
+
+    node_id: Text
+    max_depth: Depth = 3
+
+
+class FileOutline(Arguments, kw_only=True):
+    """A file's path."""
+
+    file_path: Text
+
+
+class FileSnippet(Arguments, kw_only=True):
+    """A node, or a file by its path."""
+
+    node_id: Text | None = None
+    file_path: Text | None = None
+    max_chars: Annotated[int, msgspec.Meta(ge=80, le=60_000)] = 4000
+
+
+class QueryExplain(Arguments, kw_only=True):
+    """What is to be done, and the words of the question."""
+
+    task: Annotated[str, msgspec.Meta(max_length=2000)]
+    query: Query = ""
+
+
+class Answer(NamedTuple):
+    """What a tool found; ``items`` names the list in ``result`` that may go on, ``properties`` a mapping in it that may
+    be shortened."""
+
+    result: dict[str, Any]
+    score: float
+    """How sure the answer is, 0 to 1."""
+    factors: list[str]
+    warnings: Sequence[str] = ()
+    items: str | None = None
+    properties: str | None = None
+    more: bool = False
+    """Whether something follows the last item."""
+
+
+class Page(NamedTuple):
+    """Where an answer starts."""
+
+    offset: int
+
+
+def _item(node: Node) -> dict[str, Any]:
+    return {
+        "id": node.id,
+        "uri": node.uri,
+        "kind": node.kind,
+        "label": node.label,
+        "name": node.name,
+        "filePath": node.file_path,
+        "startLine": node.start_line,
+        "endLine": node.end_line,
+    }
+
+
+def _node(sidecar: Sidecar, node_id: str) -> Node:
+    node = sidecar.node(node_id)
+    if node is None:
+        raise NotFound(f"This capsule has no node {node_id[:200]}")
+    return node
+
+
+def _ids(sidecar: Sidecar, *positions: int | None) -> list[str | None]:
+    known = {node.position: node.id for node in sidecar.nodes(at for at in positions if at is not None)}
+    return [None if at is None else known.get(at) for at in positions]
+
+
+# --- symbols and nodes ---
+
+
+def symbol_lookup(capsule: OpenCapsule, given: SymbolLookup, page: Page) -> Answer:
+    """Exact names first, then beginnings of names, then names with the same words."""
+    sidecar = capsule.sidecar
+    scores = _symbols(sidecar, given.query)
+    nodes = {node.position: node for node in sidecar.nodes(scores)}
+    for node in nodes.values():
+        if node.label in PLAIN_LABELS:
+            scores[node.position] -= 0.05
+    scores = {at: round(scores[at], 4) for at in nodes}
+    ranked = sorted(nodes, key=lambda at: (-scores[at], at))
+    chosen = ranked[page.offset : page.offset + given.limit]
+    items = [{**_item(nodes[at]), "score": scores[at]} for at in chosen]
+    best = scores[ranked[0]] if ranked else 0.0
+    factor = "exact_name" if best >= 0.9 else "name_prefix" if best >= 0.6 else "name_words" if ranked else "no_match"
+    result = {"query": given.query, "items": items}
+    return Answer(result, best, [factor], items="items", more=len(ranked) > page.offset + given.limit)
+
+
+def _symbols(sidecar: Sidecar, query: str) -> dict[int, float]:
+    name = query.strip()
+    scores: dict[int, float] = {}
+    words = query_words(name)
+    found = sidecar.match(words, limit=100)
+    for position, score in found:
+        scores[position] = 0.5 * score / found[0][1] if found[0][1] > 0 else 0.1
+    length = max(1, len(name))
+    for node in sidecar.nodes(sidecar.named(name, prefix=True, limit=200)):
+        scores[node.position] = 0.6 + 0.2 * min(1.0, length / max(1, len(node.name)))
+    # `Class.method`, `module::function`: the last part is the name, the rest stands in the id.
+    parts = re.split(r"::|[.#/]", name)
+    if len(parts) > 1 and parts[-1]:
+        written = name.replace("::", ".").replace("#", ".")
+        for node in sidecar.nodes(sidecar.named(parts[-1], limit=1000)):
+            if written in node.id.replace("::", ".").replace("#", "."):
+                scores[node.position] = 0.92
+    for node in sidecar.nodes(sidecar.named(name, limit=1000)):
+        scores[node.position] = 1.0 if node.name == name else 0.95
+    itself = sidecar.node(name)
+    if itself:
+        scores[itself.position] = 1.0
+    return scores
+
+
+def node_get(capsule: OpenCapsule, given: NodeGet, page: Page) -> Answer:
+    """A node with all that is known about it."""
+    node = _node(capsule.sidecar, given.node_id)
+    incoming, outgoing = capsule.sidecar.degree(node.position)
+    calls = capsule.sidecar.calls([node.position])
+    degree = {
+        "in": incoming,
+        "out": outgoing,
+        "callsIn": calls[0].calls_in if calls else 0,
+        "callsOut": calls[0].calls_out if calls else 0,
+    }
+    result = {"node": _item(node), "degree": degree, "metadata": capsule.metadata(node.position)}
+    return Answer(result, 1.0, ["graph_exact"], properties="metadata")
+
+
+def neighbors_get(capsule: OpenCapsule, given: NeighborsGet, page: Page) -> Answer:
+    """The relationships of a node with their other ends: outgoing first, then by type and id."""
+    sidecar = capsule.sidecar
+    node = _node(sidecar, given.node_id)
+    edges = sidecar.edges(
+        node.position, given.direction, given.relation_types, limit=given.limit + 1, offset=page.offset
+    )
+    shown = edges[: given.limit]
+    others = {edge.position: edge.target if side == "out" else edge.source for side, edge in shown}
+    ends = {other.position: other for other in sidecar.nodes(set(others.values()))}
+    items = [
+        {
+            "edgeId": sidecar.edge_id(edge),
+            "direction": side,
+            "type": edge.type,
+            "confidence": edge.confidence,
+            "reason": edge.reason,
+            "step": edge.step,
+            "node": _item(ends[others[edge.position]]),
+        }
+        for side, edge in shown
+    ]
+    result = {"nodeId": node.id, "direction": given.direction, "items": items}
+    sureness = _sureness([edge for _, edge in shown])
+    return Answer(result, sureness, ["graph_exact"], items="items", more=len(edges) > given.limit)
+
+
+def edge_get(capsule: OpenCapsule, given: EdgeGet, page: Page) -> Answer:
+    """A relationship with both ends and its evidence."""
+    sidecar = capsule.sidecar
+    edge = sidecar.edge(given.edge_id)
+    if edge is None:
+        raise NotFound(f"This capsule has no relationship {given.edge_id[:200]}")
+    ends = {node.position: node for node in sidecar.nodes((edge.source, edge.target))}
+    source, target = ends[edge.source], ends[edge.target]
+    about = {
+        "id": given.edge_id,
+        "type": edge.type,
+        "sourceId": source.id,
+        "targetId": target.id,
+        "confidence": edge.confidence,
+        "reason": edge.reason,
+        "step": edge.step,
+    }
+    metadata = capsule.metadata(edge.position)
+    result = {"edge": about, "source": _item(source), "target": _item(target), "metadata": metadata}
+    return Answer(result, edge.confidence, ["graph_exact", "edge_confidence"], properties="metadata")
+
+
+def _sureness(edges: Sequence[Edge]) -> float:
+    """The mean confidence of relationships; that there are none is certain."""
+    return sum(edge.confidence for edge in edges) / len(edges) if edges else 1.0
+
+
+# --- calls ---
+
+
+def callers_of(capsule: OpenCapsule, given: Calls, page: Page) -> Answer:
+    """The nodes that call a node, by id."""
+    return _calls(capsule, given, page, "in")
+
+
+def callees_of(capsule: OpenCapsule, given: Calls, page: Page) -> Answer:
+    """The nodes that a node calls, by id."""
+    return _calls(capsule, given, page, "out")
+
+
+def _calls(capsule: OpenCapsule, given: Calls, page: Page, direction: Literal["in", "out"]) -> Answer:
+    sidecar = capsule.sidecar
+    node = _node(sidecar, given.node_id)
+    surest: dict[int, Edge] = {}
+    for _, edge in sidecar.edges(node.position, direction, ["CALLS"]):
+        other = edge.source if direction == "in" else edge.target
+        if other not in surest or surest[other].confidence < edge.confidence:
+            surest[other] = edge
+    ordered = sorted(surest)
+    chosen = ordered[page.offset : page.offset + given.limit]
+    items = [{**_item(other), "confidence": surest[other.position].confidence} for other in sidecar.nodes(chosen)]
+    more = len(ordered) > page.offset + given.limit
+    sureness = _sureness([surest[at] for at in chosen])
+    return Answer(
+        {"nodeId": node.id, "items": items}, sureness, ["graph_exact", "edge_confidence"], items="items", more=more
+    )
+
+
+def call_trace(capsule: OpenCapsule, given: CallTrace, page: Page) -> Answer:
+    """Chains of calls without repeats: to a node, shortest first; without one, as far as the depth allows."""
+    sidecar = capsule.sidecar
+    start = _node(sidecar, given.from_node_id)
+    goal = _node(sidecar, given.to_node_id) if given.to_node_id else None
+    trace = _Trace(capsule, given.max_depth, given.limit_paths)
+    paths = trace.to(start.position, goal.position) if goal else trace.open_ended(start.position)
+    nodes = {node.position: node for node in sidecar.nodes({at for path in paths for at in path})}
+    items = [{"length": len(path) - 1, "nodes": [_item(nodes[at]) for at in path]} for path in paths]
+    result = {
+        "fromNodeId": start.id,
+        "toNodeId": goal.id if goal else None,
+        "maxDepth": given.max_depth,
+        "paths": items[page.offset :],
+        "pathCount": len(items),
+    }
+    warnings = ["TRACE_LIMITED"] if trace.limited else []
+    return Answer(result, 0.85 if items else 0.6, ["graph_exact", "call_edges"], warnings, items="paths")
+
+
+class _Trace:
+    """Finds paths over calls; ``limited`` says that there may be more than it looked at."""
+
+    def __init__(self, capsule: OpenCapsule, max_depth: int, limit: int) -> None:
+        self._capsule = capsule
+        self._max_depth = max_depth
+        self._limit = limit
+        self._callees: dict[int, list[int]] = {}
+        self._steps = 0
+        self.limited = False
+
+    def to(self, start: int, goal: int) -> list[list[int]]:
+        away = self._distances(goal)
+        if start not in away or start == goal:
+            return []
+        paths: list[list[int]] = []
+        for length in range(away[start], self._max_depth + 1):
+            for path in self._walk(
+                [start], length, lambda at, left: (at == goal) == (left == 0) and away.get(at, left + 1) <= left
+            ):
+                if path[-1] == goal:
+                    paths.append(path)
+                if len(paths) == self._limit:
+                    self.limited = True
+                    return paths
+        return paths
+
+    def open_ended(self, start: int) -> list[list[int]]:
+        paths: list[list[int]] = []
+        for path in self._walk([start], self._max_depth, None):
+            if len(path) > 1:
+                if len(paths) == self._limit:
+                    self.limited = True
+                    break
+                paths.append(path)
+        return paths
+
+    def _walk(self, path: list[int], left: int, leads: Callable[[int, int], bool] | None) -> Iterable[list[int]]:
+        """Paths of exactly ``left`` more calls (with ``leads``), or ones that go no further."""
+        self._steps += 1
+        if self._steps > MAX_PATH_STEPS:
+            self.limited = True
+            return
+        self._capsule.check()
+        going = [at for at in self._next(path[-1]) if at not in path and (leads is None or leads(at, left - 1))]
+        if left == 0 or (leads is None and not going):
+            yield path
+            return
+        for at in going:
+            yield from self._walk([*path, at], left - 1, leads)
+
+    def _next(self, position: int) -> list[int]:
+        if position not in self._callees:
+            self._callees[position] = self._capsule.sidecar.targets(position, "CALLS")
+        return self._callees[position]
+
+    def _distances(self, goal: int) -> dict[int, int]:
+        """How many calls lead from each node to the goal, as far as the depth allows."""
+        away = {goal: 0}
+        edge = [goal]
+        for depth in range(1, self._max_depth + 1):
+            self._capsule.check()
+            callers = {source for source, _ in self._capsule.sidecar.incoming(edge, ["CALLS"])}
+            edge = sorted(callers - away.keys())
+            away.update((at, depth) for at in edge)
+        return away
+
+
+def impact_analysis(capsule: OpenCapsule, given: ImpactAnalysis, page: Page) -> Answer:
+    """What depends on a node, step by step: nearest first, then by id."""
+    sidecar = capsule.sidecar
+    root = _node(sidecar, given.node_id)
+    depths = {root.position: 0}
+    edge_count = 0
+    warnings: list[str] = []
+    frontier = [root.position]
+    for depth in range(1, given.max_depth + 1):
+        capsule.check()
+        incoming = sidecar.incoming(frontier, DEPENDING)
+        edge_count += len(incoming)
+        frontier = sorted({source for source, _ in incoming} - depths.keys())
+        if len(depths) + len(frontier) > MAX_IMPACTED:
+            frontier = frontier[: MAX_IMPACTED - len(depths)]
+            warnings = ["IMPACT_LIMITED"]
+        depths.update((at, depth) for at in frontier)
+        if not frontier or warnings:
+            break
+    del depths[root.position]
+    ordered = sorted(depths, key=lambda at: (depths[at], at))
+    shown = ordered[page.offset : page.offset + MAX_LIMIT]
+    hot = sidecar.calls(ordered)[:HOTSPOTS]
+    nodes = {node.position: node for node in sidecar.nodes({*shown, *(spot.position for spot in hot)})}
+    result = {
+        "rootNodeId": root.id,
+        "maxDepth": given.max_depth,
+        "impactedNodeCount": len(ordered),
+        "impactedEdgeCount": edge_count,
+        "hotspots": [
+            {**_item(nodes[spot.position]), "callsIn": spot.calls_in, "callsOut": spot.calls_out} for spot in hot
+        ],
+        "impactedNodes": [{**_item(nodes[at]), "depth": depths[at]} for at in shown],
+    }
+    more = len(ordered) > page.offset + len(shown)
+    return Answer(result, 0.85, ["graph_exact", "static_relations"], warnings, items="impactedNodes", more=more)
+
+
+# --- search ---
+
+
+def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
+    """Words first; meaning too where words alone find little and the capsule has vectors."""
+    sidecar = capsule.sidecar
+    labels = SCOPES.get(given.scope, ())
+    if given.scope == "symbols":
+        labels = tuple(label for label in sidecar.labels() if label not in PLAIN_LABELS)
+    scope = Scope(labels=labels)
+    limit = min(MAX_LIMIT, page.offset + given.limit + 1)
+    warnings: list[str] = []
+    semantic = False
+    hits = search(sidecar, given.query, mode="lexical", limit=limit, scope=scope)
+    score, factor = _coverage(sidecar, given.query, hits[0].id if hits else None)
+    if score < LOW_CONFIDENCE and query_words(given.query):
+        try:
+            known = capsule.vectors
+        except InvalidRequest:
+            known = None
+            warnings.append("SEMANTIC_MODEL_MISSING")
+        if known is not None:
+            hits = search(sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known)
+            semantic = True
+    nodes = {node.id: node for node in map(sidecar.node, (hit.id for hit in hits[page.offset :])) if node}
+    items = [
+        {**_item(nodes[hit.id]), "title": hit.title, "score": hit.score, "why": hit.why}
+        for hit in hits[page.offset : page.offset + given.limit]
+    ]
+    result = {"query": given.query, "scope": given.scope, "items": items, "semanticUsed": semantic}
+    factors = [factor, "semantic_fallback"] if semantic else [factor]
+    return Answer(result, score, factors, warnings, items="items", more=len(hits) > page.offset + given.limit)
+
+
+def _coverage(sidecar: Sidecar, query: str, best: str | None) -> tuple[float, str]:
+    """How sure a search by words is, from the words that its best hit has in its name and path."""
+    node = sidecar.node(best) if best else None
+    if node is None:
+        return 0.1, "no_match"
+    if node.name == query.strip():
+        return 0.95, "exact_name"
+    words = query_words(query)
+    held = {*split_identifier(node.name).split(), *split_identifier(node.file_path or "").split()}
+    return round(0.35 + 0.5 * sum(word in held for word in words) / len(words), 4), "word_coverage"
+
+
+# --- files, processes, communities ---
+
+
+def file_outline(capsule: OpenCapsule, given: FileOutline, page: Page) -> Answer:
+    """The symbols of a file, by line."""
+    nodes = capsule.sidecar.in_file(given.file_path)
+    if not nodes:
+        raise NotFound(f"This capsule has no file {given.file_path[:200]}")
+    symbols = [_item(node) for node in nodes if node.label not in ("File", "Folder")]
+    result = {"filePath": given.file_path, "symbols": symbols[page.offset :], "symbolCount": len(symbols)}
+    return Answer(result, 1.0, ["graph_exact"], items="symbols")
+
+
+def file_snippet(capsule: OpenCapsule, given: FileSnippet, page: Page) -> Answer:
+    """The source of a node, or the beginning of a file; a cursor goes on in the text."""
+    sidecar = capsule.sidecar
+    if (given.node_id is None) == (given.file_path is None):
+        raise InvalidRequest("nodeId, filePath: give one of them", field="nodeId")
+    if given.node_id is not None:
+        node = _node(sidecar, given.node_id)
+    else:
+        found = [node for node in sidecar.in_file(given.file_path or "") if node.label == "File"]
+        if not found:
+            raise NotFound(f"This capsule has no file {(given.file_path or '')[:200]}")
+        node = found[0]
+    snippet = snippet_of(capsule.frame(node.position).text)
+    shown = snippet[page.offset : page.offset + given.max_chars]
+    result = {"node": _item(node), "snippet": shown, "maxChars": given.max_chars}
+    warnings = [] if snippet else ["NO_SNIPPET"]
+    more = len(snippet) > page.offset + given.max_chars
+    return Answer(result, 0.95 if snippet else 0.3, ["stored_source"], warnings, items="snippet", more=more)
+
+
+def process_list(capsule: OpenCapsule, given: Listing, page: Page) -> Answer:
+    """The processes, longest first, then by id."""
+    sidecar = capsule.sidecar
+    processes = sidecar.processes(limit=given.limit + 1, offset=page.offset)
+    shown = processes[: given.limit]
+    nodes = {node.position: node for node in sidecar.nodes(process.position for process in shown)}
+    items = []
+    for process in shown:
+        entry, terminal = _ids(sidecar, process.entry, process.terminal)
+        items.append(
+            {
+                **_item(nodes[process.position]),
+                "processType": process.process_type,
+                "stepCount": process.step_count,
+                "entryPointId": entry,
+                "terminalId": terminal,
+            }
+        )
+    return Answer({"items": items}, 1.0, ["graph_exact"], items="items", more=len(processes) > given.limit)
+
+
+def process_get(capsule: OpenCapsule, given: ProcessGet, page: Page) -> Answer:
+    """A process with its steps in order."""
+    sidecar = capsule.sidecar
+    node = sidecar.node(given.process_id)
+    process = sidecar.process(node.position) if node else None
+    if node is None or process is None:
+        raise NotFound(f"This capsule has no process {given.process_id[:200]}")
+    entry, terminal = _ids(sidecar, process.entry, process.terminal)
+    steps = sidecar.steps(process.position)[page.offset :]
+    nodes = {found.position: found for found in sidecar.nodes({at for _, at in steps})}
+    about = {
+        **_item(node),
+        "processType": process.process_type,
+        "stepCount": process.step_count,
+        "entryPointId": entry,
+        "terminalId": terminal,
+    }
+    result = {"process": about, "steps": [{"step": step, "node": _item(nodes[at])} for step, at in steps]}
+    return Answer(result, 1.0, ["graph_exact"], items="steps")
+
+
+def community_list(capsule: OpenCapsule, given: Listing, page: Page) -> Answer:
+    """The communities, largest first, then by id."""
+    sidecar = capsule.sidecar
+    communities = sidecar.communities(limit=given.limit + 1, offset=page.offset)
+    shown = communities[: given.limit]
+    nodes = {node.position: node for node in sidecar.nodes(community.position for community in shown)}
+    items = [
+        {
+            **_item(nodes[community.position]),
+            "cohesion": community.cohesion,
+            "symbolCount": community.symbol_count,
+            "memberCount": community.members,
+        }
+        for community in shown
+    ]
+    return Answer({"items": items}, 1.0, ["graph_exact"], items="items", more=len(communities) > given.limit)
+
+
+# --- about the capsule ---
+
+
+def manifest_get(capsule: OpenCapsule, given: Arguments, page: Page) -> Answer:
+    """What the capsule was made from, with counts."""
+    manifest: dict[str, Any] = msgspec.json.decode(capsule.sidecar.manifest or "{}")
+    result = {
+        "schemaVersion": manifest.get("mv2SchemaVersion"),
+        "indexSchemaVersion": SCHEMA_VERSION,
+        "manifest": manifest,
+        "capsuleCapabilities": manifest.get("capsuleCapabilities"),
+        "counts": capsule.sidecar.counts(),
+    }
+    warnings = [] if manifest else ["NO_MANIFEST"]
+    return Answer(result, 1.0 if manifest else 0.5, ["manifest_frame"], warnings, properties="manifest")
+
+
+def query_explain(capsule: OpenCapsule, given: QueryExplain, page: Page) -> Answer:
+    """Which tools to use for a task, and what the query comes down to."""
+    words = query_words(given.query or given.task)
+    exact = capsule.sidecar.named((given.query or given.task)[:200], limit=20)
+    asked = {*split_identifier(given.task).split(), *split_identifier(given.query).split()}
+    sequence = next((tools for hints, tools in _SEQUENCES if asked & hints), _SEQUENCES[-1][1])
+    result = {
+        "task": given.task,
+        "query": given.query,
+        "retrievalLadder": [
+            {"step": 1, "name": "graph exact", "tools": ["symbol_lookup", "node_get"], "exactNames": len(exact)},
+            {"step": 2, "name": "lexical", "tools": ["text_search"], "words": words},
+            {
+                "step": 3,
+                "name": "graph expansion",
+                "tools": ["neighbors_get", "callers_of", "callees_of", "call_trace"],
+            },
+            {"step": 4, "name": "semantic", "tools": ["text_search"], "when": f"confidence below {LOW_CONFIDENCE}"},
+        ],
+        "rankingSignals": [
+            {"signal": "exact name", "weight": 2.0},
+            {"signal": "words of the name", "weight": 10},
+            {"signal": "words of the path", "weight": 4},
+            {"signal": "words of the signature", "weight": 3},
+            {"signal": "names of callers, callees and container", "weight": 1},
+            {"signal": "words of the body", "weight": 0.5},
+        ],
+        "recommendedToolSequence": [{"tool": name, "why": _USES[name]} for name in sequence],
+    }
+    return Answer(result, 0.9 if exact else 0.7, ["exact_name" if exact else "task_words"])
+
+
+_USES = {tool.name: tool.use for tool in TOOLS}
+_SEQUENCES: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
+    (
+        frozenset({"break", "breaks", "impact", "affected", "change", "changes", "changing", "refactor", "rename"}),
+        ("symbol_lookup", "node_get", "impact_analysis", "callers_of", "edge_get"),
+    ),
+    (
+        frozenset({"flow", "process", "end", "steps", "sequence", "happens", "pipeline", "lifecycle"}),
+        ("process_list", "process_get", "call_trace", "file_snippet"),
+    ),
+    (
+        frozenset({"call", "calls", "called", "caller", "callers", "callee", "path", "reach"}),
+        ("symbol_lookup", "callers_of", "callees_of", "call_trace"),
+    ),
+    (frozenset({"file", "outline", "module", "folder"}), ("file_outline", "file_snippet", "neighbors_get")),
+    (
+        frozenset({"overview", "architecture", "areas", "structure", "communities"}),
+        ("manifest_get", "community_list", "process_list", "file_snippet"),
+    ),
+    (frozenset(), ("symbol_lookup", "text_search", "node_get", "file_snippet", "callers_of")),
+)
+
+Run = Callable[[OpenCapsule, Any, Page], Answer]
+REGISTRY: dict[str, tuple[type[Arguments], Run]] = {
+    "symbol_lookup": (SymbolLookup, symbol_lookup),
+    "node_get": (NodeGet, node_get),
+    "neighbors_get": (NeighborsGet, neighbors_get),
+    "edge_get": (EdgeGet, edge_get),
+    "text_search": (TextSearch, text_search),
+    "call_trace": (CallTrace, call_trace),
+    "callers_of": (Calls, callers_of),
+    "callees_of": (Calls, callees_of),
+    "process_list": (Listing, process_list),
+    "process_get": (ProcessGet, process_get),
+    "impact_analysis": (ImpactAnalysis, impact_analysis),
+    "file_outline": (FileOutline, file_outline),
+    "file_snippet": (FileSnippet, file_snippet),
+    "community_list": (Listing, community_list),
+    "manifest_get": (Arguments, manifest_get),
+    "query_explain": (QueryExplain, query_explain),
+}
+"""Every tool: what it takes, and the function that answers."""
