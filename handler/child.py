@@ -14,13 +14,14 @@ import resource
 import signal
 import sys
 import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from common.capsule.gate import Gate
 
+from common.capsule.gate import Gate
 from common.contract import Progress
 from common.embedding.port import Embedder
 from common.embedding.static import StaticEmbedder
@@ -50,6 +51,8 @@ class _Kept(NamedTuple):
 
     job_id: str
     request: ExportRequest
+    seconds: float
+    """How long that took."""
 
 
 class Child:
@@ -92,10 +95,11 @@ class Child:
 
     def _check(self, command: Check) -> Checked:
         self._kept = None
+        started = time.perf_counter()
         request = read_payload(
             command.payload_ref, storage=self._storage, scratch=self._scratch, limits=self._config.limits
         )
-        self._kept = _Kept(command.job_id, request)
+        self._kept = _Kept(command.job_id, request, time.perf_counter() - started)
         return Checked(
             session_id=request.session_id or "",
             project_name=request.project_name,
@@ -107,8 +111,8 @@ class Child:
     def _run(self, command: Run) -> Done:
         job, kept = command.job, self._kept
         self._kept = None
-        request = kept.request if kept and kept.job_id == job.job_id else None
-        del kept
+        if kept is None or kept.job_id != job.job_id:
+            kept = None
         output = run_job(
             job,
             storage=self._storage,
@@ -120,7 +124,8 @@ class Child:
             emit=self._report,
             should_stop=_never,
             generated_at=command.generated_at,
-            request=request,
+            request=kept.request if kept else None,
+            read_seconds=kept.seconds if kept else 0.0,
         )
         return Done(output=output)
 

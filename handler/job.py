@@ -9,14 +9,14 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import msgspec
-from common.capsule.gate import Gate
-from common.pipeline import export
 
+from common.capsule.gate import Gate
 from common.contract import EXPORT_SCHEMA, JobInput, JobOutput, Manifest, Progress, Report, WriterName
 from common.embedding.port import Embedder
 from common.errors import CapsuleUnreadable, InvalidRequest, StorageFailed
 from common.graph.model import ExportRequest, GraphLimits
 from common.graph.read import read_graph
+from common.pipeline import export
 from common.storage import Storage
 
 MANIFEST_ENDING = ".manifest.json"
@@ -66,17 +66,18 @@ def run_job(
     should_stop: Callable[[], None],
     generated_at: str,
     request: ExportRequest | None = None,
+    read_seconds: float = 0.0,
 ) -> JobOutput:
     """Export the payload of a job and publish capsule, sidecar and manifest, in this order, under ``output_prefix``.
 
-    ``request`` is the payload where it was read before. ``scratch`` is a folder of this job's own; it is removed.
-    ``embedder`` is asked for only if the request wants vectors. Raises any ExportError.
+    ``request`` is the payload where it was read before, in ``read_seconds``. ``scratch`` is a folder of this job's
+    own; it is removed. ``embedder`` is asked for only if the request wants vectors. Raises any ExportError.
     """
     check_input(job)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
         if request is None:
+            started = time.perf_counter()
             request = read_payload(
                 job.payload_ref,
                 storage=storage,
@@ -85,7 +86,7 @@ def run_job(
                 size=job.payload_size,
                 sha256=job.payload_sha256,
             )
-        read_seconds = time.perf_counter() - started
+            read_seconds = time.perf_counter() - started
         result = export(
             request,
             out_dir=scratch,
@@ -105,9 +106,9 @@ def run_job(
             storage.put(path, ref_of(job.output_prefix, path.name), sha256=hashes.get(path.name))
         report.capsule.path = report.sidecar.path = None
         report.job_id, report.attempts = job.job_id, job.attempt
-        report.timings.read = read_seconds
-        report.timings.upload = time.perf_counter() - started
-        report.timings.total += report.timings.read + report.timings.upload
+        report.timings.read = round(read_seconds, 4)
+        report.timings.upload = round(time.perf_counter() - started, 4)
+        report.timings.total = round(report.timings.total + report.timings.read + report.timings.upload, 4)
         return _output(job.output_prefix, result.manifest_path.name, manifest, report)
     except OSError as error:
         raise StorageFailed(f"the worker's disk failed: {error.strerror or error}", errno=error.errno) from error

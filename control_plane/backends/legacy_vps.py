@@ -24,6 +24,7 @@ from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import Storage
 from control_plane.backends.pool import WorkerPool
+from control_plane.errors import QueueUnavailable
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import JobStore, now_ms
@@ -38,6 +39,8 @@ HEARTBEAT_SECONDS = 2.0
 CHECK_SECONDS = 120.0
 LARGE_PAYLOAD = 4 << 20
 """Bytes as staged: larger payloads are checked one after the other, beside the small ones."""
+TURN_SECONDS = 60.0
+"""A request waits so long for its turn to be checked, and so long for a worker; then it is answered with 503."""
 BATCH = 100
 """Events written in one transaction at most."""
 CHECKERS = 2
@@ -134,13 +137,28 @@ class LegacyVps:
 
     async def check(self, job_id: str, payload_ref: str, size: int) -> Checked:
         """Let a child read a staged payload; it keeps what it read for the job of that id."""
-        async with self._checking[size > LARGE_PAYLOAD]:
-            child = await self._pool.acquire()
-            with self._metrics.check.time():
-                try:
-                    return await self._check(child, job_id, payload_ref)
-                finally:
-                    await asyncio.shield(self._pool.release(child, reuse=child.usable))
+        turn = self._checking[size > LARGE_PAYLOAD]
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await turn.acquire()
+        except TimeoutError as error:
+            raise QueueUnavailable("Too many payloads wait to be checked. Try again later.") from error
+        try:
+            return await self._check_in_child(job_id, payload_ref)
+        finally:
+            turn.release()
+
+    async def _check_in_child(self, job_id: str, payload_ref: str) -> Checked:
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                child = await self._pool.acquire()
+        except TimeoutError as error:
+            raise QueueUnavailable("No worker is up to check the payload. Try again later.") from error
+        with self._metrics.check.time():
+            try:
+                return await self._check(child, job_id, payload_ref)
+            finally:
+                await asyncio.shield(self._pool.release(child, reuse=child.usable))
 
     async def _check(self, child: ChildProcess, job_id: str, payload_ref: str) -> Checked:
         child.kept_job = None
@@ -198,6 +216,10 @@ class LegacyVps:
                 await self._complete(job, await self._drive(child, job))
             except ExportError as error:
                 await self._failed(job, error)
+            except Exception as error:
+                log.exception("a run failed in a way that nobody foresaw", job_id=job.id)
+                child.kill(WorkerLost("the run failed"))
+                await self._failed(job, ExportError(f"the server failed at this export ({type(error).__name__})"))
             finally:
                 del self._children[job.id]
                 lean = child.memory() < self._settings.worker_memory_bytes // 2

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from litestar.exceptions import HTTPException
 
-from common.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from common.errors import InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
 from common.storage import Storage, Stored
 from control_plane.backends.port import Backend
 from control_plane.errors import QueueUnavailable
@@ -74,7 +74,7 @@ class Intake:
         ref = self._layout.payload_ref(job_id)
         path = self._layout.incoming / job_id
         try:
-            size, sha256 = await self._write(path, chunks, encoding)
+            size, sha256 = await self._staged(path, chunks, encoding)
             if key is not None and (first := await self._store.find_key(key, sha256)) is not None:
                 return first, False
             staged = await asyncio.to_thread(self._storage.put, path, ref, sha256=sha256)
@@ -91,6 +91,12 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    async def _staged(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
+        try:
+            return await self._write(path, chunks, encoding)
+        except OSError as error:
+            raise StorageFailed(f"The body cannot be kept: {error.strerror or error}.") from error
 
     async def _write(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
         digest = hashlib.sha256()
