@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
+
+import msgspec
 
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
@@ -39,6 +40,8 @@ _TABLES = {
 }
 _KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
 _MAX_VARIABLES = 500
+_DIGEST_ROWS = 10_000
+_encode = msgspec.msgpack.Encoder().encode
 _LAST = "\U0010ffff"
 """Sorts after every character of a name or path."""
 _NODE = """
@@ -398,21 +401,26 @@ class Sidecar:
     def content_digest(self) -> str:
         """SHA-256 over every table in order, without the hash of the capsule: equal for equal frames."""
         digest = hashlib.sha256()
-        for line in self._content():
-            digest.update(line)
+        for piece in self._content():
+            digest.update(piece)
         return digest.hexdigest()
 
     def _content(self) -> Iterator[bytes]:
-        yield json.dumps([SCHEMA_VERSION, self.manifest]).encode()
+        yield _encode([SCHEMA_VERSION, self.manifest])
         for table, order in _TABLES.items():
-            yield table.encode()
-            for row in self._db.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - constants
-                yield json.dumps(row).encode()
+            yield from self._rows(table, f"SELECT * FROM {table} ORDER BY {order}")  # noqa: S608 - constants
+        # What the full text says, not how it lies in its segments, which is up to the version of SQLite.
         self._db.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab(main, search, instance)")
-        with closing(self._db.execute("SELECT term, doc, col, offset FROM temp.terms")) as rows:
-            for row in rows:
-                yield json.dumps(row).encode()
-        self._db.execute("DROP TABLE temp.terms")
+        try:
+            yield from self._rows("search", "SELECT term, doc, col, offset FROM temp.terms")
+        finally:
+            self._db.execute("DROP TABLE temp.terms")
+
+    def _rows(self, table: str, query: str) -> Iterator[bytes]:
+        yield _encode(table)
+        with closing(self._db.execute(query)) as rows:
+            while some := rows.fetchmany(_DIGEST_ROWS):
+                yield _encode(some)
 
     def _edges_at(self, positions: Sequence[int]) -> Iterator[Edge]:
         for start in range(0, len(positions), _MAX_VARIABLES):
