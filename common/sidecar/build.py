@@ -48,6 +48,7 @@ MAX_NEIGHBOURS = 24
 """Neighbour names indexed of one node; more would outweigh its own words."""
 MAX_SIGNATURE_CHARS = 300
 MAX_KEYWORDS = 20
+_KNOWN_WORDS = 200_000
 
 _CONTAINERS = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
 _T = TypeVar("_T")
@@ -407,20 +408,14 @@ class _Numbers(dict[_T, int]):
         return number
 
 
-class _Words:
-    """Splits running text; each distinct word once, which is four times as fast as splitting every word anew."""
+class _Words(dict[str, str]):
+    """Splits running text; each distinct word once, which halves the time."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}
+    def __missing__(self, word: str) -> str:
+        words = self[word] = split_identifier(word)
+        return words
 
     def of(self, text: str) -> str:
-        known = self._known
-        if len(known) > 200_000:
-            known.clear()
-        split: list[str] = []
-        for word in _TOKENS.findall(text):
-            words = known.get(word)
-            if words is None:
-                words = known[word] = split_identifier(word)
-            split.append(words)
-        return " ".join(split)
+        if len(self) > _KNOWN_WORDS:
+            self.clear()
+        return " ".join(map(self.__getitem__, _TOKENS.findall(text)))
