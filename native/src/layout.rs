@@ -206,17 +206,12 @@ impl CapsuleWriter {
         })
     }
 
-    /// Whether the capsule was opened with a dimension.
-    pub fn takes_vectors(&self) -> bool {
-        self.options.dimension.is_some()
-    }
-
-    /// Adds frames; `vectors` holds `(position in frames, row)` for those that have one.
-    pub fn add(&mut self, frames: Vec<FrameDoc>, vectors: &[(usize, &[f32])]) -> Result<()> {
+    /// Adds frames; `embedded` are the places of those that have a vector, `values` their rows one after the other.
+    pub fn add(&mut self, frames: Vec<FrameDoc>, embedded: &[usize], values: &[f32]) -> Result<()> {
         if self.jobs.is_none() {
             return Err(Error::Closed);
         }
-        self.add_vectors(frames.len(), vectors)?;
+        self.add_vectors(frames.len(), embedded, values)?;
         for frame in frames {
             self.pending.push(frame);
             self.added += 1;
@@ -227,32 +222,32 @@ impl CapsuleWriter {
         Ok(())
     }
 
-    fn add_vectors(&mut self, frames: usize, vectors: &[(usize, &[f32])]) -> Result<()> {
-        if vectors.is_empty() {
-            return Ok(());
-        }
-        let (Some(spool), Some(dimension)) = (self.vectors.as_mut(), self.options.dimension) else {
+    fn add_vectors(&mut self, frames: usize, embedded: &[usize], values: &[f32]) -> Result<()> {
+        let Some(dimension) = self.options.dimension else {
+            if values.is_empty() {
+                return Ok(());
+            }
             return Err(Error::Vectors(
                 "this capsule was opened without a dimension".into(),
             ));
         };
+        if values.len() != embedded.len() * dimension || embedded.iter().any(|at| *at >= frames) {
+            return Err(Error::Vectors(format!(
+                "{} values came for {} vectors; the capsule takes {dimension} a vector",
+                values.len(),
+                embedded.len()
+            )));
+        }
+        let spool = self.vectors.as_mut().ok_or(Error::Closed)?;
         // bincode of Vec<VecDocument {frame_id: u64, embedding: Vec<f32>}>, fixed-width little-endian; the leading
         // count is written when it is known.
-        let mut row_bytes = Vec::with_capacity(vectors.len() * (16 + dimension * 4));
-        for (position, row) in vectors {
-            if *position >= frames || row.len() != dimension {
-                return Err(Error::Vectors(format!(
-                    "row for frame {position} of {frames} has {} values, the capsule takes {dimension}",
-                    row.len()
-                )));
-            }
-            row_bytes.extend_from_slice(&(self.added + *position as u64).to_le_bytes());
-            row_bytes.extend_from_slice(&(dimension as u64).to_le_bytes());
-            for value in *row {
-                row_bytes.extend_from_slice(&value.to_le_bytes());
-            }
+        let mut rows = Vec::with_capacity(embedded.len() * (16 + dimension * 4));
+        for (at, row) in embedded.iter().zip(values.chunks_exact(dimension)) {
+            rows.extend_from_slice(&(self.added + *at as u64).to_le_bytes());
+            rows.extend_from_slice(&(dimension as u64).to_le_bytes());
+            rows.extend(row.iter().flat_map(|value| value.to_le_bytes()));
         }
-        let needed = 8 + spool.len + row_bytes.len() as u64;
+        let needed = 8 + spool.len + rows.len() as u64;
         if needed > MAX_INDEX_BYTES {
             return Err(Error::IndexTooLarge {
                 what: "the vector index",
@@ -260,8 +255,8 @@ impl CapsuleWriter {
                 limit: MAX_INDEX_BYTES,
             });
         }
-        spool.push(&row_bytes, &self.path)?;
-        self.vector_count += vectors.len() as u64;
+        spool.push(&rows, &self.path)?;
+        self.vector_count += embedded.len() as u64;
         Ok(())
     }
 

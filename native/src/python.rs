@@ -72,12 +72,8 @@ fn batch(frames: &Bound<'_, PyAny>) -> PyResult<Batch> {
     Ok((docs, embedded))
 }
 
-/// Rows of a C-contiguous float32 matrix.
-fn rows(
-    py: Python<'_>,
-    vectors: Option<PyBuffer<f32>>,
-    expected: usize,
-) -> PyResult<Vec<Vec<f32>>> {
+/// The values of a C-contiguous float32 matrix with `expected` rows.
+fn values(py: Python<'_>, vectors: Option<PyBuffer<f32>>, expected: usize) -> PyResult<Vec<f32>> {
     let Some(buffer) = vectors else {
         return Ok(Vec::new());
     };
@@ -87,12 +83,7 @@ fn rows(
             "vectors have shape {shape:?}; {expected} frames of this batch have an embed_text"
         )));
     }
-    let dimension = shape[1];
-    let values = buffer.to_vec(py)?;
-    Ok(values
-        .chunks_exact(dimension.max(1))
-        .map(<[f32]>::to_vec)
-        .collect())
+    buffer.to_vec(py)
 }
 
 /// Writes one capsule file; see `common.capsule.port.PartWriter`.
@@ -143,23 +134,11 @@ impl CapsuleWriter {
         vectors: Option<PyBuffer<f32>>,
     ) -> PyResult<()> {
         let (docs, embedded) = batch(frames)?;
-        let rows = rows(py, vectors, embedded.len())?;
+        let values = values(py, vectors, embedded.len())?;
         py.detach(|| {
             let mut guard = self.lock()?;
             let inner = guard.as_mut().ok_or(Error::Closed)?;
-            if inner.takes_vectors() && rows.len() != embedded.len() {
-                let message = format!(
-                    "{} frames of this batch have an embed_text, no vectors came",
-                    embedded.len()
-                );
-                return Err(Error::Vectors(message).into());
-            }
-            let vectors: Vec<(usize, &[f32])> = embedded
-                .iter()
-                .zip(&rows)
-                .map(|(at, row)| (*at, row.as_slice()))
-                .collect();
-            Ok(inner.add(docs, &vectors)?)
+            Ok(inner.add(docs, &embedded, &values)?)
         })
     }
 
