@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
@@ -23,25 +23,31 @@ class Show:
         self.json = json
         self._console = Console(stderr=True)
         self._bars: Bars | None = None
-        if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-            self._bars = Bars(*columns, TimeElapsedColumn(), console=self._console)
 
     def __enter__(self) -> Show:
-        if self._bars:
-            self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars:
+        self._stop()
+
+    def _start(self) -> Bars | None:
+        """The bars, None in a pipe."""
+        if self._bars is None and self._console.is_terminal:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+            self._bars = Bars(*columns, TimeElapsedColumn(), console=self._console, redirect_stdout=False)
+            self._bars.start()
+        return self._bars
+
+    def _stop(self) -> None:
+        if self._bars is not None:
             self._bars.stop()
+            self._bars = None
 
     def stages(self, name: str) -> Callable[[Progress], None]:
         """A sink for the progress of one export; in a pipe it prints a line for each stage."""
-        if self._bars:
-            bars = self._bars
+        if bars := self._start():
             task = bars.add_task(f"{name}: starting", total=100)
 
             def move(progress: Progress) -> None:
@@ -60,8 +66,7 @@ class Show:
 
     def amount(self, what: str) -> Callable[[int, int], None]:
         """A sink for bytes moved, as ``(done, total)``; a pipe gets one line at the end."""
-        if self._bars:
-            bars = self._bars
+        if bars := self._start():
             task = bars.add_task(what, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
@@ -73,10 +78,10 @@ class Show:
 
     def note(self, text: str) -> None:
         """One line about what is going on."""
-        if self._bars:
-            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._bars is None:
+            print(text.translate(_CONTROLS), file=sys.stderr, flush=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            self._bars.console.print(text.translate(_CONTROLS), markup=False, highlight=False, soft_wrap=True)
 
     def result(self, *lines: str) -> None:
         """Lines for people; dropped where JSON was asked for."""
@@ -106,8 +111,7 @@ class Show:
             self.result(f"  left out {left.nodes:,} nodes and {left.relationships:,} relationships, by the maximum")
 
     def _out(self, line: str) -> None:
-        if self._bars and sys.stdout.isatty():
-            self._bars.console.file.flush()
+        self._stop()  # a finished bar stays above the result
         print(line.translate(_CONTROLS), flush=True)
 
 

@@ -251,7 +251,13 @@ async function act(event, entry) {
 }
 
 const ACTIONS = {
-  download: (entry) => save(entry, "download", entry.job.artifact.fileName),
+  download: async (entry) => {
+    if (entry.job.artifact.parts === 1) return save(entry, "download", entry.job.artifact.fileName);
+    const manifest = await (await call(`/v1/exports/${encodeURIComponent(entry.job.jobId)}/manifest`)).json();
+    for (const [place, { fileName }] of manifest.parts.entries()) {
+      await save(entry, `download?part=${place + 1}`, fileName);
+    }
+  },
   sidecar: (entry) => save(entry, "sidecar", `${entry.job.artifact.fileName}.index.v1.sqlite`),
   manifest: (entry) => save(entry, "manifest", `${entry.job.artifact.fileName}.manifest.json`),
   report: toggleReport,
