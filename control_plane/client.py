@@ -29,6 +29,9 @@ TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expire
 _CHUNK = 1 << 18
 _ATTEMPTS = 6
 """Tries of one request or download before we give up; the waits between them add up to about six seconds."""
+_POLL_SECONDS = 0.5
+_ACCEPT_SECONDS = 600.0
+"""How long the server may read and check a graph that it has received."""
 _RETRYABLE = frozenset({429, 502, 503, 504})
 
 
@@ -196,12 +199,11 @@ class ExportClient:
     def events(self, job_id: str) -> Iterator[Event]:
         """Every event of a job once and in order, until the terminal one.
 
-        Follows the event stream; when that breaks or is not offered, asks for pages of events instead.
-        Raises StorageFailed after too many failures in a row.
+        Follows the event stream; when that breaks or is not offered, asks for pages of events instead, for as long
+        as the server says that the job lives. Raises StorageFailed when the server is gone.
         """
-        seen, failures = 0, 0
+        seen = 0
         while True:
-            before = seen
             try:
                 for event in self._stream(job_id, seen):
                     if event.seq > seen:
@@ -212,8 +214,9 @@ class ExportClient:
             except (httpx.TransportError, msgspec.DecodeError):
                 pass  # a stream may break at any time: the pages below say what is really there
             while True:
-                page = self._send("GET", f"/v1/exports/{job_id}/events", params={"sinceSeq": seen})
-                events = [e for e in msgspec.json.decode(page.content, type=EventPage).events if e.seq > seen]
+                answer = self._send("GET", f"/v1/exports/{job_id}/events", params={"sinceSeq": seen})
+                page = msgspec.json.decode(answer.content, type=EventPage)
+                events = [event for event in page.events if event.seq > seen]
                 for event in events:
                     seen = event.seq
                     yield event
@@ -221,10 +224,9 @@ class ExportClient:
                         return
                 if not events:
                     break
-            failures = failures + 1 if seen == before else 0
-            if failures >= 600:
-                raise StorageFailed(f"Job {job_id} sends no events", url=self._url)
-            time.sleep(0.5)
+            if page.status_snapshot.status not in ("queued", "running"):
+                raise StorageFailed(f"Job {job_id} has ended, but its last event is missing", url=self._url)
+            time.sleep(_POLL_SECONDS)
 
     def fetch(self, job_id: str, folder: Path, on_bytes: Callable[[str], Callable[[int, int], None]]) -> list[Path]:
         """Fetch the files of a finished job into ``folder``: its parts, the sidecar, the manifest last, as in the
@@ -299,7 +301,12 @@ class ExportClient:
         while True:
             try:
                 answer = self._http.request(
-                    method, url, headers=headers, params=params, content=content() if content else None
+                    method,
+                    url,
+                    headers=headers,
+                    params=params,
+                    content=content() if content else None,
+                    timeout=httpx.Timeout(_ACCEPT_SECONDS, connect=10.0) if content else httpx.USE_CLIENT_DEFAULT,
                 )
             except httpx.TransportError as error:
                 failures += 1
