@@ -51,7 +51,10 @@ def one(uri: str = "mv2://nodes/a", text: str = "Node Function\nhello", **change
     return Frame(**{**given, "uri": uri, "text": text, "metadata": "{}", **changed})
 
 
-@pytest.fixture(scope="session", params=["memvid-export.graph.ndjson.gz", "runpod-python.export.json.gz"])
+@pytest.fixture(
+    scope="module",
+    params=["memvid-export.graph.ndjson.gz", "runpod-python.export.json.gz", "litestar.export.json.gz"],
+)
 def written(
     request: pytest.FixtureRequest, real_graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Frame], Any]:
@@ -82,6 +85,7 @@ def test_every_frame_comes_back_by_uri_with_text_track_tags_and_metadata(
         assert memory.blob(frame.uri).decode() == frame.text
 
 
+@pytest.mark.timeout(900)  # litestar: 13,698 searches
 def test_every_vector_is_its_own_nearest_neighbour(
     written: tuple[Path, list[Frame], Any], memvid: Callable[[Path], Any]
 ) -> None:
@@ -97,6 +101,7 @@ def test_every_vector_is_its_own_nearest_neighbour(
         assert hits[0]["uri"] in same_vector[vector.tobytes()], frame.uri
 
 
+@pytest.mark.timeout(900)  # litestar: 6,103 names
 def test_lexical_search_finds_every_symbol_by_its_name(
     written: tuple[Path, list[Frame], Any], memvid: Callable[[Path], Any]
 ) -> None:
