@@ -96,6 +96,7 @@ STATUS: dict[str, int] = {
     "RATE_LIMITED": 429,
     "QUEUE_UNAVAILABLE": 503,
     "STORAGE_FAILED": 503,
+    "WORKER_LOST": 503,
 }
 """HTTP status of each code; any other code is a 500."""
 
@@ -115,7 +116,7 @@ def body_of(error: ExportError) -> ErrorBody:
 
 def headers_of(error: ExportError) -> dict[str, str]:
     """Headers that belong to an error."""
-    if error.code in ("RATE_LIMITED", "QUEUE_UNAVAILABLE", "STORAGE_FAILED"):
+    if error.retryable and status_of(error) in (429, 503):
         return {"Retry-After": str(RETRY_AFTER_SECONDS)}
     if error.code == "UNAUTHORIZED":
         return {"WWW-Authenticate": "Bearer"}

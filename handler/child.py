@@ -164,7 +164,9 @@ def main() -> None:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
     with Gate() as gate:
-        resource.setrlimit(resource.RLIMIT_DATA, (config.memory_limit, config.memory_limit))
+        # The parent watches what is in use; this stops what grows faster than it looks.
+        most = config.memory_limit + config.memory_limit // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         child = Child(config, gate, out)
         child.send(Ready())
         while child.serve(commands.get()):

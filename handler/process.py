@@ -16,7 +16,8 @@ from handler.protocol import ChildConfig, Command, Failed, Message, Ready, expor
 
 TERM_SECONDS = 0.3
 """From asking a process group to end to ending it."""
-WATCH_SECONDS = 0.1
+WATCH_SECONDS = 0.05
+START_SECONDS = 120.0
 MAX_LINE = 64 << 20
 
 
@@ -53,13 +54,16 @@ class ChildProcess:
         )
         child = cls(process, config)
         try:
-            first = await child.receive()
+            async with asyncio.timeout(START_SECONDS):
+                first = await child.receive()
+            if not isinstance(first, Ready):
+                raise WorkerLost("the worker's process spoke before it was ready")
+        except TimeoutError as error:
+            await child.close()
+            raise WorkerLost(f"the worker's process was not ready within {START_SECONDS:.0f} seconds") from error
         except BaseException:
             await child.close()
             raise
-        if not isinstance(first, Ready):
-            await child.close()
-            raise WorkerLost("the worker's process spoke before it was ready")
         return child
 
     @property
@@ -143,8 +147,8 @@ class ChildProcess:
         self._messages.put_nowait(None)
 
     def _why(self, code: int) -> ExportError:
-        # Native code aborts where the limit refuses it memory; the watch has then seen it near the limit.
-        if code == -signal.SIGABRT and self._peak > self._config.memory_limit // 2:
+        # Native code crashes where it gets no more memory; the watch has then seen much of it in use.
+        if code in (-signal.SIGABRT, -signal.SIGSEGV) and self._peak > self._config.memory_limit // 2:
             return self._out_of_memory()
         return WorkerLost(f"the worker's process ended ({_exit_text(code)}) before the job was done")
 

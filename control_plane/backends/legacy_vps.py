@@ -145,6 +145,8 @@ class LegacyVps:
             raise QueueUnavailable("Too many payloads wait to be checked. Try again later.") from error
         try:
             return await self._check_in_child(job_id, payload_ref)
+        except WorkerLost:
+            return await self._check_in_child(job_id, payload_ref)
         finally:
             turn.release()
 
@@ -169,6 +171,9 @@ class LegacyVps:
             message = await child.receive()
         except OutOfMemory as error:
             raise PayloadTooLarge("the payload needs more memory than a worker may use", field="$") from error
+        except WorkerLost as error:
+            log.warning("a check was lost", job_id=job_id, reason=error.message)
+            raise
         except asyncio.CancelledError:
             child.kill(Canceled("nobody waits for the answer"))
             raise

@@ -1,4 +1,4 @@
-"""A fixed number of warm child processes; one that ended is replaced."""
+"""Warm child processes: one more than is in use, up to a maximum; one that ended is replaced."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from handler.protocol import ChildConfig
 
 log = structlog.get_logger()
 
+SPARE = 1
 RESTART_SECONDS = 1.0
 MAX_RESTART_SECONDS = 30.0
 
@@ -26,11 +27,13 @@ class WorkerPool:
         self._all: set[ChildProcess] = set()
         self._changed = asyncio.Condition()
         self._starting: set[asyncio.Task[None]] = set()
+        self._coming = 0
+        """Children that are being started."""
         self._closed = False
 
     def start(self) -> None:
-        """Begin to start all children, one after the other, so that the first is ready soon."""
-        self._spawn(self._size)
+        """Begin to start the first child and a spare; more come when they are needed."""
+        self._spawn(min(SPARE + 1, self._size))
 
     @property
     def ready(self) -> bool:
@@ -47,7 +50,9 @@ class WorkerPool:
                 if self._idle:
                     child = min(self._idle, key=lambda idle: _rank(idle, job_id))
                     self._idle.remove(child)
+                    self._keep_spare()
                     return child
+                self._keep_spare()
                 await self._changed.wait()
 
     async def release(self, child: ChildProcess, *, reuse: bool) -> None:
@@ -73,10 +78,15 @@ class WorkerPool:
 
     def _drop(self, child: ChildProcess) -> None:
         self._all.discard(child)
-        self._spawn(1)
+        self._keep_spare()
+
+    def _keep_spare(self) -> None:
+        missing = SPARE - len(self._idle) - self._coming
+        self._spawn(min(missing, self._size - len(self._all) - self._coming))
 
     def _spawn(self, count: int) -> None:
-        if not self._closed:
+        if count > 0 and not self._closed:
+            self._coming += count
             task = asyncio.create_task(self._start(count))
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
@@ -92,6 +102,7 @@ class WorkerPool:
                 wait = min(wait * 2, MAX_RESTART_SECONDS)
                 continue
             count -= 1
+            self._coming -= 1
             self._all.add(child)
             async with self._changed:
                 self._idle.append(child)

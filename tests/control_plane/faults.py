@@ -47,7 +47,7 @@ class Outcome:
 
 
 class Campaign:
-    """Faults on one root, one after the other, with all jobs of all rounds looked at after each."""
+    """Faults on one root, one after the other; after each its jobs are looked at, after the last all jobs."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self._chance = random.Random(seed)
@@ -57,7 +57,7 @@ class Campaign:
         self._seen: dict[str, dict[int, dict[str, Any]]] = {}
         """Events that a client saw, by job and number."""
 
-    def round(self, fault: str, number: int) -> Outcome:
+    def round(self, fault: str, number: int, *, last: bool) -> Outcome:
         """Start, send jobs, let the fault happen, start again if need be, wait and look."""
         server = self._server.start()
         outcome = Outcome(fault, self._chance.random() * LATEST)
@@ -80,7 +80,7 @@ class Campaign:
                 outcome.running[self._seen[job_id][max(self._seen[job_id])]["stage"]] += 1
         if fault != WORKER_KILLED:
             server.start()
-        self._look(outcome, keys)
+        self._look(outcome, keys, everything=last)
         server.stop()
         return outcome
 
@@ -111,8 +111,8 @@ class Campaign:
         if children:
             os.kill(self._chance.choice(children), signal.SIGKILL)
 
-    def _look(self, outcome: Outcome, keys: Sequence[str]) -> None:
-        """Wait until all jobs have ended, then check every promise on all of them, old ones included."""
+    def _look(self, outcome: Outcome, keys: Sequence[str], *, everything: bool) -> None:
+        """Wait until all jobs have ended, then check every promise on those of these keys, or on all."""
         until = time.monotonic() + WAIT
         while True:
             jobs = self._all_jobs()
@@ -129,7 +129,10 @@ class Campaign:
             elif key in keys:
                 error = jobs[job_id]["error"]
                 outcome.ends[jobs[job_id]["status"] + (f" {error['code']}" if error else "")] += 1
+        old = {job_id for job_id, key in self._jobs.items() if key not in keys}
         for job_id, job in jobs.items():
+            if job_id in old and not everything:
+                continue
             outcome.broken += [f"{job_id}: {what}" for what in self._promises(job_id, job)]
         outcome.broken += self._files(jobs)
 
@@ -200,7 +203,7 @@ def run(root: Path, faults: Sequence[str], seed: int) -> list[Outcome]:
     print(f"{'#':>3}  {'fault':15} {'at':>6}  {'jobs were in':40} ends")
     try:
         for number, fault in enumerate(faults, 1):
-            outcome = campaign.round(fault, number)
+            outcome = campaign.round(fault, number, last=number == len(faults))
             outcomes.append(outcome)
             states = ", ".join(f"{n} {stage}" for stage, n in sorted(outcome.running.items())) or "none accepted"
             ends = ", ".join(f"{n} {end}" for end, n in sorted(outcome.ends.items())) or "-"

@@ -58,7 +58,7 @@ def graph(nodes: int = 3, *, name: str = "tiny", lines: int = 0, **more: Any) ->
     }
 
 
-def large_graph(name: str = "large", nodes: int = 40_000) -> bytes:
+def large_graph(name: str = "large", nodes: int = 20_000) -> bytes:
     """A gzipped request that takes seconds to export."""
     return gzip.compress(json.dumps(graph(nodes, name=name, lines=12)).encode(), 1)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import SERVER_KILLED, SERVER_STOPPED, WORKER_KILLED, run
-from live_server import graph, large_graph
+from live_server import Server, graph, large_graph
 
 
 @pytest.mark.parametrize("faults", [[SERVER_KILLED] * 5, [SERVER_STOPPED] * 2, [WORKER_KILLED] * 2])
@@ -51,8 +52,6 @@ def test_a_result_that_was_published_but_not_recorded_is_taken_up(start_server: 
     server.wait(job_id)
     before = server.client.get(f"/v1/exports/{job_id}/download").content
     server.kill()
-    import sqlite3
-
     # As if the server had died between the worker's answer and its own commit.
     with sqlite3.connect(server.root / "jobs.sqlite") as database:
         last = database.execute("select max(seq) from events where job_id = ?", (job_id,)).fetchone()[0]
@@ -71,8 +70,6 @@ def test_a_result_that_was_published_but_not_recorded_is_taken_up(start_server: 
 
 def test_one_root_takes_one_server(start_server: Any, tmp_path: Path) -> None:
     server = start_server(worker_slots=1)
-    from live_server import Server
-
     second = Server(server.root, worker_slots=1)
     with pytest.raises(RuntimeError, match="MEMVID_EXPORT_ROOT must be used by one server at a time"):
         second.start()

@@ -8,6 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import zstandard
 from live_server import Server, graph
 
 STAGES = ["queued", "transform", "frame_prep", "write_capsule", "build_sidecar", "finalize", "download_ready"]
@@ -129,8 +130,6 @@ def test_not_ready_is_said_while_the_root_cannot_be_written(server: Server) -> N
 
 @pytest.mark.parametrize("encoding", ["identity", "zstd"])
 def test_bodies_may_be_plain_or_zstd(server: Server, encoding: str) -> None:
-    import zstandard
-
     data = json.dumps(graph(name=encoding)).encode()
     body = zstandard.compress(data) if encoding == "zstd" else data
     answer = server.post(body, content_encoding=encoding)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.contract import JobInput
@@ -175,8 +176,6 @@ def test_a_child_that_dies_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_child_whose_parent_is_another_does_not_start(tmp_path: Path) -> None:
-    import msgspec
-
     config = msgspec.structs.replace(_config(tmp_path), parent_pid=1)
     ended = subprocess.run(
         [sys.executable, "-m", "handler.child", msgspec.json.encode(config).decode()],
