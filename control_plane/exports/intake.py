@@ -81,7 +81,7 @@ class Intake:
             checked = await self._backend.check(job_id, ref, size)
             record, new = await self._store.create(_new_job(job_id, self._backend.name, staged, checked), key)
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(self._storage.delete, ref))
+            await asyncio.shield(self._give_up(job_id, ref))
             raise
         finally:
             path.unlink(missing_ok=True)
@@ -91,6 +91,11 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    async def _give_up(self, job_id: str, ref: str) -> None:
+        # A request that was cut off while its job was being recorded may have made it all the same.
+        if await self._store.get(job_id) is None:
+            await asyncio.to_thread(self._storage.delete, ref)
 
     async def _staged(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
         try:

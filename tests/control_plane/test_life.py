@@ -74,6 +74,14 @@ def test_real_graphs_go_through_without_an_edit(server: Server, real_graphs: dic
         assert report["input"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_semantic_export_has_vectors(server: Server) -> None:
+    job_id = server.submit(graph(4, name="semantic", options={"semanticEnabled": True}))
+    assert server.wait(job_id)["type"] == "job_completed"
+    report = server.client.get(f"/v1/exports/{job_id}/report").json()
+    assert (report["capsule"]["vectors"], report["capsule"]["dimension"]) == (4, 256)
+    assert (report["embedding"]["provider"], report["embedding"]["texts"]) == ("static", 4)
+
+
 def test_all_files_of_a_payload_are_gone_when_the_job_has_ended(server: Server) -> None:
     job_id = server.submit(graph(name="clean"))
     server.wait(job_id)
