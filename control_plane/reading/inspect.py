@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -75,8 +76,12 @@ def opened_sidecar(files: Files) -> Iterator[Sidecar]:
     expected = files.manifest.capsule_sha256 if files.manifest else capsule_sha256(files.parts)
     sidecar = _current(files.sidecar, expected)
     if sidecar:
-        with closing(sidecar):
-            yield sidecar
+        try:
+            with closing(sidecar):
+                yield sidecar
+        except sqlite3.DatabaseError as error:
+            name = sidecar.path.name
+            raise CapsuleUnreadable(f"{name} is damaged ({error}); without it, it is built anew") from error
         return
     with tempfile.TemporaryDirectory(prefix="memvid-export-") as folder:
         path = Path(folder) / "rebuilt.sqlite"
@@ -243,6 +248,6 @@ def _same_sidecar(files: Files) -> Check:
             with closing(Sidecar.open(files.sidecar)) as kept, closing(Sidecar.open(again)) as built:
                 same = kept.content_digest() == built.content_digest() and kept.capsule_sha256 == built.capsule_sha256
                 detail = f"content digest {kept.content_digest()}" if same else "it differs from the capsule"
-        except CapsuleUnreadable as error:
-            same, detail = False, error.message
+        except (CapsuleUnreadable, sqlite3.DatabaseError) as error:
+            same, detail = False, f"it is damaged: {error}"
     return Check(name=name, ok=same, detail=detail)

@@ -102,7 +102,8 @@ def test_search_finds_a_function_by_its_name_by_words_and_by_meaning(capsule: Pa
 
 def test_search_of_a_file_of_queries_prints_a_ranking_for_each(capsule: Path, tmp_path: Path) -> None:
     queries = tmp_path / "queries.jsonl"
-    queries.write_text('{"query_id": "q1", "text": "capsule sha256"}\n\n{"query_id": "q2", "text": "zzqqx"}\n')
+    nowhere = "zq" * 9
+    queries.write_text(f'{{"query_id": "q1", "text": "capsule sha256"}}\n\n{{"query_id": "q2", "text": "{nowhere}"}}\n')
     done = command("search", capsule, "--queries", queries, "--json", "--mode", "lexical")
     first, second = map(json.loads, done.stdout.splitlines())
     assert (first["query_id"], second["query_id"]) == ("q1", "q2")
