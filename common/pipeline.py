@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import re
 import resource
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -21,12 +24,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.capsule.capacity import Estimate, estimate
+from common.capsule.capacity import SHARE, Plan, plan
 from common.capsule.cli import CliWriter
 from common.capsule.gate import Gate, GatePlan
 from common.capsule.native import NativeWriter, native
-from common.capsule.port import CapsuleWriter, PartWriter
+from common.capsule.port import CAPACITY_BYTES, CapsuleWriter, PartWriter
 from common.capsule.probes import Probes
+from common.capsule.process import POLL_SECONDS
 from common.capsule.sdk import SdkWriter
 from common.contract import (
     CapsuleReport,
@@ -41,7 +45,13 @@ from common.contract import (
     WriterName,
 )
 from common.embedding.port import Embedder
-from common.errors import CapacityExceeded, ExportError, StorageFailed, WriterFailed, WriterUnavailable
+from common.errors import (
+    CapacityExceeded,
+    InvalidRequest,
+    StorageFailed,
+    WriterFailed,
+    WriterUnavailable,
+)
 from common.frames.build import META_FRAMES, frame_count, frames
 from common.frames.model import Frame
 from common.graph.canonical import canonical, content_digest
@@ -50,16 +60,17 @@ from common.graph.names import capsule_file_name
 from common.progress import ProgressReporter
 from common.sidecar.build import SidecarBuilder
 
-BATCH = 512
-"""Frames that move through the stages at once."""
-SAMPLE = 400
+SAMPLE = 1_000
 """Frames that capacity is estimated from."""
+AHEAD = 2
+"""Batches that are being embedded while the frames of the next one are made."""
 SIDECAR_QUEUE = 16
 """Batches that may wait for the sidecar's thread."""
-SPLITS = 3
-"""Times that a plan whose estimate was too low is made anew, each time with one more half of parts."""
+PLANS = 4
+"""Plans that are tried where the estimate was too low, each with two thirds of the frames of the last one a part."""
 
-_WRITERS: dict[WriterName, Callable[[], CapsuleWriter]] = {"native": NativeWriter, "sdk": SdkWriter, "cli": CliWriter}
+WRITERS: Mapping[WriterName, Callable[[], CapsuleWriter]] = {"native": NativeWriter, "sdk": SdkWriter, "cli": CliWriter}
+"""All writers, the best one first."""
 _HASH_BLOCK = 1 << 20
 
 
@@ -83,15 +94,19 @@ def export(
     embedder: Embedder | None = None,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], None],
+    capacity: int = CAPACITY_BYTES,
+    writers: Mapping[WriterName, Callable[[], CapsuleWriter]] = WRITERS,
 ) -> ExportResult:
     """Export a graph into ``out_dir`` and answer what was published there.
 
     ``generated_at`` is an ISO 8601 time in UTC; its day names the files and stamps the frames, so that the same graph
-    gives the same bytes all day long. ``writer`` None takes the best that works, and the report says so when it is not
-    the native one. ``embedder`` None exports without vectors. ``should_stop`` is called at least once per batch of
-    frames and ten times a second while waiting; what it raises ends the export, with nothing left behind.
+    gives the same bytes all day long. ``writer`` None takes the first of ``writers`` that works, and the report says
+    so when it is not the native one. ``embedder`` None exports without vectors. ``should_stop`` is called at least once
+    per batch of frames and ten times a second while waiting; what it raises ends the export, with nothing left behind.
+    A graph that passes ``capacity`` (bytes of one file before its indexes) becomes several parts.
 
-    Raises InvalidRequest, WriterFailed, WriterUnavailable, GateFailed, StorageFailed, EmbeddingFailed.
+    Raises InvalidRequest (also for vectors with a writer that takes none), WriterFailed, WriterUnavailable, GateFailed,
+    StorageFailed, EmbeddingFailed, and CapacityExceeded where no plan of parts holds the frames.
     """
     started = time.perf_counter()
     run = _Export(
@@ -102,8 +117,9 @@ def export(
         embedder=embedder,
         progress=ProgressReporter(on_progress),
         should_stop=should_stop,
+        capacity=capacity,
     )
-    result = run.run(writer)
+    result = run.run({name: make for name, make in writers.items() if writer in (name, None)})
     result.report.timings.total = round(time.perf_counter() - started, 4)
     return result
 
@@ -123,38 +139,50 @@ class _Stage:
 
 
 class _SidecarThread:
-    """Builds the sidecar beside the writer: SQLite works while the writer's threads do."""
+    """Builds the sidecar beside the writer and the gate: SQLite works while they do."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timings: Timings) -> None:
         self._builder = SidecarBuilder(path)
+        self._timings = timings
         self._batches: queue.Queue[tuple[Sequence[Frame], int, int] | None] = queue.Queue(SIDECAR_QUEUE)
-        self._error: ExportError | None = None
+        self._error: BaseException | None = None
+        self._aborted = False
         self._thread = threading.Thread(target=self._run, name="sidecar", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while (batch := self._batches.get()) is not None:
-            if self._error is None:
-                try:
-                    self._builder.add(*batch)
-                except ExportError as error:
-                    self._error = error
+            self._guarded(self._builder.add, *batch)
+        self._guarded(self._builder.complete)
+
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        if self._error is None and not self._aborted:
+            try:
+                with _Stage(self._timings, "sidecar"):
+                    work(*arguments)
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                self._error = error
 
     def add(self, batch: Sequence[Frame], first_frame_id: int, part: int) -> None:
         if self._error is not None:
             raise self._error
         self._batches.put((batch, first_frame_id, part))
 
-    def join(self) -> None:
+    def end(self) -> None:
+        """Say that all frames are in; what is left is done while the caller goes on."""
         self._batches.put(None)
-        self._thread.join()
+
+    def finish(self, capsule_sha256: str, should_stop: Callable[[], None]) -> None:
+        """Wait for the thread, and seal the file."""
+        while self._thread.is_alive():
+            self._thread.join(POLL_SECONDS)
+            should_stop()
         if self._error is not None:
             raise self._error
-
-    def finish(self, capsule_sha256: str) -> None:
         self._builder.finish(capsule_sha256)
 
     def abort(self) -> None:
+        self._aborted = True
         if self._thread.is_alive():
             self._batches.put(None)
             self._thread.join()
@@ -180,7 +208,9 @@ class _Export:
         embedder: Embedder | None,
         progress: ProgressReporter,
         should_stop: Callable[[], None],
+        capacity: int,
     ) -> None:
+        self._capacity = capacity
         self._out_dir = out_dir
         self._gate = gate
         self._generated_at = generated_at
@@ -193,7 +223,7 @@ class _Export:
         self._timings = self._report.timings
         self._request = request
 
-    def run(self, wanted: WriterName | None) -> ExportResult:
+    def run(self, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]) -> ExportResult:
         self._progress.report("transform", 0.0, f"Reading the graph of {self._request.project_name}")
         with _Stage(self._timings, "transform"):
             self._graph = canonical(self._request)
@@ -212,22 +242,21 @@ class _Export:
         except OSError as error:
             raise StorageFailed(f"the output folder cannot be written: {error.strerror}") from error
         try:
-            return self._export_in(work, wanted)
+            return self._export_in(work, writers)
         except OSError as error:
             raise StorageFailed(f"{error.strerror or error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def _export_in(self, work: Path, wanted: WriterName | None) -> ExportResult:
-        writer, written = self._write_with_any(work, wanted)
+    def _export_in(self, work: Path, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]) -> ExportResult:
+        writer, written = self._write_with_any(work, writers)
         try:
             with _Stage(self._timings, "verify"):
                 self._progress.report("finalize", 0.0, "Reading the capsule back to prove it")
                 probes = sum(self._gate.check(plan, self._should_stop) for plan in written.plans)
             hashes = [_sha256(path, self._should_stop) for path in written.paths]
-            with _Stage(self._timings, "sidecar"):
-                capsule_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-                written.sidecar.finish(capsule_sha256)
+            capsule_sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+            written.sidecar.finish(capsule_sha256, self._should_stop)
         except BaseException:
             written.sidecar.abort()
             raise
@@ -236,100 +265,129 @@ class _Export:
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def _write_with_any(self, work: Path, wanted: WriterName | None) -> tuple[CapsuleWriter, _Written]:
-        """Write with the wanted writer, or with the first of all that can; a step down is counted as a warning."""
-        names: list[WriterName] = [wanted] if wanted else list(_WRITERS)
-        for place, name in enumerate(names):
+    def _write_with_any(
+        self, work: Path, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]
+    ) -> tuple[CapsuleWriter, _Written]:
+        """Write with the first writer that can; a step down is counted as a warning."""
+        failed: list[str] = []
+        last: WriterFailed | WriterUnavailable = WriterUnavailable("there is no writer of that name")
+        for name, make in writers.items():
             try:
-                writer = _WRITERS[name]()
-                return writer, self._write_in_parts(work, writer)
+                writer = make()
+                if self._embedder and not writer.takes_vectors:
+                    if len(writers) == 1:
+                        message = f"the writer {name} takes no vectors; export without semanticEnabled"
+                        raise InvalidRequest(message, field="options.semanticEnabled")
+                    continue
+                written = self._write_in_parts(work, writer)
             except (WriterUnavailable, WriterFailed) as error:
-                if place == len(names) - 1:
-                    raise
-                self._extra_warnings.add("WRITER_FALLBACK", f"{name}: {error.message}; the next is ~1,000 times slower")
-        raise AssertionError("unreachable: the last writer returns or raises")
+                failed.append(f"{name}: {error.message}")
+                last = error
+            else:
+                for reason in failed:
+                    self._extra_warnings.add("WRITER_FALLBACK", f"{reason}; {name} wrote it, ~1,000 times slower")
+                return writer, written
+        raise type(last)("; ".join(failed) or last.message) from last
 
     def _write_in_parts(self, work: Path, writer: CapsuleWriter) -> _Written:
-        plan = self._estimate()
-        parts, per_part = plan.parts, plan.frames_per_part
-        for attempt in range(SPLITS + 1):
+        share = SHARE
+        for attempt in range(PLANS):
+            parts = self._plan(share).parts
             try:
-                return self._write(work, writer, parts, per_part)
+                return self._write(work, writer, parts)
             except CapacityExceeded as error:
-                if attempt == SPLITS:
+                if attempt == PLANS - 1:
                     raise
                 self._extra_warnings.add("CAPACITY_UNDERESTIMATED", error.message)
-                parts += -(-parts // 2)
-                per_part = -(-self._total // parts)
+                share *= 2 / 3
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _estimate(self) -> Estimate:
-        graph, dimension = self._graph, self._embedder.dimension if self._embedder else None
-        stride = max(1, self._total // SAMPLE)
+    def _plan(self, share: float) -> Plan:
+        graph, embedder = self._graph, self._embedder
+        stride = max(1, (len(graph.nodes) + len(graph.relations)) // SAMPLE)
         thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
-        sample = islice(frames(thinned, generated_at=self._day), META_FRAMES, None)
-        return estimate(sample, frames=self._total, dimension=dimension, embedded=len(graph.nodes))
+        sample = frames(thinned, generated_at=self._day, layout=embedder.layout if embedder else None)
+        meta = list(islice(sample, META_FRAMES))
+        return plan(
+            zip(sample, [*_weights(len(graph.nodes), stride), *_weights(len(graph.relations), stride)], strict=True),
+            meta=meta,
+            dimension=embedder.dimension if embedder else None,
+            capacity=self._capacity,
+            share=share,
+        )
 
-    def _write(self, work: Path, writer: CapsuleWriter, parts: int, per_part: int) -> _Written:
+    def _write(self, work: Path, writer: CapsuleWriter, parts: list[int]) -> _Written:
         name = capsule_file_name(self._graph.source.base_name, self._generated_at)
         embedder = self._embedder
         self._report.embedding = EmbeddingReport()
         if embedder:
             self._report.embedding = EmbeddingReport(provider=embedder.provider, model=embedder.model)
-        sidecar = _SidecarThread(work / f"{name}.index.v1.sqlite")
+        for left_over in work.iterdir():
+            left_over.unlink()
+        sidecar = _SidecarThread(work / f"{name}.index.v1.sqlite", self._timings)
         written = _Written([], [], sidecar)
-        part: PartWriter | None = None
-        try:
-            for number, batches in enumerate(self._parts(parts, per_part), start=1):
-                path = work / (name if parts == 1 else f"{name[:-4]}.part{number:03}.mv2")
-                path.unlink(missing_ok=True)
-                probes = Probes(f"{self._digest}:{number}", min(per_part, self._total))
+        with ExitStack() as undo:
+            undo.callback(sidecar.abort)
+            # Given up later, so ended earlier: no batch is being embedded while the rest is undone.
+            ahead = ThreadPoolExecutor(1, thread_name_prefix="embed")
+            undo.callback(ahead.shutdown, cancel_futures=True)
+            for number, (size, batches) in enumerate(self._parts(parts, writer.batch), start=1):
+                path = work / (name if len(parts) == 1 else f"{name[:-4]}.part{number:03}.mv2")
+                probes = Probes(f"{self._digest}:{number}", size, writer)
                 with _Stage(self._timings, "write"):
                     part = writer.open(
                         path,
                         timestamp=int(datetime.fromisoformat(self._day).timestamp()),
                         model=embedder.model if embedder else None,
                         dimension=embedder.dimension if embedder else None,
-                        expected_frames=per_part,
+                        expected_frames=size,
+                        capacity=self._capacity,
+                        should_stop=self._should_stop,
                     )
-                position = 0
-                for batch in batches:
-                    vectors = self._vectors(batch)
-                    with _Stage(self._timings, "write"):
-                        part.add(batch, vectors)
-                    sidecar.add(batch, position, number - 1)
-                    probes.see(batch, vectors)
-                    position += len(batch)
-                self._progress.report("write_capsule", 0.3, f"Writing {self._total:,} frames", frames=self._total)
+                undo.callback(part.abort)
+                self._write_part(part, self._embedded(batches, ahead), sidecar, probes, number - 1)
+                doing = f"Writing {self._total:,} frames"
+                self._progress.report("write_capsule", (number - 0.7) / len(parts), doing, frames=self._total)
                 with _Stage(self._timings, "write"):
                     part.finish()
                 self._should_stop()
                 written.paths.append(path)
-                written.plans.append(probes.plan(path, writer))
-            self._progress.report("write_capsule", 1.0, f"Wrote {self._total:,} frames", frames=self._total)
-            with _Stage(self._timings, "sidecar"):
-                self._progress.report("build_sidecar", 0.0, "Building the index for reading")
-                sidecar.join()
-        except BaseException:
-            if part is not None:
-                part.abort()
-            sidecar.abort()
-            raise
+                written.plans.append(probes.plan(path))
+            ahead.shutdown()
+            undo.pop_all()
+        self._progress.report("write_capsule", 1.0, f"Wrote {self._total:,} frames", frames=self._total)
+        self._progress.report("build_sidecar", 0.0, "Building the index for reading")
+        sidecar.end()
         self._report.capsule = self._counts(written)
         return written
 
-    def _parts(self, parts: int, per_part: int) -> Iterator[Iterator[list[Frame]]]:
+    def _write_part(
+        self,
+        part: PartWriter,
+        batches: Iterator[tuple[list[Frame], NDArray[np.float32] | None]],
+        sidecar: _SidecarThread,
+        probes: Probes,
+        number: int,
+    ) -> None:
+        position = 0
+        for batch, vectors in batches:
+            with _Stage(self._timings, "write"):
+                part.add(batch, vectors)
+            sidecar.add(batch, position, number)
+            probes.see(batch, vectors)
+            position += len(batch)
+
+    def _parts(self, parts: list[int], batch_frames: int) -> Iterator[tuple[int, Iterator[list[Frame]]]]:
         """Frames in batches, cut into parts; every part begins with the meta frames, so that each explains itself."""
         layout = self._embedder.layout if self._embedder else None
         stream = frames(self._graph, generated_at=self._day, layout=layout)
         meta = list(islice(stream, META_FRAMES))
-        done = 0
+        done = len(meta)
 
-        def batches() -> Iterator[list[Frame]]:
+        def batches(left: int) -> Iterator[list[Frame]]:
             nonlocal done
             yield meta
-            left = per_part - len(meta)
-            while left > 0 and (batch := list(islice(stream, min(BATCH, left)))):
+            while left and (batch := list(islice(stream, min(batch_frames, left)))):
                 self._should_stop()
                 left -= len(batch)
                 done += len(batch)
@@ -342,9 +400,33 @@ class _Export:
                 )
                 yield batch
 
-        while done < self._total - len(meta):
-            yield batches()
+        for size in parts:
+            yield META_FRAMES + size, batches(size)
         next(stream, None)  # runs the generator to its end, where it counts its warnings
+
+    def _embedded(
+        self, batches: Iterator[list[Frame]], ahead: ThreadPoolExecutor
+    ) -> Iterator[tuple[list[Frame], NDArray[np.float32] | None]]:
+        """Batches with their vectors, which a thread makes while the next batches' frames are made here."""
+        if self._embedder is None:
+            for batch in batches:
+                yield batch, None
+            return
+        waiting: deque[tuple[list[Frame], Future[NDArray[np.float32] | None]]] = deque()
+        for batch in batches:
+            waiting.append((batch, ahead.submit(self._vectors, batch)))
+            if len(waiting) > AHEAD:
+                yield self._waited(*waiting.popleft())
+        while waiting:
+            yield self._waited(*waiting.popleft())
+
+    def _waited(
+        self, batch: list[Frame], vectors: Future[NDArray[np.float32] | None]
+    ) -> tuple[list[Frame], NDArray[np.float32] | None]:
+        while True:
+            with suppress(TimeoutError):
+                return batch, vectors.result(POLL_SECONDS)
+            self._should_stop()
 
     def _vectors(self, batch: Sequence[Frame]) -> NDArray[np.float32] | None:
         texts = [frame.embed_text for frame in batch if frame.embed_text is not None]
@@ -389,6 +471,10 @@ class _Export:
         # The old manifest goes first and the new one comes last: whoever finds a manifest finds what it names.
         manifest_path = self._out_dir / f"{name}.manifest.json"
         manifest_path.unlink(missing_ok=True)
+        part_of_old = re.compile(re.escape(name[:-4]) + r"(\.part[0-9]+)?\.mv2")
+        for path in self._out_dir.iterdir():
+            if part_of_old.fullmatch(path.name):
+                path.unlink()
         capsule_paths = [_move(path, self._out_dir) for path in written.paths]
         sidecar_path = _move(sidecar, self._out_dir)
         _move(work / manifest_path.name, self._out_dir)
@@ -454,6 +540,12 @@ class _Export:
             versions=report.versions,
             report=report,
         )
+
+
+def _weights(count: int, stride: int) -> Iterator[int]:
+    """How many items each of ``items[::stride]`` stands for."""
+    for start in range(0, count, stride):
+        yield min(stride, count - start)
 
 
 def versions() -> Versions:

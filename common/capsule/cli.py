@@ -10,14 +10,16 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.capsule.sdk import MEMVID_ENVIRONMENT
+from common.capsule.port import CAPACITY_BYTES, never
+from common.capsule.process import MEMVID_ENVIRONMENT, POLL_SECONDS
 from common.contract import WriterName
 from common.errors import WriterFailed, WriterUnavailable
 from common.frames.model import Frame
@@ -28,32 +30,56 @@ BATCH = 500
 """memvid's batch call hangs above about 512 documents."""
 
 
-def run(*arguments: str) -> str:
-    """Standard output of the command. Raises subprocess.SubprocessError, with the end of what it said."""
-    done = subprocess.run(
-        [COMMAND, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_PER_CALL,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **MEMVID_ENVIRONMENT},
-    )
-    if done.returncode != 0:
-        raise subprocess.SubprocessError(f"memvid {arguments[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
-    return done.stdout
+def run(*arguments: str, should_stop: Callable[[], None] = never) -> str:
+    """Standard output of the command.
+
+    Raises subprocess.SubprocessError with the end of what it said, and what ``should_stop`` raises.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=said,
+            env={**os.environ, **MEMVID_ENVIRONMENT},
+        )
+        try:
+            _wait(process, should_stop)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        text = out.read().decode(errors="replace")
+        if process.returncode != 0:
+            said.seek(0)
+            reason = (said.read().decode(errors="replace") or text).strip()[-300:]
+            raise subprocess.SubprocessError(f"memvid {arguments[0]}: {reason}")
+        return text
+
+
+def _wait(process: subprocess.Popen[bytes], should_stop: Callable[[], None]) -> None:
+    until = time.monotonic() + SECONDS_PER_CALL
+    while True:
+        try:
+            process.wait(POLL_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > until:
+                raise
+            should_stop()
 
 
 class CliPartWriter:
     """One file under way; see ``common.capsule.port.PartWriter``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, should_stop: Callable[[], None]) -> None:
         self._path = path
+        self._should_stop = should_stop
         self._call("create", str(path))
 
     def _call(self, *arguments: str) -> None:
         try:
-            run(*arguments)
+            run(*arguments, should_stop=self._should_stop)
         except (subprocess.SubprocessError, OSError) as error:
             raise WriterFailed(f"{self._path.name}: {error}") from error
 
@@ -92,15 +118,25 @@ class CliWriter:
     name: WriterName = "cli"
     readers = "the memvid command that wrote it"
     takes_vectors = False
+    exact = False
+    batch = BATCH
 
     def __init__(self) -> None:
         if shutil.which(COMMAND) is None:
             raise WriterUnavailable("the memvid command is not on PATH; npm has it as memvid-cli")
 
     def open(
-        self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, expected_frames: int
+        self,
+        path: Path,
+        *,
+        timestamp: int,
+        model: str | None,
+        dimension: int | None,
+        expected_frames: int,
+        capacity: int = CAPACITY_BYTES,
+        should_stop: Callable[[], None] = never,
     ) -> CliPartWriter:
-        """See the port; the command sets the timestamp itself."""
+        """See the port; the command sets the timestamp itself, and its own capacity."""
         if dimension is not None:
             raise WriterFailed("the memvid command takes no vectors of ours; export without semanticEnabled")
-        return CliPartWriter(path)
+        return CliPartWriter(path, should_stop)

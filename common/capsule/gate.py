@@ -1,30 +1,25 @@
 """The gate: a capsule is read back in another process before anyone may call it done.
 
 The child process (``common.capsule.gate_child``) reads through memvid-sdk, the reader that users have, or through the
-``memvid`` command for files that only this command can read. It is started early, so that its imports overlap with the
-writing, and checks one capsule after the other.
+``memvid`` command for files that only this command can read. Where the native crate is installed it also compares
+every frame and every vector with what was written. It is started early, so that its imports overlap with the writing,
+and checks one capsule after the other.
 """
 
 from __future__ import annotations
 
-import os
-import selectors
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Literal
 
 import msgspec
 
-from common.capsule.sdk import MEMVID_ENVIRONMENT
+from common.capsule.process import Child, ChildLost
 from common.errors import GateFailed
 
 CHECK_SECONDS = 300.0
 """Longest one file may take: 170,000 frames with vectors take 3 s here."""
-_POLL_SECONDS = 0.1
-_MAX_ANSWER = 1 << 20
 
 
 class FrameProbe(msgspec.Struct):
@@ -32,7 +27,8 @@ class FrameProbe(msgspec.Struct):
 
     uri: str
     title: str
-    track: str
+    track: str | None
+    """None where the writer loses it."""
     tags: list[str]
     text: str
 
@@ -63,6 +59,26 @@ class GatePlan(msgspec.Struct, kw_only=True):
     frame_probes: list[FrameProbe]
     word_probes: list[WordProbe]
     vector_probes: list[VectorProbe]
+    frames_sha256: str | None = None
+    """What ``FrameDigest`` said of the frames that were written, or None for a writer that changes them."""
+    vectors_sha256: str | None = None
+    """SHA-256 of the float32 matrix of all vectors, or None as above."""
+
+
+class FrameDigest:
+    """SHA-256 over frames in order, however they are cut into batches."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def add(self, rows: Iterable[tuple[str, str, str, list[str], str]]) -> None:
+        """Add ``(uri, title, track, tags, text)`` of the next frames."""
+        self._digest.update(b"".join(map(self._encode, rows)))
+
+    def hexdigest(self) -> str:
+        """The digest of all that was added."""
+        return self._digest.hexdigest()
 
 
 class GateAnswer(msgspec.Struct):
@@ -78,7 +94,7 @@ class Gate:
     """A gate process; use it as a context manager, for one capsule after the other."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
 
     def __enter__(self) -> Gate:
         self.start()
@@ -87,16 +103,12 @@ class Gate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def start(self) -> None:
+    def start(self) -> Child:
         """Start the process, if it does not run."""
-        if self._process is None or self._process.poll() is not None:
+        if self._child is None or not self._child.alive:
             self.close()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "common.capsule.gate_child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, **MEMVID_ENVIRONMENT},
-            )
+            self._child = Child("common.capsule.gate_child")
+        return self._child
 
     def check(self, plan: GatePlan, should_stop: Callable[[], None], seconds: float = CHECK_SECONDS) -> int:
         """Read the file back and answer how many probes held.
@@ -104,50 +116,18 @@ class Gate:
         Raises GateFailed with the name of the probe that did not, or ``process`` where the child died or took longer
         than ``seconds``; and what ``should_stop`` raises.
         """
-        self.start()
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
         try:
-            process.stdin.write(msgspec.json.encode(plan) + b"\n")
-            process.stdin.flush()
-            line = self._answer(process, should_stop, seconds)
-        except BrokenPipeError:
-            line = b""
-        except BaseException:
-            self.close()
-            raise
-        if not line:
-            self.close()
-            raise GateFailed("the process that reads the capsule back gave no answer", probe="process")
-        answer = msgspec.json.decode(line, type=GateAnswer)
+            data = self.start().ask(msgspec.msgpack.encode(plan), seconds, should_stop)
+        except ChildLost as error:
+            message = f"the process that reads the capsule back gave no answer: {error}"
+            raise GateFailed(message, probe="process") from error
+        answer = msgspec.msgpack.decode(data, type=GateAnswer)
         if answer.probe is not None:
             raise GateFailed(f"the capsule does not read back: {answer.message}", probe=answer.probe)
         return answer.probes
 
-    def _answer(self, process: subprocess.Popen[bytes], should_stop: Callable[[], None], seconds: float) -> bytes:
-        assert process.stdout is not None
-        until = time.monotonic() + seconds
-        received = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while time.monotonic() < until and len(received) < _MAX_ANSWER:
-                if selector.select(_POLL_SECONDS):
-                    chunk = os.read(process.stdout.fileno(), 65_536)
-                    if not chunk:
-                        return b""
-                    received += chunk
-                    if received.endswith(b"\n"):
-                        return bytes(received)
-                should_stop()
-        return b""
-
     def close(self) -> None:
         """End the process. Idempotent."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()

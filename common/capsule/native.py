@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.capsule.port import CAPACITY_BYTES
+from common.capsule.port import CAPACITY_BYTES, never
 from common.contract import WriterName
 from common.errors import CapacityExceeded, ExportError, StorageFailed, WriterFailed, WriterUnavailable
 from common.frames.model import Frame
@@ -48,14 +48,16 @@ def outcome_of(error: Exception, path: Path) -> ExportError:
 class NativePartWriter:
     """One file under way; see ``common.capsule.port.PartWriter``."""
 
-    def __init__(self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, slice_: int) -> None:
+    def __init__(
+        self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, slice_: int, capacity: int
+    ) -> None:
         self._path = path
         try:
             self._inner = native.CapsuleWriter(
                 path,
                 timestamp=timestamp,
                 slice_frames=slice_,
-                capacity=CAPACITY_BYTES,
+                capacity=capacity,
                 threads=len(os.sched_getaffinity(0)),
                 model=model,
                 dimension=dimension,
@@ -88,15 +90,30 @@ class NativeWriter:
     name: WriterName = "native"
     readers = "memvid-sdk >= 2.0.160, memvid-core >= 2.0.140"
     takes_vectors = True
+    exact = True
+    batch = 512
 
     def __init__(self) -> None:
         if native is None:
             raise WriterUnavailable("the native writer is not built here; install the extra `native`")
 
     def open(
-        self, path: Path, *, timestamp: int, model: str | None, dimension: int | None, expected_frames: int
+        self,
+        path: Path,
+        *,
+        timestamp: int,
+        model: str | None,
+        dimension: int | None,
+        expected_frames: int,
+        capacity: int = CAPACITY_BYTES,
+        should_stop: Callable[[], None] = never,
     ) -> NativePartWriter:
         """See the port."""
         return NativePartWriter(
-            path, timestamp=timestamp, model=model, dimension=dimension, slice_=slice_frames(expected_frames)
+            path,
+            timestamp=timestamp,
+            model=model,
+            dimension=dimension,
+            slice_=slice_frames(expected_frames),
+            capacity=capacity,
         )
