@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import IO
 
 MEMVID_ENVIRONMENT = {"MEMVID_TELEMETRY": "0", "MEMVID_OFFLINE": "1"}
@@ -126,7 +125,14 @@ def serve(handle: Callable[[bytes], bytes]) -> None:
 
 
 def _read_messages(messages: queue.SimpleQueue[bytes]) -> None:
-    with suppress(OSError):
-        while len(head := sys.stdin.buffer.read(_HEAD)) == _HEAD:
-            messages.put(sys.stdin.buffer.read(int.from_bytes(head, "little")))
+    while len(head := _read(_HEAD)) == _HEAD:
+        messages.put(_read(int.from_bytes(head, "little")))
     os._exit(0)
+
+
+def _read(count: int) -> bytes:
+    """So many bytes of standard input, fewer at its end; past Python's buffer, whose lock would not let a crash end."""
+    data = bytearray()
+    while len(data) < count and (block := os.read(0, min(_BLOCK, count - len(data)))):
+        data += block
+    return bytes(data)
