@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.capsule.capacity import SHARE, Plan, plan
+from common.capsule.capacity import SHARE, plan
 from common.capsule.cli import CliWriter
 from common.capsule.gate import Gate, GatePlan
 from common.capsule.native import NativeWriter, native
@@ -60,8 +60,6 @@ from common.graph.names import capsule_file_name
 from common.progress import ProgressReporter
 from common.sidecar.build import SidecarBuilder
 
-SAMPLE = 1_000
-"""Frames that capacity is estimated from."""
 AHEAD = 2
 """Batches that are being embedded while the frames of the next one are made."""
 SIDECAR_QUEUE = 16
@@ -292,7 +290,14 @@ class _Export:
     def _write_in_parts(self, work: Path, writer: CapsuleWriter) -> _Written:
         share = SHARE
         for attempt in range(PLANS):
-            parts = self._plan(share).parts
+            parts = plan(
+                self._graph,
+                generated_at=self._day,
+                layout=self._embedder.layout if self._embedder else None,
+                dimension=self._embedder.dimension if self._embedder else None,
+                capacity=self._capacity,
+                share=share,
+            ).parts
             try:
                 return self._write(work, writer, parts)
             except CapacityExceeded as error:
@@ -301,20 +306,6 @@ class _Export:
                 self._extra_warnings.add("CAPACITY_UNDERESTIMATED", error.message)
                 share *= 2 / 3
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _plan(self, share: float) -> Plan:
-        graph, embedder = self._graph, self._embedder
-        stride = max(1, (len(graph.nodes) + len(graph.relations)) // SAMPLE)
-        thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
-        sample = frames(thinned, generated_at=self._day, layout=embedder.layout if embedder else None)
-        meta = list(islice(sample, META_FRAMES))
-        return plan(
-            zip(sample, [*_weights(len(graph.nodes), stride), *_weights(len(graph.relations), stride)], strict=True),
-            meta=meta,
-            dimension=embedder.dimension if embedder else None,
-            capacity=self._capacity,
-            share=share,
-        )
 
     def _write(self, work: Path, writer: CapsuleWriter, parts: list[int]) -> _Written:
         name = capsule_file_name(self._graph.source.base_name, self._generated_at)
@@ -540,12 +531,6 @@ class _Export:
             versions=report.versions,
             report=report,
         )
-
-
-def _weights(count: int, stride: int) -> Iterator[int]:
-    """How many items each of ``items[::stride]`` stands for."""
-    for start in range(0, count, stride):
-        yield min(stride, count - start)
 
 
 def versions() -> Versions:

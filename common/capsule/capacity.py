@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from itertools import islice
 
 import msgspec
 import zstandard
 
 from common.capsule.port import CAPACITY_BYTES, MAX_INDEX_BYTES
 from common.errors import CapacityExceeded
+from common.frames.build import META_FRAMES, frames
 from common.frames.model import Frame
+from common.graph.model import Graph
 
 SHARE = 0.90
-"""Share of a limit that a first plan uses; samples of the two real graphs were off by 3% at most."""
+"""Share of a limit that a first plan uses."""
+SAMPLE = 1_000
+"""Frames that are looked at."""
 _HEADER_AND_WAL = 4_096 + 65_536
-_TOC_BYTES_PER_FRAME = 260
-"""A frame's fixed fields and lengths in the TOC, without its texts."""
+_TOC_BYTES_PER_FRAME = 105
+"""A frame's other fields in the TOC, from the real graphs."""
 _LEVEL = 3
 
 
@@ -41,19 +46,25 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(
-    sample: Iterable[tuple[Frame, int]],
+    graph: Graph,
     *,
-    meta: Sequence[Frame],
-    dimension: int | None,
+    generated_at: str,
+    layout: str | None = None,
+    dimension: int | None = None,
     capacity: int = CAPACITY_BYTES,
     share: float = SHARE,
 ) -> Plan:
-    """Cut frames into parts that stay within ``share`` of the capacity and of the largest readable index.
+    """Cut a graph's frames into parts that stay within ``share`` of the capacity and of the largest readable index.
 
-    ``sample`` gives frames in order, each with the number of frames it stands for; every part also holds the ``meta``
-    frames. Raises CapacityExceeded where a part could hold nothing else.
+    Looks at a sample, spread evenly. Every part also holds the meta frames. Raises CapacityExceeded where a part could
+    hold nothing else.
     """
+    stride = max(1, (len(graph.nodes) + len(graph.relations)) // SAMPLE)
+    thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
+    sample = frames(thinned, generated_at=generated_at, layout=layout)
     cost = _Coster(dimension)
+    meta = list(islice(sample, META_FRAMES))
+    stand_for = [*_weights(len(graph.nodes), stride), *_weights(len(graph.relations), stride)]
     own = Costs(payload=_HEADER_AND_WAL)
     for frame in meta:
         own.add(cost.of(frame), 1)
@@ -65,7 +76,7 @@ def plan(
     if min(limits)[0] <= 0:
         raise CapacityExceeded(f"a capsule of {capacity:,} bytes has no room beside its own {int(own.payload):,}")
     parts, total, used = [0], Costs(), Costs()
-    for frame, times in sample:
+    for frame, times in zip(sample, stand_for, strict=True):
         one = cost.of(frame)
         total.add(one, times)
         left = times
@@ -81,6 +92,12 @@ def plan(
             left -= taken
     total.add(own, len(parts))
     return Plan(parts, total)
+
+
+def _weights(count: int, stride: int) -> Iterator[int]:
+    """How many items each of ``items[::stride]`` stands for."""
+    for start in range(0, count, stride):
+        yield min(stride, count - start)
 
 
 class _Coster:

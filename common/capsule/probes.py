@@ -22,8 +22,10 @@ VECTORS = 8
 _WORD_CANDIDATES = 400
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 _MIN_WORD = 6
+_TOKEN = re.compile(r"\b[A-Za-z]{3,20}\b")
 _QUERY_WORDS = 25
-"""See ``common.capsule.sdk``."""
+_QUERY_CHARS = 1_000
+"""All words of the first of the chunks that memvid-sdk cuts; see ``common.capsule.sdk``."""
 _OPERATORS = frozenset({"and", "or", "not"})
 _PHRASE = '"GitNexus capsule manifest"'
 """Stands in the manifest frame of every part, so that each has a lexical probe whatever its names are."""
@@ -34,7 +36,9 @@ _COMMON_DEGREE = 12
 
 def query_of(text: str) -> str:
     """The first words of a text, as a query that finds its frame in files that memvid wrote itself too."""
-    words = dict.fromkeys(word.lower() for word in _WORD.findall(text))
+    if len(text) > _QUERY_CHARS:
+        text = " ".join(text[:_QUERY_CHARS].split()[:-1])  # the last one may be half a word
+    words = dict.fromkeys(word.lower() for word in _TOKEN.findall(text))
     return " ".join([word for word in words if word not in _OPERATORS][:_QUERY_WORDS])
 
 

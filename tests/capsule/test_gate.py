@@ -270,5 +270,5 @@ def test_the_child_talks_to_nobody(planned: GatePlan) -> None:
         gate.check(planned, never)
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert {b"MEMVID_TELEMETRY=0", b"MEMVID_OFFLINE=1"} <= set(environment)
-        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
         assert not [name for name in opened if name.startswith("socket:")]
