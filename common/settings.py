@@ -102,6 +102,19 @@ class Settings(BaseModel):
     cors_origins: tuple[str, ...] = Field(
         (), validation_alias="MEMVID_EXPORT_CORS_ORIGINS", description="origins parted by commas (https://host), or *"
     )
+    mcp_response_budget_bytes: int = Field(
+        65_536,
+        ge=4_096,
+        le=16 << 20,
+        validation_alias="MEMVID_MCP_RESPONSE_BUDGET_BYTES",
+        description="a number of bytes, at least 4096",
+    )
+    mcp_allow_external_capsules: bool = Field(
+        False, validation_alias="MEMVID_MCP_ALLOW_EXTERNAL_CAPSULES", description="true or false"
+    )
+    mcp_cache_capacity: int = Field(
+        16, ge=1, le=1_024, validation_alias="MEMVID_MCP_CACHE_CAPACITY", description="a number of open capsules"
+    )
     metrics_need_key: bool = Field(
         False, validation_alias="MEMVID_EXPORT_METRICS_NEED_KEY", description="true or false"
     )

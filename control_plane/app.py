@@ -31,6 +31,7 @@ from control_plane.operations.health import HealthController, metrics_route
 from control_plane.operations.http import cors, security_headers
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.retention import Retention
+from control_plane.reading.mcp import mcp_route
 
 
 def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
@@ -41,6 +42,13 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     storage = FileStorage([layout.artifacts, layout.payloads])
     backend = LegacyVps(settings, store, storage, layout, metrics)
     retention = Retention(settings, store, storage, layout)
+    mcp = mcp_route(
+        store,
+        settings.root,
+        response_budget_bytes=settings.mcp_response_budget_bytes,
+        allow_external_capsules=settings.mcp_allow_external_capsules,
+        cache_capacity=settings.mcp_cache_capacity,
+    )
     parts: dict[str, Any] = {
         "store": store,
         "hub": hub,
@@ -65,19 +73,19 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             await database.close()
 
     return Litestar(
-        # The read tools are mounted here, from control_plane.reading.mcp.
         route_handlers=[
             ExportController,
             HealthController,
             metrics_route(need_key=settings.metrics_need_key),
             *dashboard_routes(),
+            mcp.handler,
         ],
         dependencies={name: _providing(part) for name, part in parts.items()},
         middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
         exception_handlers={Exception: to_response},
         before_send=[security_headers],
         cors_config=cors(settings.cors_origins),
-        lifespan=[lifespan],
+        lifespan=[lifespan, mcp.lifespan],
         logging_config=None,
         openapi_config=OpenAPIConfig(
             title="memvid-export",
