@@ -344,11 +344,11 @@ class _Export:
                 self._should_stop()
                 written.paths.append(path)
                 written.plans.append(probes.plan(path))
+            self._progress.report("write_capsule", 1.0, f"Wrote {self._total:,} frames", frames=self._total)
+            self._progress.report("build_sidecar", 0.0, "Building the index for reading")
+            sidecar.end()
             ahead.shutdown()
             undo.pop_all()
-        self._progress.report("write_capsule", 1.0, f"Wrote {self._total:,} frames", frames=self._total)
-        self._progress.report("build_sidecar", 0.0, "Building the index for reading")
-        sidecar.end()
         self._report.capsule = self._counts(written)
         return written
 
@@ -459,17 +459,9 @@ class _Export:
         (work / f"{name}.manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
         self._should_stop()
 
-        # The old manifest goes first and the new one comes last: whoever finds a manifest finds what it names.
-        manifest_path = self._out_dir / f"{name}.manifest.json"
-        manifest_path.unlink(missing_ok=True)
-        part_of_old = re.compile(re.escape(name[:-4]) + r"(\.part[0-9]+)?\.mv2")
-        for path in self._out_dir.iterdir():
-            if part_of_old.fullmatch(path.name):
-                path.unlink()
-        capsule_paths = [_move(path, self._out_dir) for path in written.paths]
-        sidecar_path = _move(sidecar, self._out_dir)
-        _move(work / manifest_path.name, self._out_dir)
-        _sync_folder(self._out_dir)
+        capsule_paths, sidecar_path, manifest_path = self._replace_set(
+            written.paths, sidecar, work / f"{name}.manifest.json"
+        )
         self._progress.report("download_ready", 1.0, "The capsule is ready")
         report.capsule.path, report.sidecar.path = str(capsule_paths[0]), str(sidecar_path)
         return ExportResult(
@@ -479,6 +471,30 @@ class _Export:
             sidecar_path=sidecar_path,
             manifest_path=manifest_path,
         )
+
+    def _replace_set(self, parts: list[Path], sidecar: Path, manifest: Path) -> tuple[list[Path], Path, Path]:
+        """Put the new set in the place of one of the same name, if there is one.
+
+        The old manifest goes first and the new one comes last: whoever finds a manifest finds what it names.
+        """
+        moved: list[Path] = []
+        name = manifest.name.removesuffix(".mv2.manifest.json")
+        part_of_old = re.compile(re.escape(name) + r"(\.part[0-9]+)?\.mv2")
+        try:
+            (self._out_dir / manifest.name).unlink(missing_ok=True)
+            for path in self._out_dir.iterdir():
+                if part_of_old.fullmatch(path.name):
+                    path.unlink()
+            for path in (*parts, sidecar, manifest):
+                _sync(path)
+                moved.append(path.replace(self._out_dir / path.name))
+            _sync_folder(self._out_dir)
+        except OSError:
+            for path in moved:
+                path.unlink(missing_ok=True)
+            raise
+        *capsule_paths, sidecar_path, manifest_path = moved
+        return capsule_paths, sidecar_path, manifest_path
 
     def _finished_report(
         self, writer: CapsuleWriter, written: _Written, capsule_sha256: str, sidecar: Path, sidecar_sha256: str
@@ -552,11 +568,9 @@ def _sha256(path: Path, should_stop: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _move(path: Path, folder: Path) -> Path:
-    """Sync a finished file and give it its place in ``folder``."""
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return path.replace(folder / path.name)
 
 
 def _sync_folder(folder: Path) -> None:
