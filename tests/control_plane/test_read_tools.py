@@ -41,7 +41,7 @@ def job(server: Server) -> str:
 
 def test_an_export_answers_read_tools_by_its_job_id(server: Server, job: str) -> None:
     found = ask(server, "symbol_lookup", query="call_2", locator={"jobId": job})
-    assert [item["name"] for item in found["result"]["items"]][0] == "call_2"
+    assert next(item["name"] for item in found["result"]["items"]) == "call_2"
     node = found["result"]["items"][0]["id"]
     callees = ask(server, "callees_of", nodeId=node, locator={"jobId": job})
     assert [item["name"] for item in callees["result"]["items"]] == ["call_3"]
