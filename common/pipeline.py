@@ -6,7 +6,6 @@ import hashlib
 import os
 import queue
 import re
-import resource
 import shutil
 import tempfile
 import threading
@@ -57,6 +56,7 @@ from common.frames.model import Frame
 from common.graph.canonical import canonical, content_digest
 from common.graph.model import ExportRequest, WarningCounter
 from common.graph.names import capsule_file_name
+from common.memory import peak_memory_bytes
 from common.progress import ProgressReporter
 from common.sidecar.build import SidecarBuilder
 
@@ -508,7 +508,7 @@ class _Export:
         report.capsule.size_bytes = sum(path.stat().st_size for path in written.paths)
         report.capsule.sha256 = capsule_sha256
         report.sidecar = SidecarReport(size_bytes=sidecar.stat().st_size, sha256=sidecar_sha256)
-        report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report.peak_memory_bytes = peak_memory_bytes()
         report.versions = versions()
         return report
 

@@ -6,12 +6,12 @@ Reading the frames back from the file is inside the measured time, and both core
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 from common.capsule.native import NativeWriter
+from common.memory import peak_memory_bytes
 from scripts.benchmarks.frames import DIMENSION, stored
 
 
@@ -25,8 +25,7 @@ def main() -> None:
         writer.add(batch, vectors)
     writer.finish()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "file_bytes": out.stat().st_size}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory_bytes(), "file_bytes": out.stat().st_size}))
 
 
 if __name__ == "__main__":
