@@ -139,12 +139,16 @@ def _too_large(what: str, limit: int, unit: str) -> PayloadTooLarge:
     return PayloadTooLarge(f"the {what} has more than {limit:,} {unit}", field="$", limit=limit)
 
 
-_SURROGATE_PAIR_OR_BAD_ESCAPE = re.compile(
-    rb"(?<!\\)((?:\\\\)*)"
-    rb"(?:(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
-    rb"|(\\u00(?:0[0-8bBeEfF]|1[0-9a-fA-F])))"
+_ESCAPED_CONTROL = re.compile(rb"\\u00(?:0[0-8bBeEfF]|1[0-9a-fA-F])")
+"""May also hit behind an escaped backslash: says only whether a repair is worth its time."""
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})"
+    rb"|(u00(?:0[0-8bBeEfF]|1[0-9a-fA-F]))"
+    rb"|.)",
+    re.DOTALL,
 )
+"""Any escape, so that the backslashes of a text pair up; groups: a lone surrogate, a control character."""
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _HUGE_NUMBER = re.compile(rb"(?<=[:\[,\s])-?\d+(?:\.\d+)?(?:[eE]\+?\d{3,})|(?<=[:\[,\s])-?\d{400,}")
 _BYTE = re.compile(r"\(byte (\d+)\)")
@@ -161,7 +165,7 @@ def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, 
     _check_values(data, limits)
     if data.startswith(_UTF8_BOM):
         data = data[len(_UTF8_BOM) :]
-    if b"\\u00" in data:
+    if _ESCAPED_CONTROL.search(data):
         data = _repair_escapes(data, found)
     while True:  # each repair removes what it is for, so it happens once at most
         try:
@@ -196,12 +200,12 @@ def _repair_escapes(data: bytes | bytearray, found: WarningCounter) -> bytes | b
     counts = {"LONE_SURROGATE": 0, "CONTROL_CHARACTER": 0}
 
     def repair(match: re.Match[bytes]) -> bytes:
-        if match[2]:
+        if not match.lastindex:
             return match[0]
-        counts["LONE_SURROGATE" if match[3] else "CONTROL_CHARACTER"] += 1
-        return match[1] + rb"\ufffd"
+        counts["LONE_SURROGATE" if match[1] else "CONTROL_CHARACTER"] += 1
+        return rb"\ufffd"
 
-    data = _SURROGATE_PAIR_OR_BAD_ESCAPE.sub(repair, data)
+    data = _ESCAPE.sub(repair, data)
     for code, count in counts.items():
         if count:
             text = data[max(0, data.find(rb"\ufffd") - 40) :][:80].decode(errors="replace")
