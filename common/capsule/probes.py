@@ -22,7 +22,8 @@ VECTORS = 8
 _WORD_CANDIDATES = 400
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 _MIN_WORD = 6
-_TOKEN = re.compile(r"\b[A-Za-z]{3,20}\b")
+_TOKEN = re.compile(r"[^\W_]+")
+_MAX_TOKEN = 30
 _QUERY_WORDS = 25
 _QUERY_CHARS = 1_000
 """All words of the first of the chunks that memvid-sdk cuts; see ``common.capsule.sdk``."""
@@ -39,7 +40,8 @@ def query_of(text: str) -> str:
     if len(text) > _QUERY_CHARS:
         text = " ".join(text[:_QUERY_CHARS].split()[:-1])  # the last one may be half a word
     words = dict.fromkeys(word.lower() for word in _TOKEN.findall(text))
-    return " ".join([word for word in words if word not in _OPERATORS][:_QUERY_WORDS])
+    plain = [word for word in words if word.isascii() and word[0].isalpha() and 2 <= len(word) <= _MAX_TOKEN]
+    return " ".join([word for word in plain if word not in _OPERATORS][:_QUERY_WORDS])
 
 
 class Probes:

@@ -47,17 +47,25 @@ class SdkPartWriter:
     """One file under way; see ``common.capsule.port.PartWriter``."""
 
     def __init__(
-        self, path: Path, *, timestamp: int, vectors: bool, should_stop: Callable[[], None], seconds_per_frame: float
+        self,
+        path: Path,
+        *,
+        timestamp: int,
+        vectors: bool,
+        should_stop: Callable[[], None],
+        seconds_per_call: float,
+        seconds_per_frame: float,
     ) -> None:
         self._path = path
         self._timestamp = timestamp
         self._should_stop = should_stop
+        self._seconds_per_call = seconds_per_call
         self._seconds_per_frame = seconds_per_frame
         self._frames = 0
         self._child = Child("common.capsule.sdk_child", str(path), "1" if vectors else "0")
 
     def _ask(self, message: object, frames: int) -> None:
-        seconds = SECONDS_PER_CALL + self._seconds_per_frame * frames
+        seconds = self._seconds_per_call + self._seconds_per_frame * frames
         try:
             answer = msgspec.msgpack.decode(
                 self._child.ask(_encode(message), seconds, self._should_stop), type=SdkAnswer
@@ -99,10 +107,13 @@ class SdkWriter:
     exact = False
     batch = 64
 
-    def __init__(self, seconds_per_frame: float = SECONDS_PER_FRAME) -> None:
+    def __init__(
+        self, *, seconds_per_call: float = SECONDS_PER_CALL, seconds_per_frame: float = SECONDS_PER_FRAME
+    ) -> None:
+        """A call that takes longer than this, and this for each of its frames, is ended."""
         if find_spec("memvid_sdk") is None:
             raise WriterUnavailable("memvid-sdk is not installed")
-        self._seconds_per_frame = seconds_per_frame
+        self._seconds_per_call, self._seconds_per_frame = seconds_per_call, seconds_per_frame
 
     def open(
         self,
@@ -121,5 +132,6 @@ class SdkWriter:
             timestamp=timestamp,
             vectors=dimension is not None,
             should_stop=should_stop,
+            seconds_per_call=self._seconds_per_call,
             seconds_per_frame=self._seconds_per_frame,
         )
