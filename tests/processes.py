@@ -16,7 +16,7 @@ import httpx
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLE = REPOSITORY / "examples" / "memvid-export.graph.ndjson.gz"
 COMMAND = Path(sys.executable).parent / "memvid-export"
-GITNEXUS = REPOSITORY / ".cache" / "gitnexus" / "node_modules" / ".bin" / "gitnexus"
+GITNEXUS = REPOSITORY / ".cache" / "npm" / "node_modules" / ".bin" / "gitnexus"
 
 
 def command(
@@ -51,7 +51,7 @@ def serving(root: Path, *, key: str | None = None) -> Iterator[str]:
 def gitnexus(repository: Path, home: Path, name: str) -> Iterator[str]:
     """A GitNexus server that has indexed ``repository`` (a git checkout) under ``name``, as its URL."""
     if not GITNEXUS.exists():
-        raise FileNotFoundError("GitNexus is not installed; run scripts/setup gitnexus")
+        raise FileNotFoundError("GitNexus is not installed; run scripts/setup npm")
     home.mkdir(parents=True, exist_ok=True)
     env = _env({"HOME": str(home), "GITNEXUS_HOME": str(home), "GITNEXUS_LBUG_EXTENSION_INSTALL": "never"})
     subprocess.run(
