@@ -319,7 +319,7 @@ class _Export:
         written = _Written([], [], sidecar)
         with ExitStack() as undo:
             undo.callback(sidecar.abort)
-            # Given up later, so ended earlier: no batch is being embedded while the rest is undone.
+            # Undone from last to first: parts, embedding, sidecar.
             ahead = ThreadPoolExecutor(1, thread_name_prefix="embed")
             undo.callback(ahead.shutdown, cancel_futures=True)
             for number, (size, batches) in enumerate(self._parts(parts, writer.batch), start=1):

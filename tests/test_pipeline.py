@@ -535,7 +535,7 @@ with Gate() as gate:
 """
 
 
-@pytest.mark.parametrize("limit", [20_000, 80_000, 250_000, 360_000, 700_000, 1_500_000])
+@pytest.mark.parametrize("limit", [2_000, 20_000, 80_000, 250_000, 360_000, 700_000, 1_500_000])
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing(example: Path, tmp_path: Path, limit: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(limit), str(tmp_path / "out"), str(example)],
@@ -546,6 +546,7 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(example: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("storage failed")
+    assert "memvid-sdk" not in done.stdout  # another writer would not find more room
 
 
 # --- odd requests -----------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def outcome_of(error: Exception, path: Path) -> ExportError:
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return StorageFailed(f"{path.name}: {'no space left on device' if full else error.strerror or error}")
+    if "os error" in str(error):  # memvid-core's own file operations
+        return StorageFailed(f"{path.name}: {error}")
     return WriterFailed(f"{path.name}: {error}")
 
 
