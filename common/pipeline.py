@@ -222,7 +222,7 @@ class _Export:
         self._request = request
 
     def run(self, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]) -> ExportResult:
-        self._progress.report("transform", 0.0, f"Reading the graph of {self._request.project_name}")
+        self._progress.report("transform", 0.0, f"Reading the graph of {_one_line(self._request.project_name)}")
         with _Stage(self._timings, "transform"):
             self._graph = canonical(self._request)
             self._digest = content_digest(self._graph)
@@ -463,7 +463,7 @@ class _Export:
             written.paths, sidecar, work / f"{name}.manifest.json"
         )
         self._progress.report("download_ready", 1.0, "The capsule is ready")
-        report.capsule.path, report.sidecar.path = str(capsule_paths[0]), str(sidecar_path)
+        report.capsule.path, report.sidecar.path = _shown(capsule_paths[0]), _shown(sidecar_path)
         return ExportResult(
             report=report,
             manifest=manifest,
@@ -547,6 +547,16 @@ class _Export:
             versions=report.versions,
             report=report,
         )
+
+
+def _shown(path: Path) -> str:
+    """A path as text; bytes of it that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _one_line(text: str) -> str:
+    """A text of the graph in a message for people: one line, no control or direction marks, at most 100 characters."""
+    return "".join(char if char.isprintable() else " " for char in text[:100]).strip()
 
 
 def versions() -> Versions:

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -81,7 +82,7 @@ def export(
     from common.capsule.gate import Gate
 
     with Show(json=json) as show, Gate() as gate:
-        options = _Options(out, semantic, profile, writer.value if writer else None, gate)
+        options = _Options(out, semantic, profile, writer.value if writer else None, gate, set())
         if not gitnexus:
             for graph in graphs or []:
                 _export(*_local(graph), options, show)
@@ -100,20 +101,40 @@ class _Options(NamedTuple):
     profile: str | None
     writer: WriterName | None
     gate: Gate
+    made: set[str]
+    """File names of the capsules that this command has made."""
 
 
 def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
     from common.contract import Source
 
     if graph == "-":
+        if sys.stdin is None:
+            raise InvalidRequest("-: standard input is closed", field="GRAPH")
         return sys.stdin.buffer, Source(base_name="graph")
     path = Path(graph)
-    name = re.sub(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", "", path.name) or path.name
-    return path, Source(base_name=name, original_file_name=path.name)
+    shown = _text(path.name)
+    name = re.sub(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", "", shown) or shown
+    return path, Source(base_name=name, original_file_name=shown)
+
+
+def _text(argument: str) -> str:
+    """An argument as text: bytes that are not UTF-8, which file names may hold, become U+FFFD."""
+    return os.fsencode(argument).decode(errors="replace")
+
+
+def _folder(path: Path, option: str) -> None:
+    if _text(str(path)) != str(path):
+        raise InvalidRequest(f"{option}: Memvid needs a folder whose name is UTF-8", field=option)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"{option}: the folder cannot be made: {error.strerror}", field=option) from error
 
 
 def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: Show) -> None:
     from common.embedding.static import StaticEmbedder
+    from common.graph.names import capsule_file_name
     from common.graph.read import read_graph
     from common.pipeline import export as run
 
@@ -123,7 +144,12 @@ def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: 
     read_seconds = time.perf_counter() - started
     request.options.semantic_enabled |= options.semantic
     request.options.profile = options.profile or request.options.profile
-    options.out.mkdir(parents=True, exist_ok=True)
+    name = capsule_file_name(request.source.base_name, _now(os.environ))
+    if name in options.made:
+        message = f"{defaults.original_file_name}: its capsule would replace that of an earlier graph, {name}"
+        raise InvalidRequest(f"{message}; export it into another folder", field="source.baseName")
+    options.made.add(name)
+    _folder(options.out, "--out")
     result = run(
         request,
         out_dir=options.out,
@@ -208,7 +234,7 @@ def submit(
         job = client.job(created.job_id)
         if job.error or not job.artifact:
             raise export_error(job.error) if job.error else Canceled(f"Job {job.job_id} was {job.status}")
-        out.mkdir(parents=True, exist_ok=True)
+        _folder(out, "--out")
         *capsules, sidecar, manifest = client.fetch(job.job_id, out, lambda name: show.amount(f"Fetching {name}"))
         files = [*(("capsule", path) for path in capsules), ("sidecar", sidecar), ("manifest", manifest)]
         show.report(client.report(job.job_id), *files)
@@ -303,6 +329,7 @@ def search(
                 print(msgspec.json.encode(answer).decode())
             return
         assert query is not None
+        query = _text(query)
         hits = find(sidecar, query, mode=mode.value, limit=limit, vectors=loaded)
         show.data({"query": query, "mode": mode.value, "hits": hits})
         show.result(*(f"{hit.score:6.3f}  {hit.title}\n        {hit.id}\n        {hit.why}" for hit in hits))
@@ -344,3 +371,8 @@ def main() -> None:
             )
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is one line and an exit code too
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        print(f"error: {type(error).__name__} at {where}: {error}", file=sys.stderr)
+        sys.exit(ExportError.exit_code)

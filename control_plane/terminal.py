@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -94,7 +96,7 @@ class Show:
         if self.json:
             self._out(msgspec.json.encode(value).decode())
 
-    def report(self, report: Report, *paths: tuple[str, object]) -> None:
+    def report(self, report: Report, *paths: tuple[str, Path]) -> None:
         """The end of an export: the report as JSON, or what a person wants to know of it."""
         self.data(report)
         capsule = report.capsule
@@ -104,7 +106,7 @@ class Show:
         self.result(
             f"{capsule.frames:,} frames{vectors}, {capsule.size_bytes / 1e6:.1f} MB{parts}, "
             f"{report.timings.total:.2f} s, writer {report.writer}",
-            *(f"  {name:<9}{path}" for name, path in paths),
+            *(f"  {name:<9}{os.fsencode(path).decode(errors='replace')}" for name, path in paths),
             *(f"  warning  {w.code} x {w.count:,}: {w.example}" for w in report.warnings),
         )
         if left.nodes or left.relationships:

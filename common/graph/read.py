@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
+import msgspec
+
 from common.contract import ExportOptions, InputReport, Source
 from common.errors import InvalidRequest, PayloadTooLarge
 from common.graph.model import ExportRequest, GraphLimits, Node, Relation, WarningCounter
@@ -20,6 +22,8 @@ _QUOTED_ID = re.compile(r"'([^']*)'")
 _RELATION_KEYS = frozenset({"id", "sourceId", "targetId", "type", "confidence", "reason", "step"})
 _NODE_KEYS = frozenset({"id", "label", "properties"})
 _MAX_TEXT_FIELD = 2_000
+_MAX_STEP = 2**53
+"""JSON numbers are exact up to here."""
 
 OPTION_RANGES: dict[str, tuple[int, int]] = {
     "maxSnippetChars": (0, 100_000),
@@ -47,12 +51,24 @@ def read_graph(
     with opened(source) as stream:
         payload = Payload(stream, reader.limits)
         head, chunks = _peek(payload.chunks())
-        document = reader.stream(chunks) if _STREAM_START.match(head) else reader.document(chunks)
+        document = reader.stream(chunks) if _is_stream(head) else reader.document(chunks)
     request = reader.request(document, defaults or Source(), session_id, project_name)
     report = payload.report()
     report.nodes, report.relationships, report.files = len(request.nodes), len(request.relations), len(request.files)
     request.input = report
     return request
+
+
+def _is_stream(head: bytes) -> bool:
+    """Whether a payload begins with a record of an NDJSON stream: ``type`` first, or a whole first line with one."""
+    if _STREAM_START.match(head):
+        return True
+    line, end, _ = head.partition(b"\n")
+    try:
+        record = msgspec.json.decode(line) if end else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return type(record) is dict and "type" in record and "nodes" not in record
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
@@ -233,10 +249,8 @@ class _Reader:
         if reason is not None and type(reason) is not str:
             _wrong(_place(where, index, "reason"), "a string or null", reason)
         step = item.get("step")
-        if step is not None and type(step) is not int:
-            if type(step) is not float or not step.is_integer():
-                _wrong(_place(where, index, "step"), "a whole number or null", step)
-            step = int(step)
+        if step is not None:
+            step = self._step(step, where, index)
         confidence = item.get("confidence")
         if type(confidence) is not float or not 0.0 <= confidence <= 1.0:
             confidence = self._confidence(confidence, relation_id, where, index)
@@ -247,6 +261,12 @@ class _Reader:
                 field = _place(where, index)
                 raise InvalidRequest(f"{field} is nested deeper than {self.limits.max_depth} levels", field=field)
         return Relation(relation_id, source, target, kind, confidence, reason, step, extra)
+
+    def _step(self, value: Any, where: str, index: int | None) -> int:
+        whole = type(value) is int or (type(value) is float and value.is_integer())
+        if not whole or abs(value) > _MAX_STEP:
+            _wrong(_place(where, index, "step"), f"a whole number up to {_MAX_STEP:,} or null", value)
+        return int(value)
 
     def _confidence(self, value: Any, relation_id: str, where: str, index: int | None) -> float:
         if value is None:

@@ -105,12 +105,13 @@ def search(
         raise InvalidRequest("mode: this capsule holds no vectors; export with semantic search enabled", field="mode")
     query = query[:MAX_QUERY_CHARS]
     words = query_words(query)
-    if not words:
+    if not query.strip():
         return []
     depth = max(limit, DEPTH)
-    lexical = [] if mode == "semantic" else sidecar.match(words, limit=depth, scope=scope)
+    # A name of punctuation alone (``_``, ``$``, ``==``) has no words: it is found as an exact name only.
+    lexical = [] if mode == "semantic" or not words else sidecar.match(words, limit=depth, scope=scope)
     semantic: list[tuple[int, float]] = []
-    if mode != "lexical" and vectors is not None:
+    if mode != "lexical" and vectors is not None and words:
         allowed = None if scope == Scope() else np.array(sidecar.kept(scope), dtype=np.int64)
         semantic = vectors.nearest(split_identifier(query), depth, allowed)
     scores = _fused(lexical, semantic, depth)
