@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import zstandard
 
+from common.capsule.capacity import COARSE
 from common.capsule.gate import Gate
 from common.capsule.native import NativePartWriter, NativeWriter
 from common.capsule.port import CapsuleWriter
@@ -372,7 +373,7 @@ def test_over_the_capacity_the_frames_lie_in_parts_each_once(example: Path, tmp_
 def heavy_between(count: int) -> ExportRequest:
     """A graph whose sampled nodes are light and whose others are heavy."""
     noise = random.Random(3)
-    stride = (count + 1) // 1_000
+    stride = (count + 1) // COARSE
     nodes = [
         {
             "id": f"n{i:05}",
@@ -387,7 +388,7 @@ def heavy_between(count: int) -> ExportRequest:
 
 
 def test_an_estimate_that_is_too_low_leads_to_another_plan(tmp_path: Path, gate: Gate) -> None:
-    result = run(heavy_between(3_000), tmp_path, gate, capacity=600_000)
+    result = run(heavy_between(3_000), tmp_path, gate, capacity=1_000_000)
     assert codes(result)["CAPACITY_UNDERESTIMATED"] >= 1
     assert len(result.capsule_paths) > 1
     read = [frame.uri for path in result.capsule_paths for frame in frames_in(path)[5:]]

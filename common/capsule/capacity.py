@@ -16,8 +16,11 @@ from common.graph.model import Graph
 
 SHARE = 0.90
 """Share of a limit that a first plan uses."""
-SAMPLE = 1_000
-"""Frames that are looked at."""
+COARSE = 500
+FINE = 10_000
+"""Frames that are looked at: few where all of them plainly fit into one part, else many, as every part must fit."""
+ROOMY = 0.5
+"""Part of the share that all frames may take where a coarse sample is to do."""
 _HEADER_AND_WAL = 4_096 + 65_536
 _TOC_BYTES_PER_FRAME = 105
 """A frame's other fields in the TOC, from the real graphs."""
@@ -59,11 +62,26 @@ def plan(
     Looks at a sample, spread evenly. Every part also holds the meta frames. Raises CapacityExceeded where a part could
     hold nothing else.
     """
-    stride = max(1, (len(graph.nodes) + len(graph.relations)) // SAMPLE)
+    arguments = (graph, generated_at, layout, dimension, capacity)
+    coarse = _plan(*arguments, share=share * ROOMY, sample=COARSE)
+    return coarse if len(coarse.parts) == 1 else _plan(*arguments, share=share, sample=FINE)
+
+
+def _plan(
+    graph: Graph,
+    generated_at: str,
+    layout: str | None,
+    dimension: int | None,
+    capacity: int,
+    *,
+    share: float,
+    sample: int,
+) -> Plan:
+    stride = max(1, (len(graph.nodes) + len(graph.relations)) // sample)
     thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
-    sample = frames(thinned, generated_at=generated_at, layout=layout)
+    looked_at = frames(thinned, generated_at=generated_at, layout=layout)
     cost = _Coster(dimension)
-    meta = list(islice(sample, META_FRAMES))
+    meta = list(islice(looked_at, META_FRAMES))
     stand_for = [*_weights(len(graph.nodes), stride), *_weights(len(graph.relations), stride)]
     own = Costs(payload=_HEADER_AND_WAL)
     for frame in meta:
@@ -76,7 +94,7 @@ def plan(
     if min(limits)[0] <= 0:
         raise CapacityExceeded(f"a capsule of {capacity:,} bytes has no room beside its own {int(own.payload):,}")
     parts, total, used = [0], Costs(), Costs()
-    for frame, times in zip(sample, stand_for, strict=True):
+    for frame, times in zip(looked_at, stand_for, strict=True):
         one = cost.of(frame)
         total.add(one, times)
         left = times

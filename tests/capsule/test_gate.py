@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from common.capsule.gate import FrameProbe, Gate, GatePlan, VectorProbe, WordProbe
+from common.capsule.gate import FrameProbe, Gate, GatePlan, WordProbe
 from common.capsule.native import NativeWriter
 from common.capsule.port import never
 from common.capsule.probes import Probes
@@ -178,8 +178,9 @@ def test_a_word_of_another_frame_is_refused(gate: Gate, planned: GatePlan) -> No
 
 
 def test_a_vector_that_belongs_to_another_frame_is_refused(gate: Gate, planned: GatePlan) -> None:
-    first, second = planned.vector_probes[:2]
-    planned.vector_probes[:2] = [VectorProbe(first.values, second.uri), VectorProbe(second.values, first.uri)]
+    first = planned.vector_probes[0]
+    farthest = min(planned.vector_probes, key=lambda probe: float(np.dot(probe.values, first.values)))
+    first.uri, farthest.uri = farthest.uri, first.uri
     assert refused(gate, planned) == "vector"
 
 
