@@ -15,7 +15,9 @@ from litestar.types import Receive, Scope, Send
 from common.storage import Storage
 from control_plane.errors import ArtifactMissing, RangeNotSatisfiable
 
-_RANGE = re.compile(r"bytes=\s*(\d*)-(\d*)\s*$")
+_RANGE = re.compile(r"bytes=\s*([0-9]*)-([0-9]*)\s*$", re.IGNORECASE)
+_MAX_DIGITS = 18
+"""A longer number lies behind the end of any file; its value does not matter."""
 
 
 class Artifact(NamedTuple):
@@ -99,11 +101,15 @@ def _span(header: str | None, size: int) -> range | None:
         return None
     first, last = match.groups()
     if not first:
-        start, stop = max(0, size - int(last)), size
+        start, stop = max(0, size - _number(last)), size
     else:
-        start, stop = int(first), min(size, int(last) + 1) if last else size
-        if last and int(last) < start:
+        start, stop = _number(first), min(size, _number(last) + 1) if last else size
+        if last and _number(last) < start:
             return None
     if start >= stop:
         raise RangeNotSatisfiable(f"The file has {size:,} bytes.", size=size)
     return range(start, stop)
+
+
+def _number(digits: str) -> int:
+    return int(digits) if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS

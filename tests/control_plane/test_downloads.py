@@ -46,6 +46,9 @@ def test_a_whole_file_says_what_it_is(server: Server, artifact: tuple[str, bytes
         ("bytes=-50", -50, None),
         ("bytes=10-999999999", 10, None),
         ("bytes=-999999999", 0, None),
+        ("BYTES=0-1", 0, 2),
+        (f"bytes=5-{'9' * 4500}", 5, None),
+        (f"bytes=-{'9' * 4500}", 0, None),
     ],
 )
 def test_a_range_gives_exactly_these_bytes(
@@ -72,7 +75,7 @@ def test_a_range_that_makes_no_sense_gets_the_whole_file(
     assert (answer.status_code, answer.content) == (200, data)
 
 
-@pytest.mark.parametrize("asked", ["bytes=999999999-", "bytes=-0"])
+@pytest.mark.parametrize("asked", ["bytes=999999999-", "bytes=-0", f"bytes={'9' * 4500}-"])
 def test_a_range_outside_the_file_is_refused(server: Server, artifact: tuple[str, bytes], asked: str) -> None:
     url, data = artifact
     answer = server.client.get(url, headers={"range": asked})
@@ -109,6 +112,7 @@ def test_sidecar_and_manifest_have_ranges_too(server: Server, artifact: tuple[st
         whole = server.client.get(f"{job}/{kind}")
         assert whole.headers["etag"] == f'"{hashlib.sha256(whole.content).hexdigest()}"'
         assert server.client.get(f"{job}/{kind}", headers={"range": "bytes=0-4"}).content == whole.content[:5]
+        assert server.client.get(f"{job}/{kind}", headers={"range": f"bytes={'9' * 4500}-"}).status_code == 416
         assert server.client.head(f"{job}/{kind}").headers["content-length"] == str(len(whole.content))
     assert whole.json()["parts"][0]["fileName"].endswith(".mv2")
 
