@@ -148,8 +148,13 @@ def _known(error: Exception) -> ExportError | None:
     wrong = [item for item in error.extra if "key" in item] if isinstance(error.extra, list) else []
     if not wrong:
         return InvalidRequest(error.detail)
-    what = "; ".join(f"{_wire_name(item)}: {item['message']}" for item in wrong)
+    what = "; ".join(f"{_wire_name(item)}: {_said(item['message'])}" for item in wrong)
     return InvalidRequest(what, field=_wire_name(wrong[0]))
+
+
+def _said(message: str) -> str:
+    """The framework speaks of Python's types; clients send texts."""
+    return "must be a whole number" if message.startswith("Expected `int") else message
 
 
 def _wire_name(wrong: dict[str, str]) -> str:

@@ -13,10 +13,13 @@ from litestar.params import Parameter
 from litestar.types import ASGIApp
 
 from common.contract import ErrorBody, EventPage, Job, JobCreated, JobPage, Report, Status
+from common.errors import InvalidRequest
 from control_plane.errors import STATUS
 from control_plane.exports.intake import CONTENT_TYPES, Intake
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
+
+MAX_DIGITS = 18
 
 _OBJECT = Schema(type=OpenAPIType.OBJECT)
 _GRAPH = Schema(
@@ -60,6 +63,7 @@ _GRAPH = Schema(
         "options": _OBJECT,
     },
 )
+_SEQ = {"type": OpenAPIType.INTEGER, "minimum": 0, "default": 0}
 _BINARY = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
 
 
@@ -71,6 +75,20 @@ class _CreateOperation(Operation):
         content = {kind: OpenAPIMediaType(schema=_BINARY) for kind in CONTENT_TYPES}
         content["application/json"] = OpenAPIMediaType(schema=_GRAPH)
         self.request_body = RequestBody(content=content, required=True, description="Plain, gzip or zstd.")
+
+
+def _number(text: str) -> int | None:
+    """A number of at most 18 digits (no log is that long, a longer one counts as the greatest); None for other text."""
+    if not (text.isascii() and text.isdecimal()):
+        return None
+    return int(text) if len(text) <= MAX_DIGITS else 10**MAX_DIGITS
+
+
+def _since(text: str) -> int:
+    number = _number(text or "0")
+    if number is None:
+        raise InvalidRequest("sinceSeq must be a whole number, 0 or more.", field="sinceSeq")
+    return number
 
 
 def _errors(*codes: str) -> dict[int, ResponseSpec]:
@@ -162,11 +180,13 @@ class ExportController(Controller):
         self,
         exports: ExportService,
         job_id: str,
-        since_seq: Annotated[int, Parameter(query="sinceSeq", ge=0, description="Events after this number")] = 0,
+        since_seq: Annotated[
+            str, Parameter(query="sinceSeq", schema_extra=_SEQ, description="Events after this number")
+        ] = "",
         limit: Annotated[int, Parameter(description="1 to 2000; a number outside counts as the nearest")] = 200,
     ) -> EventPage:
         """``nextSeq`` is the number of the first event that is not in this page."""
-        return await exports.events(job_id, since_seq, limit)
+        return await exports.events(job_id, _since(since_seq), limit)
 
     @get(
         "/{job_id:str}/events/stream",
@@ -186,11 +206,16 @@ class ExportController(Controller):
         self,
         exports: ExportService,
         job_id: str,
-        since_seq: Annotated[int, Parameter(query="sinceSeq", ge=0)] = 0,
-        last_event_id: Annotated[int | None, Parameter(header="Last-Event-ID", ge=0)] = None,
+        since_seq: Annotated[
+            str, Parameter(query="sinceSeq", schema_extra=_SEQ, description="Events after this number")
+        ] = "",
+        last_event_id: Annotated[
+            str, Parameter(header="Last-Event-ID", description="A number counts instead of `sinceSeq`")
+        ] = "",
     ) -> ASGIApp:
-        """``Last-Event-ID`` goes before ``sinceSeq``."""
-        return await exports.stream(job_id, since_seq if last_event_id is None else last_event_id)
+        """``Last-Event-ID`` goes before ``sinceSeq``; one that is no number counts as absent."""
+        since, seen = _since(since_seq), _number(last_event_id)
+        return await exports.stream(job_id, since if seen is None else seen)
 
     @route(
         "/{job_id:str}/download",

@@ -54,7 +54,7 @@ class ExportService:
 
     async def events(self, job_id: str, since: int, limit: int) -> EventPage:
         """Events above ``since``; ``nextSeq`` is the number of the first event that is not in this page."""
-        await self.record(job_id)
+        since = min(since, (await self.record(job_id)).last_seq)
         events = await self._store.events(job_id, since, min(max(limit, 1), MAX_EVENTS))
         # Read after the events, so that a snapshot that says "completed" never comes before the last event is out.
         job = await self.record(job_id)

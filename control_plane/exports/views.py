@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 
 import msgspec
 
@@ -83,6 +84,9 @@ def report_view(job: JobRecord) -> Report:
     )
 
 
+_CURSOR = re.compile(r"([0-9]{1,15}):([0-9a-f-]{36})")
+
+
 def cursor_of(job: JobRecord) -> str:
     """Where the page after this job begins."""
     return base64.urlsafe_b64encode(f"{job.created_at}:{job.id}".encode()).decode().rstrip("=")
@@ -91,7 +95,10 @@ def cursor_of(job: JobRecord) -> str:
 def parse_cursor(cursor: str) -> tuple[int, str]:
     """Creation time and id from a cursor. Raises InvalidRequest."""
     try:
-        moment, _, job_id = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii").partition(":")
-        return int(moment), job_id
-    except (ValueError, binascii.Error) as error:
-        raise InvalidRequest("cursor is not one that this server gave.", field="cursor") from error
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except (ValueError, binascii.Error):
+        text = ""
+    match = _CURSOR.fullmatch(text)
+    if match is None:
+        raise InvalidRequest("cursor is not one that this server gave.", field="cursor")
+    return int(match[1]), match[2]

@@ -37,6 +37,9 @@ def test_a_stream_goes_on_after_the_last_event_that_was_seen(server: Server) -> 
     whole = list(server.stream(job_id))
     assert list(server.stream(job_id, since=3)) == whole[3:]
     assert list(server.stream(job_id, since=0, last_event_id="4")) == whole[4:]
+    for absent in ("", "abc", "-1", "4.5"):
+        assert list(server.stream(job_id, since=3, last_event_id=absent)) == whole[3:]
+    assert list(server.stream(job_id, since=3, last_event_id="9" * 30)) == []
 
 
 def test_events_come_in_pages(server: Server) -> None:
@@ -56,12 +59,17 @@ def test_events_come_in_pages(server: Server) -> None:
         since = page["nextSeq"] - 1
     assert found == list(server.stream(job_id))
     assert page["nextSeq"] == since + 1
+    for beyond in (2**63 - 1, 2**63, 10**40, "9" * 4500):
+        empty = server.client.get(url, params={"sinceSeq": beyond})
+        assert (empty.status_code, empty.json()["events"], empty.json()["nextSeq"]) == (200, [], since + 1)
+    assert server.client.get(url, params={"sinceSeq": "", "limit": 2}).json()["events"] == found[:2]
     assert len(server.client.get(url, params={"limit": 0}).json()["events"]) == 1
     assert server.client.get(url, params={"limit": 99_999}).status_code == 200
     for wrong in ({"limit": "many"}, {"sinceSeq": "-1"}, {"sinceSeq": "x"}):
         answer = server.client.get(url, params=wrong)
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "INVALID_EXPORT_REQUEST"
+        assert "`" not in answer.json()["error"]["message"]
         assert next(iter(wrong)) in answer.json()["error"]["message"] + str(answer.json()["error"]["details"])
 
 

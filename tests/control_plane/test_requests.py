@@ -74,6 +74,14 @@ def test_unknown_routes_jobs_and_methods_answer_in_the_same_shape(server: Server
         assert (answer.status_code, _error(answer)["code"]) == (400, "INVALID_EXPORT_REQUEST")
 
 
+@pytest.mark.parametrize("text", ["99999999999999999999999999:abc", "-5:", "1:", "1_0:a", "5", f"{'9' * 4500}:a"])
+def test_a_forged_cursor_is_refused(server: Server, text: str) -> None:
+    cursor = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    answer = server.client.get("/v1/exports", params={"cursor": cursor})
+    assert (answer.status_code, _error(answer)["code"]) == (400, "INVALID_EXPORT_REQUEST")
+    assert _error(answer)["details"]["field"] == "cursor"
+
+
 REFUSED = Path(__file__).parents[1] / "fixtures" / "graphs" / "refused"
 
 
