@@ -103,7 +103,7 @@ def search(
         raise InvalidRequest(f"limit: a number from 1 to {MAX_LIMIT} is needed", field="limit")
     if mode == "semantic" and vectors is None:
         raise InvalidRequest("mode: this capsule holds no vectors; export with semantic search enabled", field="mode")
-    query = query[:MAX_QUERY_CHARS]
+    query = query[:MAX_QUERY_CHARS].encode(errors="replace").decode()  # lone surrogates are no text to SQLite
     words = query_words(query)
     if not query.strip():
         return []
