@@ -77,7 +77,10 @@ class ExportService:
 
     async def report(self, job_id: str) -> Report:
         """The report of a job."""
-        return report_view(await self.record(job_id))
+        job = await self.record(job_id)
+        # What was counted before the 202 stands in the first event.
+        first = await self._store.events(job_id, 0, 1)
+        return report_view(job, first[0].meta if first else {})
 
     async def download(self, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
         """A part of the capsule."""

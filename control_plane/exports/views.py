@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from typing import Any
 
 import msgspec
 
@@ -69,8 +70,9 @@ def _artifact(job: JobRecord) -> Artifact | None:
     )
 
 
-def report_view(job: JobRecord) -> Report:
-    """The report of a finished job, and for any other what is known."""
+def report_view(job: JobRecord, counted: dict[str, Any]) -> Report:
+    """The report of a finished job; for any other what is known, with the ``nodes``, ``relationships`` and ``files``
+    that were ``counted`` when it came."""
     if job.output is not None:
         report = msgspec.convert(job.output.metrics, Report)
         report.status = job.status
@@ -78,7 +80,13 @@ def report_view(job: JobRecord) -> Report:
     until = job.finished_at or now_ms()
     started = job.started_at or until
     timings = Timings(queue=(started - job.created_at) / 1000, total=(until - started) / 1000)
-    received = InputReport(bytes=job.payload_size, sha256=job.payload_sha256)
+    received = InputReport(
+        nodes=counted.get("nodes", 0),
+        relationships=counted.get("relationships", 0),
+        files=counted.get("files", 0),
+        bytes=job.payload_size,
+        sha256=job.payload_sha256,
+    )
     return Report(
         job_id=job.id, status=job.status, backend=job.backend, attempts=job.attempt, input=received, timings=timings
     )

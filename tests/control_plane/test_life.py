@@ -6,10 +6,11 @@ import hashlib
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
-from live_server import Server, graph
+from live_server import Server, graph, large_graph
 
 STAGES = ["queued", "transform", "frame_prep", "write_capsule", "build_sidecar", "finalize", "download_ready"]
 
@@ -72,6 +73,21 @@ def test_real_graphs_go_through_without_an_edit(server: Server, real_graphs: dic
         report = server.client.get(f"/v1/exports/{job_id}/report").json()
         assert report["input"]["bytes"] == path.stat().st_size
         assert report["input"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_report_of_an_export_that_has_not_run_shows_what_came_in(start_server: Any) -> None:
+    server = start_server(worker_slots=1)
+    running = server.submit(large_graph("before"))
+    server.wait(running, "job_started")
+    job_id = server.submit(graph(5, name="waiting", fileContents={"src/a.py": "a = 1"}))
+    queued = server.client.get(f"/v1/exports/{job_id}/report").json()
+    server.client.delete(f"/v1/exports/{job_id}")
+    canceled = server.client.get(f"/v1/exports/{job_id}/report").json()
+    server.client.delete(f"/v1/exports/{running}")
+    assert (queued["status"], canceled["status"]) == ("queued", "canceled")
+    for report in (queued, canceled):
+        counts = {name: report["input"][name] for name in ("nodes", "relationships", "files")}
+        assert counts == {"nodes": 5, "relationships": 5, "files": 1}
 
 
 def test_a_semantic_export_has_vectors(server: Server) -> None:
