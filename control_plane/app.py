@@ -28,8 +28,9 @@ from control_plane.jobs.layout import Layout
 from control_plane.jobs.store import JobStore
 from control_plane.operations.auth import BearerAuth
 from control_plane.operations.health import HealthController, metrics_route
-from control_plane.operations.http import cors, security_headers
+from control_plane.operations.http import cors, preflight_refusals, security_headers
 from control_plane.operations.metrics import Metrics
+from control_plane.operations.openapi import MCP
 from control_plane.operations.retention import Retention
 from control_plane.reading.mcp import mcp_route
 
@@ -72,7 +73,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             await backend.stop()
             await database.close()
 
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             ExportController,
             HealthController,
@@ -83,7 +84,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         dependencies={name: _providing(part) for name, part in parts.items()},
         middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
         exception_handlers={Exception: to_response},
-        before_send=[security_headers],
+        before_send=[security_headers, preflight_refusals],
         cors_config=cors(settings.cors_origins),
         lifespan=[lifespan, mcp.lifespan],
         logging_config=None,
@@ -97,6 +98,9 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             security=[{"key": []}],
         ),
     )
+    # The framework leaves plain ASGI routes out.
+    app.openapi_schema.paths = {**(app.openapi_schema.paths or {}), "/mcp": MCP}
+    return app
 
 
 def _providing(part: Any) -> Provide:

@@ -12,10 +12,11 @@ from litestar.handlers import HTTPRouteHandler
 from control_plane.operations.auth import OPEN
 
 _FILES = Path(__file__).parent / "static"
+# The framework adds the charset to text.
 _TYPES = {
-    "index.html": "text/html; charset=utf-8",
-    "dashboard.js": "text/javascript; charset=utf-8",
-    "dashboard.css": "text/css; charset=utf-8",
+    "index.html": "text/html",
+    "dashboard.js": "text/javascript",
+    "dashboard.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
 _HEADERS = {

@@ -12,21 +12,37 @@ from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import Parameter
 from litestar.types import ASGIApp
 
-from common.contract import ErrorBody, EventPage, Job, JobCreated, JobPage, Report, Status
+from common.contract import EventPage, Job, JobCreated, JobPage, Report, Status
 from common.errors import InvalidRequest
-from control_plane.errors import STATUS
 from control_plane.exports.intake import CONTENT_TYPES, Intake
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
+from control_plane.operations.openapi import error_specs
 
 MAX_DIGITS = 18
 
 _OBJECT = Schema(type=OpenAPIType.OBJECT)
+_RELATIONSHIPS = Schema(
+    type=OpenAPIType.ARRAY,
+    min_items=1,
+    items=Schema(
+        type=OpenAPIType.OBJECT,
+        required=["sourceId", "targetId", "type"],
+        properties={
+            "id": Schema(type=OpenAPIType.STRING),
+            "sourceId": Schema(type=OpenAPIType.STRING),
+            "targetId": Schema(type=OpenAPIType.STRING),
+            "type": Schema(type=OpenAPIType.STRING),
+            "confidence": Schema(type=OpenAPIType.NUMBER),
+        },
+    ),
+)
 _GRAPH = Schema(
     type=OpenAPIType.OBJECT,
     title="ExportRequest",
     description="An export request, or the answer of GitNexus `GET /api/graph` (`edges` for `relationships` will do).",
     required=["nodes"],
+    any_of=[Schema(required=["relationships"]), Schema(required=["edges"])],
     properties={
         "sessionId": Schema(type=OpenAPIType.STRING),
         "projectName": Schema(type=OpenAPIType.STRING),
@@ -44,21 +60,8 @@ _GRAPH = Schema(
                 },
             ),
         ),
-        "relationships": Schema(
-            type=OpenAPIType.ARRAY,
-            min_items=1,
-            items=Schema(
-                type=OpenAPIType.OBJECT,
-                required=["sourceId", "targetId", "type"],
-                properties={
-                    "id": Schema(type=OpenAPIType.STRING),
-                    "sourceId": Schema(type=OpenAPIType.STRING),
-                    "targetId": Schema(type=OpenAPIType.STRING),
-                    "type": Schema(type=OpenAPIType.STRING),
-                    "confidence": Schema(type=OpenAPIType.NUMBER),
-                },
-            ),
-        ),
+        "relationships": _RELATIONSHIPS,
+        "edges": _RELATIONSHIPS,
         "fileContents": Schema(type=OpenAPIType.OBJECT, additional_properties=Schema(type=OpenAPIType.STRING)),
         "options": _OBJECT,
     },
@@ -92,13 +95,7 @@ def _since(text: str) -> int:
 
 
 def _errors(*codes: str) -> dict[int, ResponseSpec]:
-    found: dict[int, list[str]] = {}
-    for code in ("UNAUTHORIZED", *codes):
-        found.setdefault(STATUS[code], []).append(code)
-    return {
-        status: ResponseSpec(data_container=ErrorBody, description=" or ".join(names), generate_examples=False)
-        for status, names in found.items()
-    }
+    return error_specs("UNAUTHORIZED", *codes, "INTERNAL")
 
 
 def _file(media_type: str) -> dict[int, ResponseSpec]:
@@ -112,6 +109,7 @@ def _file(media_type: str) -> dict[int, ResponseSpec]:
         "JOB_EXPIRED",
         "ARTIFACT_MISSING",
         "RANGE_NOT_SATISFIABLE",
+        "STORAGE_FAILED",
     )
     return {200: whole, 206: part, 304: same, **errors}
 
@@ -128,7 +126,13 @@ class ExportController(Controller):
         operation_class=_CreateOperation,
         operation_id="createExport",
         summary="Queue an export",
-        responses=_errors("INVALID_EXPORT_REQUEST", "PAYLOAD_TOO_LARGE", "UNSUPPORTED_MEDIA_TYPE", "QUEUE_UNAVAILABLE"),
+        responses=_errors(
+            "INVALID_EXPORT_REQUEST",
+            "PAYLOAD_TOO_LARGE",
+            "UNSUPPORTED_MEDIA_TYPE",
+            "QUEUE_UNAVAILABLE",
+            "STORAGE_FAILED",
+        ),
     )
     async def create(
         self,

@@ -9,10 +9,9 @@ import uuid
 import msgspec
 from litestar import Controller, Response, get
 from litestar.handlers import HTTPRouteHandler
-from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Operation
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import ErrorBody
 from control_plane.backends.port import Backend
 from control_plane.errors import QueueUnavailable
 from control_plane.jobs.hub import EventHub
@@ -21,6 +20,7 @@ from control_plane.jobs.records import iso
 from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.auth import OPEN
 from control_plane.operations.metrics import Metrics
+from control_plane.operations.openapi import OpenOperation, error_specs
 
 
 class Alive(msgspec.Struct):
@@ -42,7 +42,13 @@ class HealthController(Controller):
 
     tags = ("operations",)
 
-    @get("/healthz", opt={OPEN: True}, operation_id="health", summary="The process answers")
+    @get(
+        "/healthz",
+        opt={OPEN: True},
+        operation_class=OpenOperation,
+        operation_id="health",
+        summary="The process answers",
+    )
     async def health(self) -> Alive:
         """Always true: a process that hangs does not answer."""
         return Alive(ok=True, timestamp=iso(now_ms()))
@@ -50,11 +56,10 @@ class HealthController(Controller):
     @get(
         "/readyz",
         opt={OPEN: True},
+        operation_class=OpenOperation,
         operation_id="ready",
         summary="Jobs can be taken and kept",
-        responses={
-            503: ResponseSpec(data_container=ErrorBody, description="QUEUE_UNAVAILABLE", generate_examples=False)
-        },
+        responses=error_specs("INTERNAL", "QUEUE_UNAVAILABLE"),
     )
     async def ready(self, store: JobStore, layout: Layout, backend: Backend) -> Readiness:
         """Writes to the database and to the export root, and looks for a worker."""
@@ -93,6 +98,8 @@ def metrics_route(*, need_key: bool) -> HTTPRouteHandler:
         "/metrics",
         media_type="text/plain",
         opt={OPEN: not need_key},
+        operation_class=Operation if need_key else OpenOperation,
+        responses=error_specs("INTERNAL", *(["UNAUTHORIZED"] if need_key else [])),
         operation_id="metrics",
         summary="Figures for Prometheus",
         tags=["operations"],
@@ -100,6 +107,7 @@ def metrics_route(*, need_key: bool) -> HTTPRouteHandler:
     async def route(store: JobStore, hub: EventHub, metrics: Metrics) -> Response[bytes]:
         """Jobs by status, queue depth and delay, durations."""
         body = metrics.text(await store.counts(), hub.listeners)
-        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+        # The framework adds the charset to text.
+        return Response(body, media_type="text/plain; version=0.0.4")
 
     return route

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
+from litestar import HttpMethod
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import MutableScopeHeaders
+from litestar.enums import ScopeType
+from litestar.status_codes import HTTP_400_BAD_REQUEST
 from litestar.types import Message, Scope
+
+from common.errors import InvalidRequest
+from control_plane.errors import body_of
 
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -13,6 +20,39 @@ SECURITY = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
+
+
+REQUEST_HEADERS = [
+    "Authorization",
+    "Content-Type",
+    "Content-Encoding",
+    "Idempotency-Key",
+    "If-None-Match",
+    "If-Range",
+    "Last-Event-ID",
+    "Mcp-Protocol-Version",
+    "Mcp-Session-Id",
+    "Range",
+]
+"""Where only some origins are allowed, a page there may send these."""
+
+_REFUSED = msgspec.json.encode(
+    body_of(InvalidRequest("This server does not allow such a request from another origin."))
+)
+_PREFLIGHT_REFUSED = "preflight_refused"
+
+
+async def preflight_refusals(message: Message, scope: Scope) -> None:
+    """Give refused preflights, which the framework answers as plain text, the body of every other error."""
+    if scope["type"] != ScopeType.HTTP or scope["method"] != HttpMethod.OPTIONS:
+        return
+    if message["type"] == "http.response.start" and message["status"] == HTTP_400_BAD_REQUEST:
+        headers = MutableScopeHeaders.from_message(message)
+        headers["Content-Type"] = "application/json"
+        headers["Content-Length"] = str(len(_REFUSED))
+        scope["state"][_PREFLIGHT_REFUSED] = True
+    elif message["type"] == "http.response.body" and scope["state"].get(_PREFLIGHT_REFUSED):
+        message["body"] = _REFUSED
 
 
 async def security_headers(message: Message, _scope: Scope) -> None:
@@ -30,18 +70,7 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
     return CORSConfig(
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE", "HEAD", "OPTIONS"],
-        allow_headers=[
-            "Authorization",
-            "Content-Type",
-            "Content-Encoding",
-            "Idempotency-Key",
-            "If-None-Match",
-            "If-Range",
-            "Last-Event-ID",
-            "Mcp-Protocol-Version",
-            "Mcp-Session-Id",
-            "Range",
-        ],
+        allow_headers=["*"] if "*" in origins else REQUEST_HEADERS,
         expose_headers=[
             "Accept-Ranges",
             "Content-Digest",

@@ -53,12 +53,45 @@ def test_every_route_of_the_contract_is_in_the_document(document: dict[str, Any]
         ("GET", "/healthz"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
+        ("POST", "/mcp"),
         *files,
     } <= found
     names = [item[method]["operationId"] for item in document["paths"].values() for method in item]
     assert len(names) == len(set(names))
     body = document["paths"]["/v1/exports"]["post"]["requestBody"]["content"]
     assert {"application/json", "application/x-ndjson"} <= set(body)
+
+
+def test_the_document_says_which_routes_want_the_key(document: dict[str, Any], start_server: Any) -> None:
+    paths = document["paths"]
+    assert document["security"] == [{"key": []}]
+    for path, item in paths.items():
+        for operation in item.values():
+            is_open = path in ("/healthz", "/readyz", "/metrics")
+            assert operation.get("security") == ([] if is_open else None), path
+            assert ("401" in operation["responses"]) is not is_open, path
+    guarded = start_server(metrics_need_key=True)
+    metrics = httpx.get(f"{guarded.url}/schema/openapi.json").json()["paths"]["/metrics"]["get"]
+    assert "security" not in metrics
+    assert "401" in metrics["responses"]
+
+
+def test_what_may_fail_on_our_side_is_in_the_document(document: dict[str, Any]) -> None:
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            assert path == "/healthz" or "INTERNAL" in operation["responses"]["500"]["description"], path
+    for path, method in (("/v1/exports", "post"), ("/v1/exports/{job_id}/download", "get")):
+        assert "STORAGE_FAILED" in document["paths"][path][method]["responses"]["503"]["description"]
+
+
+def test_a_graph_with_edges_is_as_good_as_one_with_relationships(server: Server, document: dict[str, Any]) -> None:
+    given = graph(name="edges")
+    edges = {name: value for name, value in given.items() if name != "relationships"}
+    schema = document["paths"]["/v1/exports"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = Draft202012Validator(schema)
+    for body, good in ((given, True), (edges | {"edges": given["relationships"]}, True), (edges, False)):
+        assert validator.is_valid(body) is good
+        assert (server.post(body).status_code == 202) is good
 
 
 def test_live_answers_are_as_the_document_says(server: Server, document: dict[str, Any]) -> None:
@@ -94,5 +127,9 @@ def test_live_answers_are_as_the_document_says(server: Server, document: dict[st
     answers += [client.get(f"/v1/exports/none{rest}") for rest in ("", "/events", "/download", "/report")]
     answers += [httpx.get(f"{server.url}{path}") for path in ("/v1/exports", job, f"{job}/events", f"{job}/download")]
     answers.append(httpx.post(f"{server.url}/v1/exports"))
+    accept = {"accept": "application/json"}
+    for message in ({"id": 1, "method": "tools/list"}, {"id": "a", "method": "nope"}, {"wrong": 1}):
+        answers.append(client.post("/mcp", json={"jsonrpc": "2.0", **message}, headers=accept))
+    answers.append(httpx.post(f"{server.url}/mcp", json={}, headers=accept))
     for answer in answers:
         _check(document, answer)

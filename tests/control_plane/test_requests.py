@@ -222,6 +222,10 @@ def test_other_origins_may_ask_where_a_setting_says_so(start_server: Any) -> Non
     assert "access-control-allow-credentials" not in answer.headers
     refused = httpx.options(f"{server.url}/v1/exports", headers=preflight | {"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in refused.headers
+    assert (refused.status_code, _error(refused)["code"]) == (400, "INVALID_EXPORT_REQUEST")
+    assert refused.headers["content-type"] == "application/json"
+    other = preflight | {"access-control-request-headers": "x-request-id"}
+    assert _error(httpx.options(f"{server.url}/v1/exports", headers=other))["code"] == "INVALID_EXPORT_REQUEST"
     for path, status in (("/v1/exports", 200), ("/v1/exports/none", 404)):
         answer = server.client.get(path, headers={"origin": "https://web.example"})
         assert answer.status_code == status
@@ -229,6 +233,22 @@ def test_other_origins_may_ask_where_a_setting_says_so(start_server: Any) -> Non
     denied = httpx.get(f"{server.url}/v1/exports", headers={"origin": "https://web.example"})
     assert denied.status_code == 401
     assert denied.headers["access-control-allow-origin"] == "https://web.example"
+
+
+def test_where_every_origin_may_ask_it_may_send_any_header(start_server: Any) -> None:
+    server = start_server(cors_origins="*")
+    preflight = {"origin": "https://web.example", "access-control-request-method": "POST"}
+    preflight["access-control-request-headers"] = "authorization,x-request-id"
+    answer = httpx.options(f"{server.url}/v1/exports", headers=preflight)
+    assert answer.status_code == 204
+    assert answer.headers["access-control-allow-origin"] == "*"
+    allowed = answer.headers["access-control-allow-headers"].lower().split(", ")
+    assert {"authorization", "x-request-id"} <= set(allowed)
+
+
+def test_a_text_names_its_charset_once(server: Server) -> None:
+    for path in ("/", "/dashboard/dashboard.js", "/dashboard/dashboard.css", "/metrics"):
+        assert server.client.get(path).headers["content-type"].count("charset=utf-8") == 1
 
 
 def test_every_answer_carries_security_headers(server: Server) -> None:
