@@ -46,6 +46,8 @@ class CapsuleReader:
     def model(self) -> str | None: ...
     def frames(self, start: int, count: int) -> list[tuple[str, str, str, list[str], str]]:
         """``(uri, title, track, tags, text)`` of frames ``start`` to ``start + count``."""
+    def verify(self) -> None:
+        """Compare all payloads and indexes with their checksums."""
     def vectors(self) -> tuple[list[int], int, bytes] | None:
         """``(frame of each row, dimension, rows)`` or None; a row is ``{u64 id, u64 length, f32…}``, little-endian."""
 

@@ -93,6 +93,8 @@ def _check_sdk(plan: GatePlan) -> int:
 def _check_all(plan: GatePlan) -> int:
     """Compare every frame and every vector with what was written; memvid checks no hash of theirs when it reads."""
     with CapsuleReader(Path(plan.path)) as reader:
+        if plan.exact:
+            reader.verify()
         digest = FrameDigest()
         for batch in reader.all_frames():
             digest.add((frame.uri, frame.title, frame.track, frame.tags, frame.text) for frame in batch)

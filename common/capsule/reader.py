@@ -69,6 +69,13 @@ class CapsuleReader:
         model: str | None = self._inner.model
         return model
 
+    def verify(self) -> None:
+        """Compare every payload, the time index, the lexical files and the vectors with their checksums."""
+        try:
+            self._inner.verify()
+        except native.NativeError as error:
+            raise CapsuleUnreadable(f"{self.path.name}: {error}", path=str(self.path)) from error
+
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Frame positions of shape (n,) and their vectors of shape (n, dimension), or None for a capsule without."""
         try:

@@ -197,20 +197,27 @@ impl CapsuleReader {
     fn frames(&self, py: Python<'_>, start: usize, count: usize) -> PyResult<Vec<FrameTuple>> {
         let end = start.saturating_add(count).min(self.inner.document_count());
         let frames = py.detach(|| {
+            let texts = self.inner.texts(start.min(end), end)?;
             (start..end)
-                .map(|id| {
+                .zip(texts)
+                .map(|(id, text)| {
                     let frame = self.inner.document(id)?;
                     Ok((
                         frame.uri.clone().unwrap_or_default(),
                         frame.title.clone().unwrap_or_default(),
                         frame.track.clone().unwrap_or_default(),
                         frame.tags.clone(),
-                        self.inner.text(id)?,
+                        text,
                     ))
                 })
                 .collect::<crate::Result<Vec<FrameTuple>>>()
         })?;
         Ok(frames)
+    }
+
+    /// Compares all payloads and indexes with their checksums.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.verify())?)
     }
 
     /// `(document of each row, dimension, rows)` or None; a row is `{u64 frame id, u64 length, f32…}`, little-endian.

@@ -75,7 +75,25 @@ impl CapsuleReader {
         Ok(&self.toc.frames[*place])
     }
 
+    /// Texts of documents `from` to `to`, with one decompression context for all: a new one for each costs more than the
+    /// decompression of a frame.
+    pub fn texts(&self, from: usize, to: usize) -> Result<Vec<String>> {
+        let mut decompressor =
+            zstd::bulk::Decompressor::new().map_err(|err| self.unreadable(err.to_string()))?;
+        (from..to)
+            .map(|id| self.text_with(id, &mut decompressor))
+            .collect()
+    }
+
     pub fn text(&self, id: usize) -> Result<String> {
+        Ok(self.texts(id, id + 1)?.remove(0))
+    }
+
+    fn text_with(
+        &self,
+        id: usize,
+        decompressor: &mut zstd::bulk::Decompressor<'_>,
+    ) -> Result<String> {
         let frame = self.document(id)?;
         let payload = self.range(frame.payload_offset, frame.payload_length)?;
         if blake3::hash(payload).as_bytes() != &frame.checksum {
@@ -90,7 +108,8 @@ impl CapsuleReader {
                 if length > MAX_FRAME_BYTES {
                     return Err(self.unreadable(format!("document {id} is {length} bytes long")));
                 }
-                zstd::bulk::decompress(payload, usize::try_from(length).unwrap_or(0))
+                decompressor
+                    .decompress(payload, usize::try_from(length).unwrap_or(0))
                     .map_err(|err| self.unreadable(format!("document {id}: {err}")))?
             }
         };
@@ -134,6 +153,54 @@ impl CapsuleReader {
             dimension: manifest.dimension,
             rows,
         }))
+    }
+
+    /// Compares everything that the table of contents names with its checksum: payloads, time index, lexical segments
+    /// and vectors. memvid itself checks none of them when it reads.
+    pub fn verify(&self) -> Result<()> {
+        let check = |what: &str, offset: u64, length: u64, checksum: &[u8; 32]| {
+            if blake3::hash(self.range(offset, length)?).as_bytes() == checksum {
+                Ok(())
+            } else {
+                Err(self.unreadable(format!("{what} does not match its checksum")))
+            }
+        };
+        for frame in &self.toc.frames {
+            let what = format!("payload of frame {}", frame.id);
+            check(
+                &what,
+                frame.payload_offset,
+                frame.payload_length,
+                &frame.checksum,
+            )?;
+        }
+        if let Some(index) = &self.toc.time_index {
+            check(
+                "the time index",
+                index.bytes_offset,
+                index.bytes_length,
+                &index.checksum,
+            )?;
+        }
+        for segment in &self.toc.segment_catalog.tantivy_segments {
+            let common = &segment.common;
+            let what = format!("lexical file {}", segment.path);
+            check(
+                &what,
+                common.bytes_offset,
+                common.bytes_length,
+                &common.checksum,
+            )?;
+        }
+        if let Some(index) = &self.toc.indexes.vec {
+            check(
+                "the vector index",
+                index.bytes_offset,
+                index.bytes_length,
+                &index.checksum,
+            )?;
+        }
+        Ok(())
     }
 
     fn range(&self, offset: u64, length: u64) -> Result<&[u8]> {

@@ -105,6 +105,8 @@ def test_a_graph_without_a_rare_name_has_a_lexical_probe_too(gate: Gate, tmp_pat
     [
         ("payload", {"checksum", "lexical", "open", "frame:text"}),
         ("vectors", {"checksum", "vector", "open"}),
+        ("time_index", {"checksum", "open"}),
+        ("lexical", {"checksum", "lexical", "open", "process"}),
         ("toc", {"open"}),
     ],
 )
@@ -113,10 +115,14 @@ def test_one_flipped_byte_is_refused_wherever_it_lies(
 ) -> None:
     stats = memvid(Path(planned.path)).stats()
     payload = 4_096 + stats["wal_bytes"]
+    time_index = payload + stats["payload_bytes"]
+    lexical = time_index + stats["time_index_bytes"]
     vectors = payload + stats["payload_bytes"] + stats["time_index_bytes"] + stats["lex_index_bytes"]
     toc = vectors + stats["vec_index_bytes"]
     begin, end = {
-        "payload": (payload, payload + stats["payload_bytes"]),
+        "payload": (payload, time_index),
+        "time_index": (time_index, lexical),
+        "lexical": (lexical, vectors),
         "vectors": (vectors, toc),
         "toc": (toc, len(sealed) - 56),
     }[where]

@@ -145,6 +145,14 @@ def test_bytes_depend_on_neither_batches_nor_cores(
     assert (tmp_path / "b.mv2").read_bytes() == here
 
 
+def _hits(memory: Any, query: str) -> dict[str, tuple[float, tuple[Any, ...]]]:
+    """The best hits by uri; without the last group of equal scores, of which memvid shows some."""
+    hits = memory.find(query, k=30, mode="lex")["hits"]
+    last = hits[-1]["score"] * (1 + 1e-6) if len(hits) == 30 else 0
+    shown = ("snippet", "title", "track", "tags", "matches")
+    return {hit["uri"]: (hit["score"], tuple(hit[key] for key in shown)) for hit in hits if hit["score"] > last}
+
+
 def test_memvid_core_s_own_commit_answers_every_probe_alike(
     example_frames: list[Frame], tmp_path: Path, memvid: Callable[[Path], Any]
 ) -> None:
@@ -159,14 +167,13 @@ def test_memvid_core_s_own_commit_answers_every_probe_alike(
     names = [frame.title.partition(": ")[2].replace('"', "") for frame in frames[::11] if frame.kind == "node"]
     queries += [f'"{name}"' for name in names if re.search(r"\w", name)]
     queries += ["track:nodes/Function", "tag:source=gitnexus", "export AND graph", "NOT function"]
-    alike = ("uri", "rank", "score", "snippet", "title", "track", "tags", "matches")
     found = 0
     for query in queries:
-        left, right = (
-            [{key: hit[key] for key in alike} for hit in memory.find(query, k=10, mode="lex")["hits"]]
-            for memory in (ours, theirs)
-        )
-        assert left == right, query
+        left, right = (_hits(memory, query) for memory in (ours, theirs))
+        assert left.keys() == right.keys(), query
+        for uri, (score, shown) in left.items():
+            # Sums of float32 in another order of segments: the last bit may differ.
+            assert right[uri] == (pytest.approx(score, rel=1e-6), shown), (query, uri)
         found += len(left)
     assert found > 1_000
     for vector in vectors[::9]:
