@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache"
 sys.path.insert(0, str(ROOT))
 os.environ.update(MEMVID_TELEMETRY="0", MEMVID_OFFLINE="1", PYTHONPATH=str(ROOT))
 
@@ -291,8 +292,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     console = Console(width=150 if not sys.stdout.isatty() else None)
+    CACHE.mkdir(exist_ok=True)
     for name in arguments.names or BENCHMARKS:
-        with tempfile.TemporaryDirectory(dir=ROOT.parent, prefix=".bench-") as folder:
+        with tempfile.TemporaryDirectory(dir=CACHE, prefix="bench-") as folder:
             print(f"measuring: {name}", file=sys.stderr, flush=True)
             rows += BENCHMARKS[name](Path(folder), short=arguments.short)
     machine = f"{len(os.sched_getaffinity(0))} cores, {_cpu()}, Python {platform.python_version()}"
