@@ -200,7 +200,6 @@ class JobInput(msgspec.Struct, kw_only=True):
     output_prefix: str
     payload_sha256: str | None = None
     payload_size: int | None = None
-    payload_encoding: Literal["identity", "gzip", "zstd"] | None = None
     schema_version: str = EXPORT_SCHEMA
     embedding_mode: str | None = None
     embedding_provider: str | None = None

@@ -23,8 +23,6 @@ from common.errors import CapsuleUnreadable
 
 HITS = 100
 """A probe's frame must be among this many hits: relation frames that name a symbol can come before it."""
-SAME_VECTOR = 1e-4
-"""Largest distance of a vector from itself after the way through float32 and JSON."""
 
 
 class _ProbeFailedError(Exception):
