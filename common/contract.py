@@ -192,6 +192,13 @@ class ErrorBody(Wire, kw_only=True):
 # --- worker ---------------------------------------------------------------------
 
 
+class Links(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Signed URLs of one object."""
+
+    get: str | None = None
+    put: str | None = None
+
+
 class JobInput(msgspec.Struct, kw_only=True):
     """The input of a worker's job; snake_case, as today's worker takes it. Refs are ``file://``, ``s3://`` or ``https://``."""
 
@@ -208,6 +215,20 @@ class JobInput(msgspec.Struct, kw_only=True):
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     attempt: int = 1
     created_at: str | None = None
+    timeout_seconds: float | None = None
+    """The worker gives up after so long, a little before the platform would."""
+    links: dict[str, Links] = msgspec.field(default_factory=dict)
+    """By ref: signed URLs, for a worker without credentials of its own."""
+
+
+class WorkerProgress(msgspec.Struct, kw_only=True):
+    """The steps of one run so far; updates may arrive late, twice or not at all, so each carries them all.
+
+    ``first`` is the number of the first step in ``steps`` (1 unless older ones were dropped).
+    """
+
+    first: int = 1
+    steps: list[Progress]
 
 
 class JobOutput(msgspec.Struct, kw_only=True):
@@ -220,6 +241,8 @@ class JobOutput(msgspec.Struct, kw_only=True):
     size_bytes: int
     metrics: dict[str, Any]
     schema_version: str = EXPORT_SCHEMA
+    progress: WorkerProgress | None = None
+    """All steps, so that none is missing however fast the job was."""
 
 
 # --- report -----------------------------------------------------------------------

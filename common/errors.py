@@ -94,10 +94,35 @@ class EmbeddingFailed(ExportError):
 
 
 class StorageFailed(ExportError):
-    """Reading or writing staged bytes failed (disk full, peer gone, hash not as announced)."""
+    """Reading or writing staged bytes failed for now (disk full, peer gone, peer overloaded)."""
 
     code = "STORAGE_FAILED"
     retryable = True
+
+
+class InvalidRef(ExportError):
+    """A ref that is not read or written here: a scheme, bucket, host or address that is not allowed."""
+
+    code = "INVALID_REF"
+    exit_code = 2
+
+
+class ObjectMissing(ExportError):
+    """Nothing lies at a ref."""
+
+    code = "OBJECT_MISSING"
+
+
+class AccessDenied(ExportError):
+    """The store refuses: credentials that may not do this, or a signed link past its time."""
+
+    code = "ACCESS_DENIED"
+
+
+class PayloadMismatch(ExportError):
+    """The bytes at a ref are not those that were announced (size or SHA-256); ``details['field']`` says which."""
+
+    code = "PAYLOAD_MISMATCH"
 
 
 class OutOfMemory(ExportError):

@@ -9,27 +9,24 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from common.contract import WriterName
 from common.errors import InvalidSettings
+from common.storage.port import S3Config, StorageConfig
 
 GIB = 1 << 30
 _BIND = re.compile(r"^(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>\d{1,5})$")
 
 
-class Settings(BaseModel):
-    """What the control plane and its workers run with."""
+class WorkerSettings(BaseModel):
+    """What a worker runs with; the control plane has these too."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    api_key: SecretStr | None = None
-    """The bearer key; None only with ``--dev``."""
-    bind_addr: str = Field(
-        "0.0.0.0:8080", validation_alias="MEMVID_EXPORT_BIND_ADDR", description="HOST:PORT, port 0 to 65535"
-    )
     root: Path = Field(
         Path("/data/exports"), validation_alias="MEMVID_EXPORT_ROOT", description="a folder that can be written"
     )
@@ -38,7 +35,103 @@ class Settings(BaseModel):
         validation_alias="MEMVID_EXPORT_STAGING_ROOT",
         description="a folder that can be written",
     )
-    database_url: str = Field("", validation_alias="MEMVID_EXPORT_DATABASE_URL", description="sqlite+aiosqlite:///FILE")
+    embedding_mode: Literal["local_cpu"] = Field(
+        "local_cpu", validation_alias="MEMVID_EMBEDDING_MODE", description="a mode: local_cpu"
+    )
+    writer: WriterName | None = Field(
+        None, validation_alias="MEMVID_EXPORT_WRITER", description="a writer: native, sdk or cli"
+    )
+    """None: the best one that is installed."""
+    worker_memory_bytes: int = Field(
+        4 * GIB,
+        ge=256 << 20,
+        validation_alias="MEMVID_EXPORT_WORKER_MEMORY_BYTES",
+        description="a number of bytes, at least 268435456",
+    )
+    max_payload_bytes: int = Field(
+        500_000_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_PAYLOAD_BYTES", description="a number of bytes"
+    )
+    storage_url: str = Field(
+        "",
+        validation_alias="MEMVID_EXPORT_STORAGE_URL",
+        description="s3://bucket/prefix, or file:///folder that servers and workers share",
+    )
+    """Where payloads and artifacts lie; empty: in the staging root and the root."""
+    s3_addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", validation_alias="MEMVID_EXPORT_S3_ADDRESSING", description="auto, path or virtual"
+    )
+    s3_encryption: str | None = Field(
+        None,
+        pattern=r"^(AES256|aws:kms(:.+)?)$",
+        validation_alias="MEMVID_EXPORT_S3_ENCRYPTION",
+        description="AES256, aws:kms or aws:kms:KEY-ID",
+    )
+    fetch_hosts: tuple[str, ...] = Field(
+        (),
+        validation_alias="MEMVID_EXPORT_FETCH_HOSTS",
+        description="host names parted by commas, *.example.com for all below",
+    )
+    """Hosts that a worker may fetch ``https://`` refs from."""
+    fetch_private: bool = Field(False, validation_alias="MEMVID_EXPORT_FETCH_PRIVATE", description="true or false")
+    """Also from private addresses, and by plain HTTP."""
+
+    @field_validator("storage_url")
+    @classmethod
+    def _check_storage(cls, value: str) -> str:
+        if value and not re.match(r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?|file:///[^?#]+)$", value):
+            raise ValueError("not a place that is known here")
+        return value.rstrip("/")
+
+    @field_validator("fetch_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        hosts = tuple(host.strip().lower() for host in value.split(",") if host.strip())
+        if any(not re.match(r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?$|^\[?[0-9a-f:.]+\]?$", host) for host in hosts):
+            raise ValueError("not a host name")
+        return hosts
+
+    def storage(self, *folders: Path) -> StorageConfig:
+        """What may be read and written: the storage URL, and these folders."""
+        url = urlsplit(self.storage_url)
+        roots = [str(folder) for folder in folders] + ([unquote(url.path)] if url.scheme == "file" else [])
+        s3 = None
+        if url.scheme == "s3":
+            s3 = S3Config(bucket=url.netloc, addressing=self.s3_addressing, encryption=self.s3_encryption)
+        return StorageConfig(roots=roots, s3=s3, fetch_hosts=list(self.fetch_hosts), fetch_private=self.fetch_private)
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> Self:
+        """Settings from variables; an empty one counts as not set. Raises InvalidSettings."""
+        return cls._validated(_given(env))
+
+    @classmethod
+    def _validated(cls, given: dict[str, str], **more: object) -> Self:
+        try:
+            return cls.model_validate({**given, **more})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0])
+            shape = next(f.description for f in cls.model_fields.values() if f.validation_alias == name)
+            raise InvalidSettings(
+                f"{name} must be {shape}; it is {_shape_of(given.get(name, ''))} ({_reason(first)})", field=name
+            ) from error
+
+
+class Settings(WorkerSettings):
+    """What the control plane runs with."""
+
+    api_key: SecretStr | None = None
+    """The bearer key; None only with ``--dev``."""
+    bind_addr: str = Field(
+        "0.0.0.0:8080", validation_alias="MEMVID_EXPORT_BIND_ADDR", description="HOST:PORT, port 0 to 65535"
+    )
+    database_url: str = Field(
+        "",
+        validation_alias="MEMVID_EXPORT_DATABASE_URL",
+        description="sqlite+aiosqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE",
+    )
     retention_seconds: int = Field(
         86_400,
         ge=1,
@@ -57,16 +150,64 @@ class Settings(BaseModel):
     queue_capacity: int = Field(
         128, ge=1, le=100_000, validation_alias="MEMVID_EXPORT_QUEUE_CAPACITY", description="a number of jobs"
     )
-    backend_mode: Literal["legacy_vps"] = Field(
-        "legacy_vps", validation_alias="MEMVID_EXPORT_BACKEND_MODE", description="a backend: legacy_vps"
+    backend_mode: Literal["legacy_vps", "runpod_queue"] = Field(
+        "legacy_vps", validation_alias="MEMVID_EXPORT_BACKEND_MODE", description="a backend: legacy_vps or runpod_queue"
     )
-    embedding_mode: Literal["local_cpu"] = Field(
-        "local_cpu", validation_alias="MEMVID_EMBEDDING_MODE", description="a mode: local_cpu"
+    runpod_api_base: str = Field(
+        "https://api.runpod.ai/v2",
+        pattern=r"^https?://[^\s?#]+$",
+        validation_alias="RUNPOD_API_BASE",
+        description="an http(s) URL",
     )
-    writer: WriterName | None = Field(
-        None, validation_alias="MEMVID_EXPORT_WRITER", description="a writer: native, sdk or cli"
+    runpod_endpoint_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        validation_alias="RUNPOD_ENDPOINT_ID",
+        description="the id of an endpoint: letters, digits, - and _",
     )
-    """None: the best one that is installed."""
+    runpod_api_key: SecretStr | None = Field(
+        None, validation_alias="RUNPOD_API_KEY", description="a key of the Runpod API"
+    )
+    runpod_poll_seconds: float = Field(
+        5,
+        ge=0.05,
+        le=600,
+        validation_alias="RUNPOD_POLL_INTERVAL_SECONDS",
+        description="a number of seconds, 0.05 to 600",
+    )
+    runpod_execution_timeout_ms: int = Field(
+        600_000,
+        ge=5_000,
+        le=7 * 86_400_000,
+        validation_alias="RUNPOD_EXECUTION_TIMEOUT_MS",
+        description="a number of milliseconds, 5000 to 604800000",
+    )
+    runpod_ttl_ms: int = Field(
+        86_400_000,
+        ge=10_000,
+        le=7 * 86_400_000,
+        validation_alias="RUNPOD_TTL_MS",
+        description="a number of milliseconds, 10000 to 604800000",
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        validation_alias="MEMVID_EXPORT_PUBLIC_URL",
+        description="the http(s) URL under which Runpod reaches this server",
+    )
+    """For webhooks; without it jobs are polled only."""
+    worker_links: bool = Field(False, validation_alias="MEMVID_EXPORT_WORKER_LINKS", description="true or false")
+    """Give workers signed links, so that they need no credentials for the bucket."""
+    profiles_file: Path | None = Field(
+        None, validation_alias="MEMVID_EXPORT_PROFILES_FILE", description="a TOML file that can be read"
+    )
+    stray_seconds: int = Field(
+        3_600,
+        ge=1,
+        validation_alias="MEMVID_EXPORT_STRAY_SECONDS",
+        description="a number of seconds",
+    )
+    """What lies in storage for so long without a job that speaks for it is removed."""
     worker_slots: int = Field(
         2, ge=1, le=256, validation_alias="MEMVID_EXPORT_WORKER_SLOTS", description="a number of jobs run at once"
     )
@@ -77,12 +218,6 @@ class Settings(BaseModel):
         description="a number of nodes and relationships",
     )
     """A job of at most so many nodes and relationships is small; of two slots or more, one is kept for small jobs."""
-    worker_memory_bytes: int = Field(
-        4 * GIB,
-        ge=256 << 20,
-        validation_alias="MEMVID_EXPORT_WORKER_MEMORY_BYTES",
-        description="a number of bytes, at least 268435456",
-    )
     deadline_seconds: float = Field(
         3_600,
         gt=0,
@@ -92,9 +227,6 @@ class Settings(BaseModel):
     )
     max_attempts: int = Field(
         3, ge=1, le=100, validation_alias="MEMVID_EXPORT_MAX_ATTEMPTS", description="a number of attempts"
-    )
-    max_payload_bytes: int = Field(
-        500_000_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_PAYLOAD_BYTES", description="a number of bytes"
     )
     max_streams: int = Field(
         2_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_STREAMS", description="a number of open event streams"
@@ -142,7 +274,7 @@ class Settings(BaseModel):
     @field_validator("database_url")
     @classmethod
     def _check_database(cls, value: str) -> str:
-        if value and not value.startswith("sqlite+aiosqlite:///"):
+        if value and not value.startswith(("sqlite+aiosqlite:///", "postgresql+psycopg://")):
             raise ValueError("not a database that this version uses")
         return value
 
@@ -157,13 +289,13 @@ class Settings(BaseModel):
         return int(self.bind_addr.rpartition(":")[2])
 
     @classmethod
-    def read(cls, env: Mapping[str, str], *, dev: bool = False) -> Settings:
+    def read(cls, env: Mapping[str, str], *, dev: bool = False) -> Self:
         """Settings from variables; an empty one counts as not set. Reads the key's file where one is named.
 
         ``dev`` allows running without a key, on 127.0.0.1:8080 and in ``.memvid-export`` unless said otherwise.
         Raises InvalidSettings.
         """
-        given = {name: value.strip() for name, value in env.items() if value.strip()}
+        given = _given(env)
         if dev:
             given.setdefault("MEMVID_EXPORT_BIND_ADDR", "127.0.0.1:8080")
             given.setdefault("MEMVID_EXPORT_ROOT", ".memvid-export")
@@ -171,16 +303,26 @@ class Settings(BaseModel):
         given["MEMVID_EXPORT_ROOT"] = str(root)
         given.setdefault("MEMVID_EXPORT_STAGING_ROOT", str(root / "staging"))
         given.setdefault("MEMVID_EXPORT_DATABASE_URL", f"sqlite+aiosqlite:///{root / 'jobs.sqlite'}")
-        try:
-            return cls.model_validate({**given, "api_key": _read_key(given, dev=dev)})
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            name = str(first["loc"][0])
-            shape = next(f.description for f in cls.model_fields.values() if f.validation_alias == name)
-            got = given.get(name, "")
+        settings = cls._validated(given, api_key=_read_key(given, dev=dev))
+        if settings.backend_mode == "runpod_queue":
+            for name, value in (
+                ("RUNPOD_ENDPOINT_ID", settings.runpod_endpoint_id),
+                ("RUNPOD_API_KEY", settings.runpod_api_key),
+            ):
+                if value is None:
+                    raise InvalidSettings(
+                        f"{name} must be set where MEMVID_EXPORT_BACKEND_MODE is runpod_queue", field=name
+                    )
+        if settings.worker_links and not settings.storage_url.startswith("s3://"):
             raise InvalidSettings(
-                f"{name} must be {shape}; it is {_shape_of(got)} ({_reason(first)})", field=name
-            ) from error
+                "MEMVID_EXPORT_WORKER_LINKS needs a MEMVID_EXPORT_STORAGE_URL of s3://…; files have no links",
+                field="MEMVID_EXPORT_WORKER_LINKS",
+            )
+        return settings
+
+
+def _given(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value.strip() for name, value in env.items() if value.strip()}
 
 
 def _read_key(given: Mapping[str, str], *, dev: bool) -> str | None:

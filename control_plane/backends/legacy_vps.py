@@ -23,13 +23,13 @@ from common.errors import (
 from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import Storage
-from control_plane.backends.pool import WorkerPool
 from control_plane.errors import QueueUnavailable
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.metrics import Metrics
 from handler.job import published, read_manifest
+from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import Check, Checked, ChildConfig, Done, Message, Reported, Run, job_error
 
