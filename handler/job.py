@@ -118,7 +118,7 @@ def run_job(
 
 def published(storage: Storage, prefix: str, job_id: str) -> JobOutput | None:
     """What an attempt published under a prefix: None unless a manifest lies there with all that it names."""
-    found = [ref for ref in storage.names(prefix) if ref.endswith(MANIFEST_ENDING)]
+    found = [at.ref for at in storage.found(prefix) if at.ref.endswith(MANIFEST_ENDING)]
     if len(found) != 1:
         return None
     manifest = read_manifest(storage, found[0])

@@ -6,15 +6,28 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from common.errors import StorageFailed
-from common.storage.port import Stored
+from common.errors import (
+    AccessDenied,
+    ExportError,
+    InvalidRef,
+    ObjectMissing,
+    PayloadMismatch,
+    PayloadTooLarge,
+    StorageFailed,
+)
+from common.storage.port import Found, Stored
 
 PIECE = 1 << 20
+TEMPORARY = ".tmp-"
 
 
 def sha256_of(path: Path) -> str:
@@ -41,10 +54,11 @@ class FileStorage:
     def put(self, source: Path, ref: str, *, sha256: str | None = None) -> Stored:
         """Move ``source`` to ``ref`` (copy it from another file system): fsync, rename, fsync of the folder."""
         target = self._path(ref)
-        with _failing_as(f"cannot store {target.name}"):
+        with _failing_as(f"cannot store {target.name}", absent=StorageFailed):
             stored = Stored(ref, source.stat().st_size, sha256 or sha256_of(source))
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
+                os.utime(source)  # its age counts from now on, not from when its last byte was written
                 _fsync_file(source)
                 source.replace(target)
             except OSError as error:
@@ -54,15 +68,36 @@ class FileStorage:
             fsync_directory(target.parent)
         return stored
 
-    def local(self, ref: str, scratch: Path, *, size: int | None = None, sha256: str | None = None) -> Path:
+    def write(self, ref: str, data: bytes, *, only_new: bool = False) -> bool:
+        """Put a few bytes at ``ref``: temporary file, then a rename, or a hard link where it has to be the first."""
+        target = self._path(ref)
+        with _failing_as(f"cannot store {target.name}", absent=StorageFailed):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary(target) as temporary:
+                temporary.write_bytes(data)
+                _fsync_file(temporary)
+                if not only_new:
+                    temporary.replace(target)
+                else:
+                    try:
+                        target.hardlink_to(temporary)
+                    except FileExistsError:
+                        return False
+            fsync_directory(target.parent)
+        return True
+
+    def local(
+        self, ref: str, scratch: Path, *, size: int | None = None, sha256: str | None = None, limit: int | None = None
+    ) -> Path:
         """The file itself: nothing is copied."""
         path = self._path(ref)
         with _failing_as(f"cannot read {path.name}"):
-            found = path.stat().st_size
-            if size is not None and found != size:
-                raise StorageFailed(f"{path.name} has {found:,} bytes, {size:,} were announced", field="payload_size")
-            if sha256 is not None and sha256_of(path) != sha256.lower():
-                raise StorageFailed(f"{path.name} is not what was announced (SHA-256)", field="payload_sha256")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ObjectMissing(f"nothing lies at {path.name}")
+            check_size(path.name, status.st_size, size, limit)
+            if sha256 is not None:
+                check_sha256(path.name, sha256_of(path), sha256)
         return path
 
     def size(self, ref: str) -> int | None:
@@ -83,13 +118,19 @@ class FileStorage:
                 length -= len(piece)
                 yield piece
 
-    def names(self, prefix: str) -> list[str]:
-        """Refs of all files under ``prefix``; temporary files of a writer at work are not among them."""
-        folder = self._path(prefix)
-        with _failing_as(f"cannot list {folder.name}"):
-            return sorted(
-                path.as_uri() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-")
-            )
+    def found(self, prefix: str) -> list[Found]:
+        """The files under ``prefix``; temporary files of a writer at work are not among them."""
+        path = self._path(prefix)
+        found = []
+        with _failing_as(f"cannot list {path.name}"):
+            for file in path.rglob("*") if prefix.endswith("/") else [path]:
+                if file.name.startswith(TEMPORARY):
+                    continue
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it went away meanwhile
+                    status = file.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found.append(Found(file.as_uri(), status.st_size, max(0.0, time.time() - status.st_mtime)))
+        return sorted(found)
 
     def delete(self, prefix: str) -> int:
         """Remove a file, or a folder with all in it."""
@@ -105,23 +146,28 @@ class FileStorage:
             shutil.rmtree(path)
             return count
 
+    def link(self, ref: str, method: Literal["GET", "PUT"], seconds: float) -> str:
+        """Files have no links."""
+        raise InvalidRef("a file:// ref has no signed URL", field="ref", allowed="s3://")
+
     def _copy(self, source: Path, target: Path) -> None:
-        temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-        try:
+        with _temporary(target) as temporary:
             shutil.copyfile(source, temporary)
             _fsync_file(temporary)
             temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _path(self, ref: str) -> Path:
         parts = urlsplit(ref)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-            raise StorageFailed(f"not a file:// ref: {parts.scheme}://…", field="ref")
-        path = Path(os.path.normpath(unquote(parts.path)))
-        resolved = path.parent.resolve() / path.name
+            raise InvalidRef(f"not a file:// ref of this machine: {parts.scheme}://…", field="ref", allowed="file:///")
+        text = unquote(parts.path)
+        if "\0" in text:
+            raise InvalidRef("a file:// ref with a NUL in it", field="ref")
+        path = Path(os.path.normpath(text))
+        with _failing_as(f"cannot find {path.name}"):
+            resolved = path.parent.resolve() / path.name
         if not any(resolved.is_relative_to(root) and resolved != root for root in self._roots):
-            raise StorageFailed("a file:// ref outside the storage root", field="ref")
+            raise InvalidRef("a file:// ref outside the storage root", field="ref")
         return resolved
 
 
@@ -130,9 +176,39 @@ def _fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_size(name: str, found: int, announced: int | None, limit: int | None) -> None:
+    """Raise PayloadMismatch for another size than was announced, PayloadTooLarge for more bytes than are wanted."""
+    if announced is not None and found != announced:
+        raise PayloadMismatch(f"{name} has {found:,} bytes, {announced:,} were announced", field="payload_size")
+    if limit is not None and found > limit:
+        raise PayloadTooLarge(f"{name} has {found:,} bytes, at most {limit:,} are read", field="payload", limit=limit)
+
+
+def check_sha256(name: str, found: str, announced: str) -> None:
+    """Raise PayloadMismatch for another SHA-256 (hex) than was announced."""
+    if found != announced.lower():
+        raise PayloadMismatch(f"{name} is not what was announced (SHA-256)", field="payload_sha256")
+
+
 @contextlib.contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside ``target`` for what is not whole yet; nothing is left there."""
+    path = target.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _failing_as(what: str, *, absent: type[ExportError] = ObjectMissing) -> Iterator[None]:
     try:
         yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise absent(f"{what}: {error.strerror}", errno=error.errno) from error
+    except PermissionError as error:
+        raise AccessDenied(f"{what}: {error.strerror}", errno=error.errno) from error
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InvalidRef(f"{what}: {error.strerror}", field="ref", errno=error.errno) from error
         raise StorageFailed(f"{what}: {error.strerror or error}", errno=error.errno) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import StorageFailed
+from common.errors import InvalidRef, ObjectMissing, PayloadMismatch, StorageFailed
 from common.storage import FileStorage
 
 
@@ -32,18 +32,18 @@ def test_what_was_put_is_read_back_whole_and_in_parts(tmp_path: Path, root: Path
     assert storage.size(ref) == len(data)
     assert b"".join(storage.read(ref, 0, len(data))) == data
     assert b"".join(storage.read(ref, 1_000_000, 1_000_000)) == data[1_000_000:2_000_000]
-    assert storage.names(root.as_uri() + "/a/") == [ref]
+    assert [at.ref for at in storage.found(root.as_uri() + "/a/")] == [ref]
 
 
 def test_a_payload_that_is_not_as_announced_is_refused(tmp_path: Path, root: Path) -> None:
     storage, ref = FileStorage([root]), (root / "payload").as_uri()
     stored = storage.put(_file(tmp_path, b"graph"), ref)
     assert storage.local(ref, tmp_path, size=5, sha256=stored.sha256.upper()).read_bytes() == b"graph"
-    with pytest.raises(StorageFailed, match="announced"):
+    with pytest.raises(PayloadMismatch, match="announced"):
         storage.local(ref, tmp_path, size=6)
-    with pytest.raises(StorageFailed, match="SHA-256"):
+    with pytest.raises(PayloadMismatch, match="SHA-256"):
         storage.local(ref, tmp_path, sha256="0" * 64)
-    with pytest.raises(StorageFailed):
+    with pytest.raises(ObjectMissing):
         storage.local((root / "nothing").as_uri(), tmp_path)
 
 
@@ -53,7 +53,7 @@ def test_a_prefix_is_deleted_with_all_in_it_and_twice_is_no_error(tmp_path: Path
         storage.put(_file(tmp_path, b"1"), (root / name).as_uri())
     assert storage.delete(root.as_uri() + "/job/") == 2
     assert storage.delete(root.as_uri() + "/job/") == 0
-    assert storage.names(root.as_uri() + "/other/") == [(root / "other/z").as_uri()]
+    assert [at.ref for at in storage.found(root.as_uri() + "/other/")] == [(root / "other/z").as_uri()]
     assert storage.delete((root / "other/z").as_uri()) == 1
     assert storage.size((root / "other/z").as_uri()) is None
 
@@ -72,7 +72,7 @@ def test_no_ref_leaves_the_roots(tmp_path: Path, root: Path) -> None:
         "file://host/x",
     ]
     for ref in refs:
-        with pytest.raises(StorageFailed):
+        with pytest.raises(InvalidRef):
             storage.size(ref)
 
 

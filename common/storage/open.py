@@ -1,0 +1,61 @@
+"""One storage for refs of every scheme that a process may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from common.contract import Links
+from common.errors import InvalidRef
+from common.storage.file import FileStorage
+from common.storage.port import Found, Storage, StorageConfig, Stored
+
+
+def open_storage(config: StorageConfig, links: Mapping[str, Links] | None = None) -> Storage:
+    """The storage that ``config`` allows; refs that ``links`` names go over their signed URLs. Connects to nothing."""
+    schemes: dict[str, Storage] = {"file": FileStorage([Path(root) for root in config.roots])}
+    return _ByScheme(schemes)
+
+
+class _ByScheme:
+    """Hands each ref to the storage of its scheme."""
+
+    def __init__(self, schemes: Mapping[str, Storage]) -> None:
+        self._schemes = schemes
+
+    def put(self, source: Path, ref: str, *, sha256: str | None = None) -> Stored:
+        return self._of(ref).put(source, ref, sha256=sha256)
+
+    def write(self, ref: str, data: bytes, *, only_new: bool = False) -> bool:
+        return self._of(ref).write(ref, data, only_new=only_new)
+
+    def local(
+        self, ref: str, scratch: Path, *, size: int | None = None, sha256: str | None = None, limit: int | None = None
+    ) -> Path:
+        return self._of(ref).local(ref, scratch, size=size, sha256=sha256, limit=limit)
+
+    def size(self, ref: str) -> int | None:
+        return self._of(ref).size(ref)
+
+    def read(self, ref: str, start: int, length: int) -> Iterator[bytes]:
+        return self._of(ref).read(ref, start, length)
+
+    def found(self, prefix: str) -> list[Found]:
+        return self._of(prefix).found(prefix)
+
+    def delete(self, prefix: str) -> int:
+        return self._of(prefix).delete(prefix)
+
+    def link(self, ref: str, method: Literal["GET", "PUT"], seconds: float) -> str:
+        return self._of(ref).link(ref, method, seconds)
+
+    def _of(self, ref: str) -> Storage:
+        scheme = ref.partition("://")[0].lower()
+        if scheme not in self._schemes:
+            raise InvalidRef(
+                f"refs of the scheme {scheme[:20]!r} are not read or written here",
+                field="ref",
+                allowed=", ".join(f"{known}://" for known in self._schemes),
+            )
+        return self._schemes[scheme]
