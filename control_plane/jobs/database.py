@@ -1,29 +1,80 @@
-"""Opening the job database and bringing its schema up to date."""
+"""Opening the job database, SQLite or PostgreSQL, and bringing its schema up to date."""
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, event
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
-READERS = 4
+SQLITE_READERS = 4
+POSTGRES_READERS = 8
+POSTGRES_WRITERS = 8
+"""With the connection that listens a replica takes 17; PostgreSQL allows 100 unless told otherwise."""
+CONNECT_SECONDS = 5
+POOL_SECONDS = 10
+"""A caller waits so long for a connection of a busy pool."""
+STATEMENT_SECONDS = 30
+LOCK_SECONDS = 10
+MIGRATION_SECONDS = 300
+"""A replica waits so long while another one migrates."""
+MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
+"""Keys of advisory locks: who migrates, who adds to the queue."""
+
+POSTGRES_OPTIONS = (
+    f"-c statement_timeout={STATEMENT_SECONDS}s -c lock_timeout={LOCK_SECONDS}s "
+    f"-c idle_in_transaction_session_timeout={STATEMENT_SECONDS}s"
+)
+# A server that vanished without a word is noticed within 11 s, not after the two hours of a TCP default.
+POSTGRES_KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 11_000}
+
+
+class _Now(FunctionElement[int]):
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(_Now, "sqlite")
+def _sqlite_now(_element: _Now, _compiler: SQLCompiler, **_more: Any) -> str:
+    return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)"
+
+
+@compiles(_Now, "postgresql")
+def _postgres_now(_element: _Now, _compiler: SQLCompiler, **_more: Any) -> str:
+    return "CAST(EXTRACT(EPOCH FROM statement_timestamp()) * 1000 AS BIGINT)"
+
+
+def db_now() -> ColumnElement[int]:
+    """Milliseconds since 1970 by the database's clock, the one that all replicas share, at the statement's begin."""
+    return _Now()
 
 
 class Database:
-    """Two pools over one database: SQLite takes one writer at a time, and a pool queues more fairly than its lock."""
+    """Two pools over one database. SQLite takes one writer at a time, and a pool queues more fairly than its lock."""
 
     def __init__(self, url: str) -> None:
-        self.write = _engine(url, 1)
-        self.read = _engine(url, READERS)
+        self.url = make_url(url)
+        self.postgres = self.url.get_backend_name() == "postgresql"
+        self.origin = secrets.token_hex(4)
+        """Names this replica in the notices that it sends."""
+        self.write = self._engine(POSTGRES_WRITERS if self.postgres else 1)
+        self.read = self._engine(POSTGRES_READERS if self.postgres else SQLITE_READERS)
 
     async def migrate(self) -> None:
-        """Bring the schema to the newest revision."""
+        """Bring the schema to the newest revision; of several replicas that start at once, one does."""
         async with self.write.begin() as connection:
+            if self.postgres:
+                for name in ("lock_timeout", "statement_timeout"):
+                    await connection.execute(text(f"SET LOCAL {name} = '{MIGRATION_SECONDS}s'"))
+                await _lock(connection, MIGRATION_LOCK)
             await connection.run_sync(_upgrade)
 
     async def close(self) -> None:
@@ -31,19 +82,48 @@ class Database:
         await self.read.dispose()
         await self.write.dispose()
 
+    def _engine(self, size: int) -> AsyncEngine:
+        engine = create_async_engine(
+            self.url,
+            poolclass=AsyncAdaptedQueuePool,
+            pool_size=size,
+            max_overflow=0,
+            pool_timeout=POOL_SECONDS,
+            pool_pre_ping=self.postgres,
+            connect_args=postgres_arguments(self.url) if self.postgres else {},
+        )
+        event.listen(engine.sync_engine, "connect", self._connected)
+        return engine
 
-def _engine(url: str, size: int) -> AsyncEngine:
-    engine = create_async_engine(url, poolclass=AsyncAdaptedQueuePool, pool_size=size, max_overflow=0)
-    event.listen(engine.sync_engine, "connect", _configure)
-    return engine
+    def _connected(self, connection: Any, record: Any) -> None:
+        record.info["origin"] = self.origin
+        if self.postgres:
+            return
+        # An answer of 202 promises that the job survives a power cut: FULL syncs the log at every commit.
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
 
-def _configure(connection: Any, _record: object) -> None:
-    # An answer of 202 promises that the job survives a power cut: FULL syncs the log at every commit.
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+def postgres_arguments(url: URL) -> dict[str, Any]:
+    """What each connection to PostgreSQL is opened with beyond ``url``: every wait has an end."""
+    given = url.query.get("options", "")
+    options = " ".join([POSTGRES_OPTIONS, *([given] if isinstance(given, str) else given)]).strip()
+    return {"connect_timeout": CONNECT_SECONDS, "options": options, **POSTGRES_KEEPALIVE}
+
+
+async def lock_creation(connection: AsyncConnection) -> None:
+    """Until the transaction ends nobody else passes here: whoever counts the queue sees every job in it.
+
+    On SQLite nothing: its one writer holds the lock already.
+    """
+    if connection.dialect.name == "postgresql":
+        await _lock(connection, CREATION_LOCK)
+
+
+async def _lock(connection: AsyncConnection, key: int) -> None:
+    await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
 
 
 def _upgrade(connection: Connection) -> None:
