@@ -17,6 +17,7 @@ from common.errors import ExportError, InvalidRequest
 log = structlog.get_logger()
 
 RETRY_AFTER_SECONDS = 5
+"""Where an error does not say it better in ``details['retryAfterSeconds']``."""
 
 
 class Unauthorized(ExportError):
@@ -117,7 +118,7 @@ def body_of(error: ExportError) -> ErrorBody:
 def headers_of(error: ExportError) -> dict[str, str]:
     """Headers that belong to an error."""
     if error.retryable and status_of(error) in (429, 503):
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        return {"Retry-After": str(error.details.get("retryAfterSeconds", RETRY_AFTER_SECONDS))}
     if error.code == "UNAUTHORIZED":
         return {"WWW-Authenticate": "Bearer"}
     if error.code == "RANGE_NOT_SATISFIABLE":

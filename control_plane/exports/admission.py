@@ -1,0 +1,70 @@
+"""Backpressure: a queue that is too deep or too old turns new jobs away, and says when to come again."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn, Protocol
+
+from control_plane.errors import QueueUnavailable
+from control_plane.operations.profiles import Profile
+
+RATE_SECONDS = 600.0
+"""How far back the rate is measured."""
+MAX_RETRY_SECONDS = 600
+FALLBACK_RETRY_SECONDS = 60
+"""Where no job of the profile ended in that time: there is no rate to go by."""
+
+
+class QueueFigures(Protocol):
+    """What is measured of the jobs of a profile; ``control_plane.jobs.store.JobStore`` has it."""
+
+    async def queued(self, profile: str) -> tuple[int, float]:
+        """How many jobs wait, and for how many seconds the oldest has (0 where none does)."""
+        ...
+
+    async def ended_since(self, profile: str, seconds: float) -> int:
+        """How many jobs ended in the last so many seconds, whatever their outcome."""
+        ...
+
+
+class Admission:
+    """Decides whether a job may queue. The answer holds for now: several requests at once may pass the depth by as
+    many, and ``MEMVID_EXPORT_QUEUE_CAPACITY`` stays the hard limit of all profiles together."""
+
+    def __init__(self, queue: QueueFigures) -> None:
+        self._queue = queue
+
+    async def check(self, profile: Profile) -> None:
+        """Raise QueueUnavailable while too many jobs of the profile wait, or one waits for too long; its details have
+        the figure, the limit, and ``retryAfterSeconds``, which ``Retry-After`` repeats."""
+        depth, age = await self._queue.queued(profile.name)
+        if depth >= profile.queue_depth:
+            too_many = depth - profile.queue_depth + 1
+            message = f"{depth:,} jobs of profile {profile.name} are waiting, {profile.queue_depth:,} may."
+            await self._refuse(message, profile, too_many, depth=depth, limit=profile.queue_depth)
+        if depth and age > profile.queue_age_seconds:
+            message = (
+                f"The oldest job of profile {profile.name} has waited for {age:,.0f} seconds, "
+                f"{profile.queue_age_seconds:,.0f} are allowed."
+            )
+            # So many have waited too long, if they came evenly; each that ends lets the oldest one go on.
+            too_old = math.ceil(depth * (1 - profile.queue_age_seconds / age))
+            await self._refuse(message, profile, too_old, ageSeconds=round(age, 1), limit=profile.queue_age_seconds)
+
+    async def _refuse(self, message: str, profile: Profile, must_end: int, **figures: float) -> NoReturn:
+        ended = await self._queue.ended_since(profile.name, RATE_SECONDS)
+        seconds = retry_after(must_end, ended)
+        raise QueueUnavailable(
+            f"{message} Try again in {seconds:,} seconds.",
+            profile=profile.name,
+            **figures,
+            retryAfterSeconds=seconds,
+        )
+
+
+def retry_after(must_end: int, ended: int) -> int:
+    """Seconds until ``must_end`` jobs have ended, at the rate of ``ended`` in ``RATE_SECONDS``: 1 to
+    ``MAX_RETRY_SECONDS``, and ``FALLBACK_RETRY_SECONDS`` where nothing was measured."""
+    if not ended:
+        return FALLBACK_RETRY_SECONDS
+    return min(MAX_RETRY_SECONDS, max(1, math.ceil(must_end * RATE_SECONDS / ended)))

@@ -1,0 +1,86 @@
+"""A queue that is too deep or too old turns jobs away, with the time at which it is worth trying again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from control_plane.errors import QueueUnavailable, RateLimited, headers_of
+from control_plane.exports.admission import FALLBACK_RETRY_SECONDS, MAX_RETRY_SECONDS, Admission, retry_after
+from control_plane.operations.profiles import Profile
+
+
+class Queue:
+    """Figures of one profile's queue, in memory; every other profile has an empty one."""
+
+    def __init__(self, *, depth: int = 0, age: float = 0.0, ended: int = 0) -> None:
+        self._figures = (depth, age)
+        self._ended = ended
+
+    async def queued(self, profile: str) -> tuple[int, float]:
+        return self._figures if profile == "bulk" else (0, 0.0)
+
+    async def ended_since(self, profile: str, seconds: float) -> int:
+        assert seconds == 600
+        return self._ended if profile == "bulk" else 0
+
+
+def profile(name: str = "bulk") -> Profile:
+    return Profile(name=name, execution_timeout_ms=60_000, ttl_ms=600_000, queue_depth=10, queue_age_seconds=120)
+
+
+def refusal(queue: Queue) -> QueueUnavailable:
+    with pytest.raises(QueueUnavailable) as caught:
+        asyncio.run(Admission(queue).check(profile()))
+    return caught.value
+
+
+@pytest.mark.parametrize(("depth", "age"), [(0, 0), (9, 0), (9, 120.0)])
+def test_a_queue_at_its_limits_still_takes_a_job(depth: int, age: float) -> None:
+    asyncio.run(Admission(Queue(depth=depth, age=age)).check(profile()))
+
+
+def test_a_full_queue_of_one_profile_leaves_the_others_open() -> None:
+    queue = Queue(depth=10)
+    refusal(queue)
+    asyncio.run(Admission(queue).check(profile("interactive")))
+
+
+@pytest.mark.parametrize(
+    ("figures", "details"),
+    [
+        # 60 ended in 600 s: one in 10 s; one, then eleven must end before there is room.
+        ({"depth": 10, "ended": 60}, {"depth": 10, "limit": 10, "retryAfterSeconds": 10}),
+        ({"depth": 20, "ended": 60}, {"depth": 20, "limit": 10, "retryAfterSeconds": 110}),
+        # The older half of eight jobs has waited too long: four must end.
+        ({"depth": 8, "age": 240.0, "ended": 60}, {"ageSeconds": 240.0, "limit": 120, "retryAfterSeconds": 40}),
+        ({"depth": 1, "age": 121.0, "ended": 60}, {"ageSeconds": 121.0, "limit": 120, "retryAfterSeconds": 10}),
+    ],
+)
+def test_a_refusal_says_what_is_full_and_when_there_will_be_room(
+    figures: dict[str, Any], details: dict[str, Any]
+) -> None:
+    error = refusal(Queue(**figures))
+    assert error.details == {"profile": "bulk", **details}
+    assert headers_of(error) == {"Retry-After": str(details["retryAfterSeconds"])}
+
+
+@pytest.mark.parametrize(
+    ("must_end", "ended", "seconds"),
+    [
+        (1, 0, FALLBACK_RETRY_SECONDS),
+        (500, 0, FALLBACK_RETRY_SECONDS),
+        (1, 100_000, 1),
+        (7, 1_000, 5),
+        (1, 1, MAX_RETRY_SECONDS),
+        (10_000, 3, MAX_RETRY_SECONDS),
+    ],
+)
+def test_the_time_stays_between_a_second_and_ten_minutes(must_end: int, ended: int, seconds: int) -> None:
+    assert retry_after(must_end, ended) == seconds
+
+
+def test_errors_that_name_no_time_keep_the_usual_one() -> None:
+    assert headers_of(RateLimited("Too many streams.")) == {"Retry-After": "5"}
