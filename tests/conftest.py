@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from postgres import postgres_server, postgres_url
+
+__all__ = ["fixtures", "postgres_server", "postgres_url", "real_graphs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_GRAPHS = ROOT.parent / "shared" / "data" / "gitnexus"
