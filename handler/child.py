@@ -25,9 +25,10 @@ from common.capsule.gate import Gate
 from common.contract import Progress
 from common.embedding.port import Embedder
 from common.embedding.static import StaticEmbedder
-from common.errors import ExportError, OutOfMemory
+from common.errors import Canceled, ExportError, OutOfMemory
 from common.graph.model import ExportRequest
-from common.storage import FileStorage
+from common.storage import open_storage
+from handler import claim
 from handler.job import read_payload, run_job
 from handler.protocol import (
     Check,
@@ -63,7 +64,7 @@ class Child:
         self._gate = gate
         self._out = out
         self._lock = threading.Lock()
-        self._storage = FileStorage([Path(root) for root in config.storage_roots])
+        self._storage = open_storage(config.storage)
         self._scratch = Path(config.scratch)
         self._kept: _Kept | None = None
 
@@ -106,6 +107,8 @@ class Child:
             nodes=len(request.nodes),
             relationships=len(request.relations),
             files=len(request.files),
+            base_name=request.source.base_name,
+            profile=request.options.profile,
         )
 
     def _run(self, command: Run) -> Done:
@@ -113,9 +116,15 @@ class Child:
         self._kept = None
         if kept is None or kept.job_id != job.job_id:
             kept = None
+        storage = open_storage(self._config.storage, job.links) if job.links else self._storage
+
+        def before_publish() -> None:
+            if command.run is not None and not claim.holds(storage, job.output_prefix, command.run):
+                raise Canceled("the attempt was closed while it ran")
+
         output = run_job(
             job,
-            storage=self._storage,
+            storage=storage,
             scratch=self._scratch / f"{job.job_id}-{job.attempt}",
             limits=self._config.limits,
             writer=self._config.writer,
@@ -123,6 +132,7 @@ class Child:
             gate=self._gate,
             emit=self._report,
             should_stop=_never,
+            before_publish=before_publish,
             generated_at=command.generated_at,
             request=kept.request if kept else None,
             read_seconds=kept.seconds if kept else 0.0,
@@ -168,6 +178,8 @@ def main() -> None:
         most = config.memory_limit + config.memory_limit // 2
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         child = Child(config, gate, out)
+        if config.preload:
+            _static_embedder().embed(["ready"])
         child.send(Ready())
         while child.serve(commands.get()):
             pass

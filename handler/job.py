@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import msgspec
 
 from common.capsule.gate import Gate
-from common.contract import EXPORT_SCHEMA, JobInput, JobOutput, Manifest, Progress, Report, WriterName
+from common.contract import (
+    EXPORT_SCHEMA,
+    ExportOptions,
+    JobInput,
+    JobOutput,
+    Manifest,
+    Progress,
+    Report,
+    WriterName,
+)
 from common.embedding.port import Embedder
-from common.errors import CapsuleUnreadable, InvalidRequest, StorageFailed
+from common.embedding.static import StaticEmbedder
+from common.errors import AccessDenied, CapsuleUnreadable, InvalidRef, InvalidRequest, ObjectMissing, StorageFailed
 from common.graph.model import ExportRequest, GraphLimits
-from common.graph.read import read_graph
+from common.graph.read import OPTION_RANGES, read_graph
 from common.pipeline import export
 from common.storage import Storage
 
@@ -23,18 +37,72 @@ MANIFEST_ENDING = ".manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
 
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
+_OPTIONS = {field.encode_name for field in msgspec.structs.fields(ExportOptions)}
+
+
+def decode_input(data: Any) -> JobInput:
+    """A job's input from JSON. Raises InvalidRequest that names the field where this worker does not understand it."""
+    try:
+        job = msgspec.convert(data, JobInput)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        missing = re.search(r"missing required field `(\w+)`", what)
+        inside = path.rstrip("`").lstrip(".")
+        field = ".".join(filter(None, (inside, missing[1] if missing else ""))) or "input"
+        raise InvalidRequest(f"{field}: {what[:1].lower()}{what[1:]}", field=field) from error
+    check_input(job)
+    return job
+
+
 def check_input(job: JobInput) -> None:
     """Raise InvalidRequest for an input that this worker does not understand."""
     if job.schema_version != EXPORT_SCHEMA:
         raise InvalidRequest(
-            f"schema_version {job.schema_version!r} is not known here", field="schema_version", allowed=EXPORT_SCHEMA
+            f"schema_version {job.schema_version[:100]!r} is not known here",
+            field="schema_version",
+            allowed=EXPORT_SCHEMA,
         )
-    if not job.output_prefix.endswith("/"):
-        raise InvalidRequest("output_prefix must end in /", field="output_prefix")
-    if job.embedding_mode not in (None, "local_cpu"):
-        raise InvalidRequest(
-            f"embedding_mode {job.embedding_mode!r} is not known here", field="embedding_mode", allowed="local_cpu"
-        )
+    for field, value, known in (
+        ("embedding_mode", job.embedding_mode, "local_cpu"),
+        ("embedding_provider", job.embedding_provider, StaticEmbedder.provider),
+        ("embedding_model", job.embedding_model, StaticEmbedder.model),
+    ):
+        if value not in (None, known):
+            raise InvalidRequest(f"{field} {value[:100]!r} is not known here", field=field, allowed=known)
+    for field, right, shape in (
+        ("job_id", _JOB_ID.fullmatch(job.job_id), "letters, digits, dots, - and _, at most 128"),
+        ("attempt", job.attempt >= 1, "1 or more"),
+        ("output_prefix", job.output_prefix.endswith("/"), "a ref that ends in /"),
+        ("payload_size", (job.payload_size or 0) >= 0, "a number of bytes"),
+        ("payload_sha256", job.payload_sha256 is None or _SHA256.fullmatch(job.payload_sha256), "64 hex digits"),
+        (
+            "timeout_seconds",
+            job.timeout_seconds is None or 0 < job.timeout_seconds < math.inf,
+            "a number of seconds above 0",
+        ),
+        ("created_at", job.created_at is None or _is_time(job.created_at), "a time in ISO 8601"),
+    ):
+        if not right:
+            raise InvalidRequest(f"{field} must be {shape}", field=field)
+    with_options(ExportOptions(), job.options)
+
+
+def with_options(options: ExportOptions, changes: dict[str, Any]) -> ExportOptions:
+    """Options with those of a job in place of the payload's. Raises InvalidRequest that names ``options.<name>``."""
+    for name, value in changes.items():
+        field = f"options.{name[:100]}"
+        if name not in _OPTIONS:
+            raise InvalidRequest(f"{field} is not an option", field=field, allowed=", ".join(sorted(_OPTIONS)))
+        try:
+            options = msgspec.convert({**msgspec.to_builtins(options), name: value}, ExportOptions)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"{field}: {str(error).partition(' - at ')[0].lower()}", field=field) from error
+        low, high = OPTION_RANGES.get(name, (0, 0))
+        if name in OPTION_RANGES and not low <= value <= high:
+            raise InvalidRequest(f"{field} must be a whole number from {low:,} to {high:,}", field=field)
+    return options
 
 
 def read_payload(
@@ -46,11 +114,16 @@ def read_payload(
     size: int | None = None,
     sha256: str | None = None,
 ) -> ExportRequest:
-    """Read a staged graph. Raises InvalidRequest, PayloadTooLarge, and StorageFailed if it is not as announced."""
-    request = read_graph(storage.local(ref, scratch, size=size), limits=limits)
-    if sha256 is not None and request.input.sha256 != sha256.lower():
-        raise StorageFailed("the payload is not what was announced (SHA-256)", field="payload_sha256")
-    return request
+    """Read a staged graph; size (bytes) and SHA-256 (hex) are checked while it is fetched.
+
+    Raises InvalidRequest, PayloadTooLarge, PayloadMismatch, and what the storage raises.
+    """
+    try:
+        path = storage.local(ref, scratch, size=size, sha256=sha256, limit=limits.max_payload_bytes)
+    except (InvalidRef, ObjectMissing, AccessDenied) as error:
+        error.details["field"] = "payload_ref"
+        raise
+    return read_graph(path, limits=limits)
 
 
 def run_job(
@@ -65,13 +138,15 @@ def run_job(
     emit: Callable[[Progress], None],
     should_stop: Callable[[], None],
     generated_at: str,
+    before_publish: Callable[[], None] = lambda: None,
     request: ExportRequest | None = None,
     read_seconds: float = 0.0,
 ) -> JobOutput:
     """Export the payload of a job and publish capsule, sidecar and manifest, in this order, under ``output_prefix``.
 
     ``request`` is the payload where it was read before, in ``read_seconds``. ``scratch`` is a folder of this job's
-    own; it is removed. ``embedder`` is asked for only if the request wants vectors. Raises any ExportError.
+    own; it is removed. ``embedder`` is asked for only if the request wants vectors. ``before_publish`` is
+    called right before the manifest is put: what it raises leaves the attempt unpublished. Raises any ExportError.
     """
     check_input(job)
     try:
@@ -87,6 +162,7 @@ def run_job(
                 sha256=job.payload_sha256,
             )
             read_seconds = time.perf_counter() - started
+        request.options = with_options(request.options, job.options)
         result = export(
             request,
             out_dir=scratch,
@@ -102,8 +178,10 @@ def run_job(
         manifest, report = result.manifest, result.report
         hashes = {part.file_name: part.sha256 for part in manifest.parts}
         hashes[manifest.sidecar_file_name] = manifest.sidecar_sha256
-        for path in (*result.capsule_paths, result.sidecar_path, result.manifest_path):
-            storage.put(path, ref_of(job.output_prefix, path.name), sha256=hashes.get(path.name))
+        for path in (*result.capsule_paths, result.sidecar_path):
+            _put(path, job.output_prefix, storage, hashes[path.name])
+        before_publish()
+        _put(result.manifest_path, job.output_prefix, storage, None)
         report.capsule.path = report.sidecar.path = None
         report.job_id, report.attempts = job.job_id, job.attempt
         report.timings.read = round(read_seconds, 4)
@@ -118,16 +196,17 @@ def run_job(
 
 def published(storage: Storage, prefix: str, job_id: str) -> JobOutput | None:
     """What an attempt published under a prefix: None unless a manifest lies there with all that it names."""
-    found = [at.ref for at in storage.found(prefix) if at.ref.endswith(MANIFEST_ENDING)]
-    if len(found) != 1:
+    sizes = {unquote(found.ref.rpartition("/")[2]): found.size for found in storage.found(prefix)}
+    manifests = [name for name in sizes if name.endswith(MANIFEST_ENDING)]
+    if len(manifests) != 1:
         return None
-    manifest = read_manifest(storage, found[0])
-    sizes = {part.file_name: part.size_bytes for part in manifest.parts}
-    sizes[manifest.sidecar_file_name] = manifest.sidecar_size_bytes
-    if any(storage.size(ref_of(prefix, name)) != size for name, size in sizes.items()):
+    manifest = read_manifest(storage, ref_of(prefix, manifests[0]))
+    named = {part.file_name: part.size_bytes for part in manifest.parts}
+    named[manifest.sidecar_file_name] = manifest.sidecar_size_bytes
+    if any(sizes.get(name) != size for name, size in named.items()):
         return None
     manifest.report.job_id = job_id
-    return _output(prefix, unquote(found[0].rsplit("/", 1)[1]), manifest, manifest.report)
+    return _output(prefix, manifests[0], manifest, manifest.report)
 
 
 def read_manifest(storage: Storage, ref: str) -> Manifest:
@@ -144,6 +223,22 @@ def read_manifest(storage: Storage, ref: str) -> Manifest:
 def ref_of(prefix: str, name: str) -> str:
     """The ref of a file under a prefix."""
     return prefix + quote(name)
+
+
+def _put(path: Path, prefix: str, storage: Storage, sha256: str | None) -> None:
+    try:
+        storage.put(path, ref_of(prefix, path.name), sha256=sha256)
+    except (InvalidRef, AccessDenied) as error:
+        error.details["field"] = "output_prefix"
+        raise
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _output(prefix: str, manifest_name: str, manifest: Manifest, report: Report) -> JobOutput:

@@ -9,18 +9,21 @@ import msgspec
 from common.contract import JobError, JobInput, JobOutput, Progress, WriterName
 from common.errors import ExportError
 from common.graph.model import GraphLimits
+from common.storage import StorageConfig
 
 
 class ChildConfig(msgspec.Struct, kw_only=True, frozen=True):
     """What a child is started with; paths are absolute."""
 
     parent_pid: int
-    storage_roots: list[str]
+    storage: StorageConfig
     scratch: str
     writer: WriterName | None
     memory_limit: int
     """Bytes of private memory; more raises OutOfMemory."""
     limits: GraphLimits
+    preload: bool = False
+    """Load the embedding engine before the first command."""
 
 
 class Check(msgspec.Struct, tag="check", kw_only=True):
@@ -36,6 +39,8 @@ class Run(msgspec.Struct, tag="run", kw_only=True):
     job: JobInput
     generated_at: str
     """ISO 8601 in UTC; the same for every attempt, so that every attempt gives the same bytes."""
+    run: str | None = None
+    """Who must hold the claim on the output prefix when the manifest is put there; None: it is not claimed."""
 
 
 Command = Check | Run
@@ -53,6 +58,8 @@ class Checked(msgspec.Struct, tag="checked", kw_only=True):
     nodes: int
     relationships: int
     files: int
+    base_name: str
+    profile: str | None
 
 
 class Reported(msgspec.Struct, tag="progress", kw_only=True):

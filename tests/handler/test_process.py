@@ -16,8 +16,9 @@ import msgspec
 import pytest
 
 from common.contract import JobInput
-from common.errors import Canceled, DeadlineExceeded, InvalidRequest, StorageFailed, WorkerLost
+from common.errors import Canceled, DeadlineExceeded, InvalidRef, InvalidRequest, PayloadMismatch, WorkerLost
 from common.graph.model import GraphLimits
+from common.storage import StorageConfig
 from handler.process import ChildProcess
 from handler.protocol import Check, Checked, ChildConfig, Done, Reported, Run
 
@@ -32,7 +33,7 @@ GRAPH = {
 def _config(root: Path) -> ChildConfig:
     return ChildConfig(
         parent_pid=os.getpid(),
-        storage_roots=[str(root)],
+        storage=StorageConfig(roots=[str(root)]),
         scratch=str(root / "scratch"),
         writer=None,
         memory_limit=4 << 30,
@@ -124,12 +125,12 @@ def test_a_bad_payload_is_told_and_the_child_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"payload_sha256": "0" * 64}, StorageFailed),
-        ({"payload_size": 7}, StorageFailed),
-        ({"payload_ref": "file:///etc/passwd"}, StorageFailed),
+        ({"payload_sha256": "0" * 64}, PayloadMismatch),
+        ({"payload_size": 7}, PayloadMismatch),
+        ({"payload_ref": "file:///etc/passwd"}, InvalidRef),
         ({"schema_version": "gitnexus.export.schema.v9"}, InvalidRequest),
         ({"embedding_mode": "telepathy"}, InvalidRequest),
-        ({"output_prefix": "file:///tmp/elsewhere/"}, StorageFailed),
+        ({"output_prefix": "file:///tmp/elsewhere/"}, InvalidRef),
     ],
 )
 def test_a_job_that_is_not_as_announced_publishes_nothing(
