@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator
 from litestar.types import Receive, Scope, Send
 
 from control_plane.errors import RateLimited
-from control_plane.jobs.hub import EventHub, line_of
+from control_plane.jobs.database import AWAY
+from control_plane.jobs.hub import Channel, EventHub, Line, line_of
 from control_plane.jobs.records import TERMINAL, JobRecord
 from control_plane.jobs.store import JobStore
 
@@ -24,33 +25,62 @@ HEADERS = [
 
 
 async def lines(store: JobStore, hub: EventHub, job: JobRecord, since: int) -> AsyncGenerator[bytes, None]:
-    """Events above ``since`` as they come, each once and in order, until the terminal one or the server's stop."""
-    loop = asyncio.get_running_loop()
+    """Events above ``since`` as they come, each once and in order, until the terminal one or the server's stop.
+
+    They come from memory where this replica wrote them, else from the database; one that is away for a while makes the
+    stream late and no more.
+    """
     async with hub.listen(job.id) as channel:
         position, behind = min(since, job.last_seq), True
-        yield PING
-        pinged = loop.time()
         while not channel.closed:
-            if behind:
-                page = [line_of(event) for event in await store.events(job.id, position, PAGE)]
-                behind = len(page) == PAGE
-            else:
-                page = []
-                while (line := channel.lines.get(position + len(page) + 1)) is not None:
-                    page.append(line)
-                behind = not page and any(seq > position for seq in channel.lines)
+            page = _in_memory(channel, position)
+            if not page and (behind or channel.known > position):
+                try:
+                    page = [line_of(event) for event in await store.events(job.id, position, PAGE)]
+                    behind = len(page) == PAGE
+                except AWAY:  # the notifier says so in the log, once for all streams
+                    behind = True
             if page:
                 position = page[-1].seq
                 yield b"".join(line.data for line in page)
                 if page[-1].last:
                     return
-            elif not behind:
-                if job.status in TERMINAL and position >= job.last_seq:
+            elif job.status in TERMINAL and position >= job.last_seq:
+                return
+            else:
+                await channel.changed(PING_SECONDS)
+
+
+def _in_memory(channel: Channel, position: int) -> list[Line]:
+    page: list[Line] = []
+    while (line := channel.lines.get(position + len(page) + 1)) is not None:
+        page.append(line)
+    return page
+
+
+async def with_pings(source: AsyncGenerator[bytes, None], hub: EventHub) -> AsyncGenerator[bytes, None]:
+    """What ``source`` gives, and pings between, however long it is silent."""
+    loop = asyncio.get_running_loop()
+    yield PING
+    pinged = loop.time()
+    awaited = asyncio.ensure_future(anext(source, None))
+    try:
+        while True:
+            await asyncio.wait([awaited], timeout=max(0.0, pinged + PING_SECONDS - loop.time()))
+            if awaited.done():
+                if (data := awaited.result()) is None:
                     return
-                await channel.changed(max(0.0, pinged + PING_SECONDS - loop.time()))
+                yield data
+                awaited = asyncio.ensure_future(anext(source, None))
             if loop.time() >= pinged + PING_SECONDS:
+                if hub.closed:
+                    return
                 yield PING
                 pinged = loop.time()
+    finally:
+        awaited.cancel()
+        await asyncio.gather(awaited, return_exceptions=True)
+        await source.aclose()
 
 
 class EventStream:
@@ -59,7 +89,7 @@ class EventStream:
     def __init__(self, store: JobStore, hub: EventHub, job: JobRecord, since: int, *, max_streams: int) -> None:
         if hub.listeners >= max_streams:
             raise RateLimited(f"{max_streams:,} event streams are open; poll the events instead, or try again later.")
-        self._lines = lines(store, hub, job, since)
+        self._lines = with_pings(lines(store, hub, job, since), hub)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -9,6 +9,8 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import AsyncAdaptedQueuePool
@@ -28,6 +30,9 @@ MIGRATION_SECONDS = 300
 """A replica waits so long while another one migrates."""
 MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 """Keys of advisory locks: who migrates, who adds to the queue."""
+
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""What a database raises that is away or too busy: the same may work later."""
 
 POSTGRES_OPTIONS = (
     f"-c statement_timeout={STATEMENT_SECONDS}s -c lock_timeout={LOCK_SECONDS}s "

@@ -31,10 +31,12 @@ def line_of(event: Event) -> Line:
 
 
 class Channel:
-    """The newest events of one job."""
+    """The newest events of one job, and how far its log in the database reaches."""
 
     def __init__(self) -> None:
         self.lines: dict[int, Line] = {}
+        self.known = 0
+        """The highest number that is in the database for sure; streams read there what is not in ``lines``."""
         self.listeners = 0
         self.closed = False
         self._changed = asyncio.Event()
@@ -45,7 +47,14 @@ class Channel:
             self.lines[line.seq] = line
         while len(self.lines) > KEPT:
             del self.lines[min(self.lines)]
+        self.known = max(self.known, *(line.seq for line in lines))
         self.wake()
+
+    def reaches(self, seq: int) -> None:
+        """The log has events up to ``seq``; wake all listeners if that is news."""
+        if seq > self.known:
+            self.known = seq
+            self.wake()
 
     def wake(self) -> None:
         """Wake all listeners."""
@@ -74,6 +83,16 @@ class EventHub:
         """Hand committed events to the listeners of a job."""
         if channel := self._channels.get(job_id):
             channel.add([line_of(event) for event in events])
+
+    def reaches(self, job_id: str, seq: int) -> None:
+        """Tell the listeners of a job that its log in the database has events up to ``seq``."""
+        if channel := self._channels.get(job_id):
+            channel.reaches(seq)
+
+    @property
+    def job_ids(self) -> list[str]:
+        """The jobs that someone listens to."""
+        return list(self._channels)
 
     @asynccontextmanager
     async def listen(self, job_id: str) -> AsyncIterator[Channel]:

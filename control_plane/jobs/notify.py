@@ -21,15 +21,28 @@ called; besides, the notifier asks for the newest numbers of all jobs that someo
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 
-from sqlalchemy import text
+import psycopg
+import structlog
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.jobs.database import Database
+from control_plane.jobs.database import AWAY, Database, postgres_arguments
 from control_plane.jobs.hub import EventHub
+from control_plane.jobs.tables import jobs
+
+log = structlog.get_logger()
 
 CHANNEL = "memvid_export"
+LOOK_SECONDS = 1.5
+"""A stream is so late at most when word was lost."""
+LOOKED_AT = 500
+"""Jobs asked for in one query."""
+PROBE_SECONDS = 10.0
+"""After so long without word the connection is tried."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 5.0
 
 
 async def announce(connection: AsyncConnection, job_id: str, last_seq: int) -> None:
@@ -50,16 +63,95 @@ async def _notify(connection: AsyncConnection, message: str) -> None:
 
 
 class Notifier:
-    """Listens to the other replicas."""
+    """Listens to the other replicas, and looks after the streams in case that word was lost."""
 
     def __init__(self, database: Database, hub: EventHub, on_wake: Callable[[str | None], None]) -> None:
         self._database = database
         self._hub = hub
         self._on_wake = on_wake
+        self._missed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen from now on; a database that is away is tried again and again."""
+        loops = [self._look(), self._listen()] if self._database.postgres else [self._look()]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in self._tasks:
+            task.add_done_callback(_ended)
 
     async def stop(self) -> None:
         """Listen no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        wait = FIRST_WAIT_SECONDS
+        while True:
+            try:
+                async with await self._connect() as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}")
+                    log.info("listening to other replicas")
+                    wait = FIRST_WAIT_SECONDS
+                    self._missed.set()
+                    self._on_wake(None)
+                    while True:
+                        async for notice in connection.notifies(timeout=PROBE_SECONDS):
+                            self._hear(notice.payload)
+                        await connection.execute("SELECT 1")
+            except psycopg.Error as error:
+                if wait == FIRST_WAIT_SECONDS:
+                    log.warning("cannot listen to other replicas", error=str(error))
+            await asyncio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+    async def _connect(self) -> psycopg.AsyncConnection:
+        url = self._database.url
+        given, named = self._database.read.dialect.create_connect_args(url)
+        return await psycopg.AsyncConnection.connect(*given, **{**named, **postgres_arguments(url)}, autocommit=True)
+
+    def _hear(self, payload: str) -> None:
+        match payload.split(" "):
+            case [self._database.origin, *_]:
+                pass
+            case [_, "events", job_id, seq] if seq.isdigit():
+                self._hub.reaches(job_id, int(seq))
+            case [_, "wake", "-"]:
+                self._on_wake(None)
+            case [_, "wake", job_id]:
+                self._on_wake(job_id)
+            case _:
+                log.warning("word that this version does not know", payload=payload[:200])
+
+    async def _look(self) -> None:
+        away = False
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._missed.wait()
+            except TimeoutError:
+                pass
+            self._missed.clear()
+            try:
+                await self._look_once()
+            except AWAY as error:
+                if not away:
+                    log.warning("the database is away", error=str(error))
+                away = True
+            else:
+                if away:
+                    log.info("the database is back")
+                away = False
+
+    async def _look_once(self) -> None:
+        ids = self._hub.job_ids
+        for start in range(0, len(ids), LOOKED_AT):
+            query = select(jobs.c.id, jobs.c.last_seq).where(jobs.c.id.in_(ids[start : start + LOOKED_AT]))
+            async with self._database.read.connect() as connection:
+                for job_id, last_seq in await connection.execute(query):
+                    self._hub.reaches(job_id, last_seq)
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        log.error("the notifier ended", exc_info=task.exception())
