@@ -159,6 +159,13 @@ class Settings(WorkerSettings):
         validation_alias="RUNPOD_API_BASE",
         description="an http(s) URL",
     )
+    runpod_rest_base: str = Field(
+        "https://rest.runpod.io/v1",
+        pattern=r"^https?://[^\s?#]+$",
+        validation_alias="RUNPOD_REST_BASE",
+        description="an http(s) URL",
+    )
+    """Where endpoints are read and changed, for ``memvid-export scale``."""
     runpod_endpoint_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_-]{1,64}$",

@@ -197,6 +197,63 @@ def serve(
 
 
 @app.command()
+def scale(
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The profiles file; MEMVID_EXPORT_PROFILES_FILE by default.")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="As if it were then: ISO 8601, local to the file's time zone.")
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Change the endpoint; without it the plan is only shown.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Set the workers of the Runpod endpoint to what the schedule says; run it from cron, as often as you like."""
+    import stamina
+
+    from common.settings import Settings
+    from control_plane.operations.profiles import Profiles
+    from control_plane.operations.scaling import RunpodEndpoint, moment_of, plan
+    from control_plane.terminal import Show
+
+    settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
+    path = file or settings.profiles_file
+    if path is None:
+        raise InvalidSettings("Name a profiles file: --file, or MEMVID_EXPORT_PROFILES_FILE", field="--file")
+    if settings.runpod_endpoint_id is None or settings.runpod_api_key is None:
+        name = "RUNPOD_API_KEY" if settings.runpod_endpoint_id else "RUNPOD_ENDPOINT_ID"
+        raise InvalidSettings(f"{name} must be set: it is the endpoint that is scaled", field=name)
+    profiles = Profiles.load(path, settings)
+    moment = moment_of(at, profiles.time_zone) if at else datetime.now(UTC)
+    endpoint_id, key = settings.runpod_endpoint_id, settings.runpod_api_key.get_secret_value()
+    with Show(json=json) as show, RunpodEndpoint(settings.runpod_rest_base, endpoint_id, key) as endpoint:
+        # Its own hook would print to standard output.
+        stamina.instrumentation.set_on_retry_hooks(
+            [lambda retry: show.note(f"Runpod did not answer; trying again in {retry.wait_for:.1f} s")]
+        )
+        found = plan(profiles, moment, endpoint.read())
+        show.result(
+            f"Endpoint {found.endpoint_id} {found.endpoint_name}".rstrip(),
+            f"{found.place} of {path} holds at {found.at} ({found.time_zone})",
+            f"  {'':<12}{'present':>8}{'wanted':>8}",
+            *(
+                f"  {change.setting:<12}{'?' if change.present is None else change.present:>8}{change.wanted:>8}"
+                f"{'  changes' if change.needed else ''}"
+                for change in found.settings
+            ),
+        )
+        if apply and found.changes:
+            endpoint.change(found.changes)
+            found.applied = True
+        show.data(found)
+        if not found.changes:
+            show.result("The endpoint is as it should be.")
+        else:
+            show.result("Done." if found.applied else "Nothing was changed; --apply changes it.")
+
+
+@app.command()
 def submit(
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="A graph file (.gz and .zst too).")],
     url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],

@@ -82,6 +82,13 @@ class QueueUnavailable(ExportError):
     retryable = True
 
 
+class PlatformUnavailable(ExportError):
+    """Runpod does not answer for now, or not as its documentation says."""
+
+    code = "PLATFORM_UNAVAILABLE"
+    retryable = True
+
+
 STATUS: dict[str, int] = {
     "UNAUTHORIZED": 401,
     "INVALID_EXPORT_REQUEST": 400,
@@ -96,6 +103,7 @@ STATUS: dict[str, int] = {
     "RANGE_NOT_SATISFIABLE": 416,
     "RATE_LIMITED": 429,
     "QUEUE_UNAVAILABLE": 503,
+    "PLATFORM_UNAVAILABLE": 503,
     "STORAGE_FAILED": 503,
     "WORKER_LOST": 503,
 }
