@@ -8,6 +8,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from psycopg.abc import Buffer
+from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -62,6 +64,13 @@ def db_now() -> ColumnElement[int]:
     return _Now()
 
 
+class _Words(StrDumperUnknown):
+    """Text for PostgreSQL, which cannot hold the character NUL; clients send it in names, and in ids they ask for."""
+
+    def dump(self, obj: str) -> Buffer | None:
+        return super().dump(obj.replace("\0", "\ufffd"))
+
+
 class Database:
     """Two pools over one database. SQLite takes one writer at a time, and a pool queues more fairly than its lock."""
 
@@ -103,6 +112,7 @@ class Database:
     def _connected(self, connection: Any, record: Any) -> None:
         record.info["origin"] = self.origin
         if self.postgres:
+            connection.driver_connection.adapters.register_dumper(str, _Words)
             return
         # An answer of 202 promises that the job survives a power cut: FULL syncs the log at every commit.
         cursor = connection.cursor()

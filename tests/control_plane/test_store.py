@@ -23,9 +23,17 @@ from control_plane.jobs.tables import metadata
 from control_plane.jobs.transitions import ALLOWED
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
 @asynccontextmanager
-async def _store(root: Path, capacity: int = 100) -> AsyncIterator[JobStore]:
-    database = Database(f"sqlite+aiosqlite:///{root / 'jobs.sqlite'}")
+async def _store(url: str, capacity: int = 100) -> AsyncIterator[JobStore]:
+    database = Database(url)
     await database.migrate()
     try:
         yield JobStore(database, EventHub(), queue_capacity=capacity)
@@ -33,9 +41,9 @@ async def _store(root: Path, capacity: int = 100) -> AsyncIterator[JobStore]:
         await database.close()
 
 
-def _run(root: Path, scenario: Callable[[JobStore], Awaitable[None]], capacity: int = 100) -> None:
+def _run(url: str, scenario: Callable[[JobStore], Awaitable[None]], capacity: int = 100) -> None:
     async def inside() -> None:
-        async with _store(root, capacity) as store:
+        async with _store(url, capacity) as store:
             await scenario(store)
 
     asyncio.run(inside())
@@ -69,9 +77,9 @@ def _check(job: JobRecord, events: list[Event]) -> None:
     assert ends in ([], [job.last_seq])
 
 
-def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
+def test_migrations_make_the_tables_that_the_code_uses(url: str) -> None:
     async def inside() -> None:
-        database = Database(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}")
+        database = Database(url)
         await database.migrate()
         await database.migrate()
         async with database.read.connect() as connection:
@@ -93,7 +101,7 @@ def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(tmp_path: Path, seed: int) -> None:
+def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(url: str, seed: int) -> None:
     chance = random.Random(seed)
 
     async def scenario(store: JobStore) -> None:
@@ -119,10 +127,10 @@ def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(tmp_path: Path, s
         _check(after, await store.events(job.id, 0, 1_000))
         assert not await store.advance(job.id, job.attempt, [_step(50)])
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
 
 
-def test_what_may_follow_what_is_held_by_the_database(tmp_path: Path) -> None:
+def test_what_may_follow_what_is_held_by_the_database(url: str) -> None:
     paths: dict[str, list[str]] = {
         "queued": [],
         "running": ["running"],
@@ -142,10 +150,10 @@ def test_what_may_follow_what_is_held_by_the_database(tmp_path: Path) -> None:
                 moved = await store.move(job.id, target, event)
                 assert (moved is not None) == (target in targets), (source, target)
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
 
 
-def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(tmp_path: Path) -> None:
+def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         await store.create(_new())
         first = await store.claim(max_weight=None)
@@ -163,10 +171,10 @@ def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(tm
         _check(after, events)
         assert [event.progress for event in events][-3:] == [70, 70, 75]
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
 
 
-def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(tmp_path: Path) -> None:
+def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         large = (await store.create(_new(weight=1_000)))[0].id
         small = [(await store.create(_new(weight=10)))[0].id for _ in range(5)]
@@ -178,10 +186,10 @@ def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(tmp_path: Pat
         assert sorted(ids) == sorted([large, *small[1:]])
         assert ids[0] == large
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
 
 
-def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(tmp_path: Path) -> None:
+def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         results = await asyncio.gather(*(store.create(_new()) for _ in range(10)), return_exceptions=True)
         assert sum(isinstance(result, QueueUnavailable) for result in results) == 7
@@ -189,10 +197,10 @@ def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(tmp_path: Pa
         with pytest.raises(QueueUnavailable):
             await store.check_capacity()
 
-    _run(tmp_path, scenario, capacity=3)
+    _run(url, scenario, capacity=3)
 
 
-def test_a_key_stands_for_one_body(tmp_path: Path) -> None:
+def test_a_key_stands_for_one_body(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         results = await asyncio.gather(*(store.create(_new(), "key") for _ in range(6)))
         assert len({job.id for job, _ in results}) == 1
@@ -201,10 +209,10 @@ def test_a_key_stands_for_one_body(tmp_path: Path) -> None:
             await store.create(_new(sha256="1" * 64), "key")
         assert await store.counts() == {"queued": 1}
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
 
 
-def test_old_records_are_forgotten_with_all_that_belongs_to_them(tmp_path: Path) -> None:
+def test_old_records_are_forgotten_with_all_that_belongs_to_them(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         job, _ = await store.create(_new(), "key")
         waiting, _ = await store.create(_new())
@@ -216,4 +224,4 @@ def test_old_records_are_forgotten_with_all_that_belongs_to_them(tmp_path: Path)
         assert await store.find_key("key", "0" * 64) is None
         assert await store.get(waiting.id) is not None
 
-    _run(tmp_path, scenario)
+    _run(url, scenario)
