@@ -160,7 +160,11 @@ class FileStorage:
         parts = urlsplit(ref)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
             raise InvalidRef(f"not a file:// ref of this machine: {parts.scheme}://…", field="ref", allowed="file:///")
-        text = unquote(parts.path)
+        try:
+            text = unquote(parts.path, errors="strict")
+            os.fsencode(text)
+        except UnicodeError as error:
+            raise InvalidRef("a file:// ref that is not UTF-8", field="ref") from error
         if "\0" in text:
             raise InvalidRef("a file:// ref with a NUL in it", field="ref")
         path = Path(os.path.normpath(text))

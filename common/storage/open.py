@@ -10,11 +10,14 @@ from common.contract import Links
 from common.errors import InvalidRef
 from common.storage.file import FileStorage
 from common.storage.port import Found, Storage, StorageConfig, Stored
+from common.storage.s3 import S3Storage
 
 
 def open_storage(config: StorageConfig, links: Mapping[str, Links] | None = None) -> Storage:
     """The storage that ``config`` allows; refs that ``links`` names go over their signed URLs. Connects to nothing."""
     schemes: dict[str, Storage] = {"file": FileStorage([Path(root) for root in config.roots])}
+    if config.s3 is not None:
+        schemes["s3"] = S3Storage(config.s3)
     return _ByScheme(schemes)
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 class S3Config(msgspec.Struct, kw_only=True, frozen=True):
     """How a store that speaks S3 is reached. Credentials, region and endpoint come from where boto3 looks for them
-    (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL_S3``, …)."""
+    (``AWS_ACCESS_KEY_ID``, ``AWS_DEFAULT_REGION``, ``AWS_ENDPOINT_URL_S3``, …)."""
 
     bucket: str
     """Refs of another bucket are refused."""

@@ -1,0 +1,236 @@
+"""Reading an object over a network: range by range, in a bounded window, across broken connections."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from common.errors import StorageFailed
+from common.storage.file import PIECE, check_sha256, check_size
+
+PART = 8 << 20
+WINDOW = 6
+"""Parts under way at once; with the one in hand at most 7 x 8 MiB are in memory."""
+ATTEMPTS = 5
+"""Tries in a row that bring less than 1 MiB each."""
+_WAITS = (0.1, 5.0)
+_Answer = TypeVar("_Answer")
+
+
+class Broken(StorageFailed):
+    """A connection that failed, or a server that had no time: worth another try at once."""
+
+
+class Opened(NamedTuple):
+    """An answer whose body has not been read."""
+
+    size: int | None
+    """Of the whole object; None where the server does not say."""
+    tag: str | None
+    """What changes when the object does; None where nothing tells."""
+    start: int
+    """Where the body begins."""
+    ranged: bool
+    """False where the server knows no ranges: the body is the whole object then."""
+    age: float
+    """Seconds since it was written, by the server's clock."""
+    body: Iterator[bytes]
+    """Raises Broken where it ends early."""
+    close: Callable[[], None]
+
+
+def age_of(written: str | datetime | None, now: str | None) -> float:
+    """Seconds from when an object was written to the ``Date`` of the answer that says so; 0 where one is missing."""
+    if not written or not now:
+        return 0.0
+    since = parsedate_to_datetime(written) if isinstance(written, str) else written
+    return max(0.0, (parsedate_to_datetime(now) - since).total_seconds())
+
+
+class Source(Protocol):
+    """An object that can be read from any byte on."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it; holds no secrets."""
+        ...
+
+    def open(self, start: int, stop: int | None, tag: str | None) -> Opened:
+        """Ask for bytes ``start`` to ``stop`` of the object that has this tag. Raises Broken where another try may
+        help, other ExportErrors where not."""
+        ...
+
+
+def patiently(do: Callable[[], _Answer]) -> _Answer:
+    """What ``do`` answers, asked at most 5 times while it raises Broken, with growing pauses."""
+    for tries in range(1, ATTEMPTS):
+        try:
+            return do()
+        except Broken:
+            _pause(tries)
+    return do()
+
+
+def read_range(source: Source, start: int, length: int) -> Iterator[bytes]:
+    """``length`` bytes from ``start`` on, in pieces of at most 1 MiB. Raises StorageFailed where fewer are there."""
+    if length <= 0:
+        return
+    with closing(Stream(source, start, start + length)) as stream:
+        if stream.size is not None and stream.size < start + length:
+            raise StorageFailed(f"{source.name} is shorter than it should be")
+        for piece in stream:
+            for at in range(0, len(piece), PIECE):
+                yield piece[at : at + PIECE]
+        if stream.at < start + length:
+            raise StorageFailed(f"{source.name} is shorter than it should be")
+
+
+def download(
+    source: Source, ref: str, folder: Path, *, size: int | None, sha256: str | None, limit: int | None
+) -> Path:
+    """The object as a file in ``folder``, whole and checked or not there; see ``Storage.local`` for what is checked."""
+    name = ref.rpartition("/")[2][-80:]
+    target = folder / f"{hashlib.sha256(ref.encode()).hexdigest()[:16]}-{name}"
+    temporary = folder / f".tmp-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = patiently(lambda: _to_file(source, temporary, size=size, limit=limit))
+        if sha256 is not None:
+            check_sha256(source.name, found, sha256)
+        return temporary.replace(target)
+    except OSError as error:
+        raise StorageFailed(f"cannot keep {source.name}: {error.strerror or error}", errno=error.errno) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Stream:
+    """Bytes ``start`` to ``stop`` of an object; goes on where it was when a connection breaks."""
+
+    def __init__(self, source: Source, start: int, stop: int | None, tag: str | None = None) -> None:
+        self._source, self.stop, self.at = source, stop, start
+        self._tries, self._mark = 1, start
+        self._opened = opened = self._open(tag)
+        self.size, self.tag, self.ranged, self.age = opened.size, opened.tag, opened.ranged, opened.age
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            try:
+                for piece in self._opened.body:
+                    wanted = piece if self.stop is None else piece[: self.stop - self.at]
+                    self.at += len(wanted)
+                    yield wanted
+                    if len(wanted) < len(piece) or (self.at == self.stop and not self.ranged):
+                        return
+                if self.size is None or self.at in (self.stop, self.size):
+                    return
+                raise Broken(f"{self._source.name} ended early")
+            except Broken as error:
+                self.close()
+                if self.tag is None:  # nothing tells whether what comes next is of the same object
+                    raise
+                self._again(error)
+                self._opened = self._open(self.tag)
+
+    def close(self) -> None:
+        """End the connection, or give it back where all was read."""
+        self._opened.close()
+
+    def _open(self, tag: str | None) -> Opened:
+        while True:
+            try:
+                opened = self._source.open(self.at, self.stop, tag)
+            except Broken as error:
+                self._again(error)
+                continue
+            if opened.start != self.at:
+                opened.close()
+                raise StorageFailed(f"{self._source.name}: its server cannot answer from byte {self.at:,} on")
+            return opened
+
+    def _again(self, error: Broken) -> None:
+        if self.at - self._mark >= PIECE:
+            self._tries, self._mark = 1, self.at
+        if self._tries >= ATTEMPTS:
+            raise StorageFailed(f"{error.message}; tried {ATTEMPTS} times", **error.details) from error
+        _pause(self._tries)
+        self._tries += 1
+
+
+def _to_file(source: Source, path: Path, *, size: int | None, limit: int | None) -> str:
+    """Write the object to a file; its SHA-256 (hex)."""
+    digest, written = hashlib.sha256(), 0
+    abandoned = threading.Event()
+    with path.open("wb") as file, closing(Stream(source, 0, PART)) as first:
+        if first.size is not None:
+            check_size(source.name, first.size, size, limit)
+
+        def keep(piece: bytes) -> None:
+            nonlocal written
+            written += len(piece)
+            if limit is not None and written > limit:
+                check_size(source.name, written, None, limit)
+            digest.update(piece)
+            file.write(piece)
+
+        with ThreadPoolExecutor(WINDOW, thread_name_prefix="download") as pool:
+            try:
+                for piece in _in_order(source, first, pool, abandoned):
+                    keep(piece)
+            finally:
+                abandoned.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+    check_size(source.name, written, size if size is not None else written, limit)
+    return digest.hexdigest()
+
+
+def _in_order(source: Source, first: Stream, pool: ThreadPoolExecutor, abandoned: threading.Event) -> Iterator[bytes]:
+    if not first.ranged or first.size is None:
+        first.stop = None
+        yield from first
+        return
+    if first.tag is None:  # parts could be of different objects
+        first.close()
+        with closing(Stream(source, 0, None)) as whole:
+            yield from whole
+        return
+    tag, total = first.tag, first.size
+    starts = iter(range(PART, total, PART))
+    under_way: deque[Future[bytes]] = deque()
+
+    def ahead() -> None:
+        while len(under_way) < WINDOW and (start := next(starts, None)) is not None:
+            under_way.append(pool.submit(_part, source, start, min(start + PART, total), tag, abandoned))
+
+    ahead()
+    yield from first
+    while under_way:
+        part = under_way.popleft().result()
+        ahead()
+        yield part
+
+
+def _part(source: Source, start: int, stop: int, tag: str, abandoned: threading.Event) -> bytes:
+    part = bytearray()
+    with closing(Stream(source, start, stop, tag)) as stream:
+        for piece in stream:
+            if abandoned.is_set():
+                raise StorageFailed(f"{source.name} is not wanted any more")
+            part += piece
+    return bytes(part)
+
+
+def _pause(tries: int) -> None:
+    first, most = _WAITS
+    time.sleep(random.uniform(0.5, 1.0) * min(most, first * 2**tries))  # noqa: S311  spreads clients, hides nothing
