@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
+import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
 from common.contract import Event, Progress, Stage
 from common.errors import InvalidRequest
 from control_plane.errors import QueueUnavailable
-from control_plane.jobs.database import Database
+from control_plane.exports.stream import lines
+from control_plane.jobs.database import Database, db_now
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import TERMINAL_EVENTS, JobRecord, NewEvent, NewJob
 from control_plane.jobs.store import JobStore
@@ -126,6 +130,104 @@ def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(url: str, seed: i
         assert after is not None
         _check(after, await store.events(job.id, 0, 1_000))
         assert not await store.advance(job.id, job.attempt, [_step(50)])
+
+    _run(url, scenario)
+
+
+def test_of_fifty_writers_at_once_each_is_heard_once_and_one_ends_the_job(url: str) -> None:
+    async def scenario(store: JobStore) -> None:
+        await store.create(_new())
+        job = await store.claim(max_weight=None)
+        assert job is not None
+        end = NewEvent("job_failed", Progress(stage="failed", progress=0, stage_progress=0, message="failed"))
+        told = await asyncio.gather(
+            *(store.advance(job.id, job.attempt, [_step(n), _step(n)]) for n in range(40)),
+            *(store.move(job.id, "failed", end, attempt=job.attempt) for _ in range(10)),
+        )
+        assert sum(moved is not None for moved in told[40:]) == 1
+        after = await store.get(job.id)
+        assert after is not None
+        assert after.last_seq == 2 + 2 * told[:40].count(True) + 1
+        _check(after, await store.events(job.id, 0, 1_000))
+
+    _run(url, scenario)
+
+
+def test_steps_that_two_replicas_have_read_are_told_once(url: str) -> None:
+    async def scenario(store: JobStore) -> None:
+        await store.create(_new())
+        job = await store.claim(max_weight=None)
+        assert job is not None
+        steps = [_step(10), _step(20)]
+        told = await asyncio.gather(*(store.advance(job.id, 1, steps, told=(0, 2)) for _ in range(10)))
+        assert told.count(True) == 1
+        assert await store.advance(job.id, 1, [_step(30)], told=(2, 3))
+        assert [event.progress for event in await store.events(job.id, 2, 100)] == [10, 20, 30]
+
+    _run(url, scenario)
+
+
+def test_names_hold_any_character_but_that_of_which_a_database_knows_nothing(url: str) -> None:
+    async def scenario(store: JobStore) -> None:
+        names = "a\x00b", "\u2028 ' \" % :x \\ \U0001f600"
+        jobs = [(await store.create(dataclasses.replace(_new(), project_name=name)))[0] for name in names]
+        assert [job.project_name for job in jobs][1] == names[1]
+        assert jobs[0].project_name in ("a\x00b", "a\ufffdb")
+        for text in ("\x00", "a\x00", "' OR 1=1 --"):
+            assert await store.get(text) is None
+            assert await store.find_key(text, "0" * 64) is None
+
+    _run(url, scenario)
+
+
+def test_the_databases_clock_counts_milliseconds_of_now(url: str) -> None:
+    async def inside() -> None:
+        database = Database(url)
+        before = time.time_ns() // 1_000_000
+        async with database.read.connect() as connection:
+            now = await connection.scalar(select(db_now()))
+        await database.close()
+        assert now is not None
+        # Both run on this machine's clock; SQLite's has a resolution of a millisecond.
+        assert before - 1 <= now <= time.time_ns() // 1_000_000 + 1
+
+    asyncio.run(inside())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_gives_each_event_once_and_in_order_whatever_it_was_told(url: str, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def scenario(store: JobStore) -> None:
+        await store.create(_new())
+        job = await store.claim(max_weight=None)
+        assert job is not None
+        hub = EventHub()
+        seen: list[bytes] = []
+
+        async def follow() -> None:
+            async for data in lines(store, hub, job, 0):
+                seen.extend(re.findall(rb"^id: (\d+)$", data, re.MULTILINE))
+
+        async def write() -> None:
+            for _ in range(40):
+                await store.advance(job.id, 1, [_step(50)] * chance.randint(1, 3))
+                last = (await store.get(job.id) or job).last_seq
+                if chance.random() < 0.4:
+                    hub.reaches(job.id, last)
+                elif chance.random() < 0.6:  # own events, some of them lost, late or twice
+                    events = await store.events(job.id, last - chance.randint(1, 3), 10)
+                    hub.publish(job.id, chance.sample(events, chance.randint(1, len(events))))
+                await asyncio.sleep(0)
+            end = NewEvent("job_failed", Progress(stage="failed", progress=0, stage_progress=0, message="failed"))
+            after = await store.move(job.id, "failed", end)
+            assert after is not None
+            hub.reaches(job.id, after.last_seq)
+
+        await asyncio.gather(follow(), write())
+        after = await store.get(job.id)
+        assert after is not None
+        assert [int(number) for number in seen] == list(range(1, after.last_seq + 1))
 
     _run(url, scenario)
 
