@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -251,6 +252,91 @@ def scale(
             show.result("The endpoint is as it should be.")
         else:
             show.result("Done." if found.applied else "Nothing was changed; --apply changes it.")
+
+
+@app.command()
+def worker(
+    test_input: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run this one job (JSON: {input: {…}}) and end.")
+    ] = None,
+) -> None:
+    """Run jobs of a Runpod endpoint; settings come from the environment (MEMVID_EXPORT_…, and Runpod's own).
+
+    Outside of Runpod it runs the job in ./test_input.json, or that of --test-input.
+    """
+    from common.settings import WorkerSettings
+    from handler.worker import start
+
+    start(WorkerSettings.read(os.environ), _job_text(test_input) if test_input else None)
+
+
+def _job_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        msgspec.json.decode(text, type=dict)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise InvalidRequest(f"{path}: {error}", field="--test-input") from error
+    return text
+
+
+@app.command("local-runpod")
+def local_runpod(
+    bind: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where it listens; port 0 is a free one.")] = (
+        "127.0.0.1:8600"
+    ),
+    endpoint: Annotated[str, typer.Option(help="The endpoint's id.")] = "local",
+    workers: Annotated[str, typer.Option(metavar="MIN:MAX", help="How many workers run.")] = "0:2",
+    idle_seconds: Annotated[float, typer.Option(min=0, help="A worker without a job ends after that long.")] = 5.0,
+    worker_command: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="What a worker runs instead of memvid-export worker.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Add to the environment of the workers.")
+    ] = None,
+    fault: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PROBABILITY", help="A fault that strikes by chance.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the chance repeatable.")] = None,
+) -> None:
+    """Run a local Runpod: an endpoint with workers on this machine; RUNPOD_API_KEY, where set, is its key."""
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError as error:
+        raise InvalidSettings("local-runpod needs the worker extra: pip install 'memvid-export[worker]'") from error
+    from handler.local import LocalConfig, serve, worker_environment
+
+    host, _, port = bind.rpartition(":")
+    least, _, most = workers.partition(":")
+    if not (host and port.isdecimal()):
+        raise InvalidSettings(f"--bind {bind}: give HOST:PORT", field="--bind")
+    if not (least.isdecimal() and most.isdecimal()):
+        raise InvalidSettings(f"--workers {workers}: give MIN:MAX", field="--workers")
+    given: dict[str, object] = {
+        "host": host.strip("[]"),
+        "port": port,
+        "endpoint": endpoint,
+        "key": os.environ.get("RUNPOD_API_KEY") or None,
+        "min_workers": least,
+        "max_workers": most,
+        "idle_seconds": idle_seconds,
+        "env": worker_environment(os.environ, dict(_pair(it, "--env") for it in env or [])),
+        "faults": dict(_pair(it, "--fault") for it in fault or []),
+        "seed": seed,
+    }
+    if worker_command is not None:
+        given["worker_command"] = shlex.split(worker_command)
+    try:
+        config = msgspec.convert(given, LocalConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidSettings(f"local-runpod: {error}") from error
+    serve(config)
+
+
+def _pair(given: str, option: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise InvalidSettings(f"{option} {given}: give NAME=VALUE", field=option)
+    return name, value
 
 
 @app.command()

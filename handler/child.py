@@ -152,8 +152,13 @@ def _static_embedder() -> Embedder:
     return StaticEmbedder()
 
 
-def _die_with(parent_pid: int) -> None:
+def die_with_parent() -> None:
+    """Let the kernel end this process when the thread that started it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _die_with(parent_pid: int) -> None:
+    die_with_parent()
     if os.getppid() != parent_pid:
         os._exit(1)
 

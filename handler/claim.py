@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from common.contract import JobError
-from common.errors import ObjectMissing
+from common.errors import ObjectMissing, StorageFailed
 from common.storage import Storage
 
 CLAIM_NAME = "claim.json"
@@ -91,7 +91,10 @@ def read(storage: Storage, prefix: str) -> Claim | None:
         data = b"".join(storage.read(prefix + CLAIM_NAME, 0, _BYTES))
     except ObjectMissing:
         return None
-    return msgspec.json.decode(data, type=Claim)
+    try:
+        return msgspec.json.decode(data, type=Claim)
+    except msgspec.MsgspecError as error:
+        raise StorageFailed(f"{CLAIM_NAME} is damaged: {error}") from error
 
 
 def _encoded(claim: Claim) -> bytes:

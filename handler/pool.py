@@ -35,6 +35,12 @@ class WorkerPool:
         """Begin to start the first child and a spare; more come when they are needed."""
         self._spawn(min(SPARE + 1, self._size))
 
+    async def adopt(self, child: ChildProcess) -> None:
+        """Take in a child that was started elsewhere, with the config of this pool."""
+        self._all.add(child)
+        await self.release(child, reuse=True)
+        self._keep_spare()
+
     @property
     def ready(self) -> bool:
         """At least one child is up."""

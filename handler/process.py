@@ -76,6 +76,11 @@ class ChildProcess:
         """It takes another command."""
         return not self.ended and self._reason is None
 
+    @property
+    def lean(self) -> bool:
+        """It holds less than half of the memory that it may: the next job gets enough."""
+        return self.memory() < self._config.memory_limit // 2
+
     async def send(self, command: Command) -> None:
         """Give it a command."""
         stdin = self._process.stdin
