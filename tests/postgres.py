@@ -145,6 +145,11 @@ class Postgres:
         self.execute(f"CREATE DATABASE {name}")
         return self._address(name).replace("postgresql://", "postgresql+psycopg://")
 
+    def cut(self, url: str) -> None:
+        """End all connections to a database."""
+        name = url.rpartition("/")[2]
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
     def drop(self, url: str) -> None:
         """Drop a database, whoever uses it."""
         self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")

@@ -3,11 +3,118 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
+import pytest
+from postgres import Postgres
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
+from common.contract import Progress
+from control_plane.exports.stream import lines
 from control_plane.jobs.database import Database
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.notify import Notifier, announce, announce_wake
+from control_plane.jobs.records import JobRecord, NewEvent, NewJob
+from control_plane.jobs.store import JobStore
 from control_plane.jobs.tables import jobs
+
+
+@dataclass
+class Replica:
+    """What one server has of the shared database."""
+
+    database: Database
+    hub: EventHub
+    store: JobStore
+    wakes: asyncio.Queue[str | None]
+
+    async def heard(self, job_id: str) -> list[str | None]:
+        """Wait until this replica is told to look at a job; answers what it was told before."""
+        before: list[str | None] = []
+        while (told := await self.wakes.get()) != job_id:
+            before.append(told)
+        return before
+
+    async def wake_others(self, job_id: str | None = None) -> None:
+        async with self.database.write.begin() as connection:
+            await announce_wake(connection, job_id)
+
+    async def follow(self, job: JobRecord) -> bytes:
+        """The whole event stream of a job."""
+        return b"".join([data async for data in lines(self.store, self.hub, job, 0)])
+
+
+@asynccontextmanager
+async def replica(url: str, name: str) -> AsyncIterator[Replica]:
+    """A replica that listens."""
+    database, hub = Database(url), EventHub()
+    await database.migrate()
+    wakes: asyncio.Queue[str | None] = asyncio.Queue()
+    notifier = Notifier(database, hub, wakes.put_nowait)
+    await notifier.start()
+    assert await wakes.get() is None  # it listens from now on
+    try:
+        yield Replica(database, hub, JobStore(database, hub, queue_capacity=100, replica=name), wakes)
+    finally:
+        await notifier.stop()
+        await database.close()
+
+
+@asynccontextmanager
+async def pair(url: str) -> AsyncIterator[tuple[Replica, Replica]]:
+    """Two replicas that share a database."""
+    async with replica(url, "first") as first, replica(url, "second") as second:
+        yield first, second
+
+
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    """A server that waits for the disk, and that a test may stop."""
+    server = Postgres(durable=True)
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+def _step(progress: int) -> NewEvent:
+    return NewEvent("stage_progress", Progress(stage="frame_prep", progress=progress, stage_progress=0, message="m"))
+
+
+def _failed() -> NewEvent:
+    return NewEvent("job_failed", Progress(stage="failed", progress=0, stage_progress=0, message="failed"))
+
+
+async def _queued(store: JobStore) -> str:
+    new = NewJob(
+        id=str(uuid.uuid4()),
+        backend="legacy_vps",
+        weight=1,
+        session_id="s",
+        project_name="p",
+        payload_ref="file:///payload",
+        payload_sha256="0" * 64,
+        payload_size=1,
+        message="Queued",
+        meta={},
+    )
+    return (await store.create(new))[0].id
+
+
+async def _running(store: JobStore) -> JobRecord:
+    await _queued(store)
+    job = await store.claim(max_weight=None)
+    assert job is not None
+    return job
+
+
+async def _numbers(replica: Replica, job: JobRecord) -> list[int]:
+    text = (await replica.follow(job)).decode()
+    return [int(line[4:]) for line in text.split("\n") if line.startswith("id: ")]
 
 
 def test_replicas_that_start_at_once_on_an_empty_database_all_find_the_tables(postgres_url: str) -> None:
@@ -18,5 +125,132 @@ def test_replicas_that_start_at_once_on_an_empty_database_all_find_the_tables(po
             async with replica.read.connect() as connection:
                 assert await connection.scalar(select(func.count()).select_from(jobs)) == 0
             await replica.close()
+
+    asyncio.run(inside())
+
+
+def test_a_stream_of_one_replica_gives_all_that_another_one_writes_in_order(postgres_url: str) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as (writer, reader):
+            job = await _running(writer.store)
+            streams = [asyncio.create_task(_numbers(at, job)) for at in (reader, reader, writer)]
+            for progress in range(60):
+                assert await writer.store.advance(job.id, 1, [_step(progress)] * (1 + progress % 3))
+            end = await writer.store.move(job.id, "failed", _failed())
+            assert end is not None
+            for stream in streams:
+                assert await stream == list(range(1, end.last_seq + 1))
+
+    asyncio.run(inside())
+
+
+def test_two_replicas_that_write_to_one_job_at_once_make_one_log_with_one_end(postgres_url: str) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as both:
+            job = await _running(both[0].store)
+            streams = [asyncio.create_task(_numbers(at, job)) for at in both]
+            told = await asyncio.gather(
+                *(at.store.advance(job.id, 1, [_step(n)]) for n in range(20) for at in both),
+                *(at.store.move(job.id, "failed", _failed(), attempt=1) for _ in range(5) for at in both),
+            )
+            assert sum(moved is not None for moved in told[40:]) == 1
+            after = await both[1].store.get(job.id)
+            assert after is not None
+            assert after.last_seq == 2 + told[:40].count(True) + 1
+            for stream in streams:
+                assert await stream == list(range(1, after.last_seq + 1))
+
+    asyncio.run(inside())
+
+
+def test_a_job_is_claimed_by_one_of_many_replicas(postgres_url: str) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as both:
+            ids = [await _queued(both[0].store) for _ in range(12)]
+            claimed: list[str] = []
+
+            async def claim(store: JobStore) -> None:
+                while (job := await store.claim(max_weight=None)) is not None:
+                    assert job.attempt == 1
+                    claimed.append(job.id)
+
+            await asyncio.gather(*(claim(at.store) for at in both for _ in range(4)))
+            assert sorted(claimed) == sorted(ids)
+
+    asyncio.run(inside())
+
+
+def test_word_comes_with_the_commit_to_the_others_and_to_nobody_after_a_rollback(postgres_url: str) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as (first, second):
+            while not first.wakes.empty():
+                first.wakes.get_nowait()
+            async with first.hub.listen("some-job") as own, second.hub.listen("some-job") as other:
+                async with first.database.write.connect() as connection:
+                    await announce(connection, "some-job", 9)
+                    await announce_wake(connection, "never")
+                    await connection.rollback()
+                async with first.database.write.begin() as connection:
+                    await announce(connection, "some-job", 7)
+                    await announce_wake(connection)
+                    await announce_wake(connection, "hint")
+                assert await second.heard("hint") == [None]
+                assert other.known == 7
+                await second.wake_others("back")
+                assert await first.heard("back") == []
+                assert own.known == 0
+
+    asyncio.run(inside())
+
+
+def test_a_replica_whose_connections_were_cut_hears_again_and_its_streams_miss_nothing(
+    postgres_url: str, postgres_server: Postgres
+) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as (writer, reader):
+            job = await _running(writer.store)
+            stream = asyncio.create_task(_numbers(reader, job))
+            for progress in range(20):
+                if progress % 10 == 5:
+                    while not reader.wakes.empty():
+                        reader.wakes.get_nowait()
+                    await asyncio.to_thread(postgres_server.cut, postgres_url)
+                    await writer.store.advance(job.id, 1, [_step(progress)])
+                    assert await reader.wakes.get() is None  # it listens again
+                await writer.store.advance(job.id, 1, [_step(progress)])
+            await writer.wake_others("word")
+            await reader.heard("word")
+            end = await writer.store.move(job.id, "failed", _failed())
+            assert end is not None
+            assert await stream == list(range(1, end.last_seq + 1))
+
+    asyncio.run(inside())
+
+
+@pytest.mark.parametrize("end", ["stop", "crash"])
+def test_a_stream_goes_on_after_the_database_went_away_and_what_was_promised_is_there(
+    own_server: Postgres, end: str
+) -> None:
+    url = own_server.new_database()
+
+    async def inside() -> None:
+        async with pair(url) as (writer, reader):
+            job = await _running(writer.store)
+            streams = [asyncio.create_task(_numbers(at, job)) for at in (reader, writer)]
+            assert await writer.store.advance(job.id, 1, [_step(10), _step(20)])
+            await asyncio.to_thread(own_server.stop if end == "stop" else own_server.crash)
+            with pytest.raises(SQLAlchemyError):
+                await writer.store.advance(job.id, 1, [_step(30)])
+            with pytest.raises(SQLAlchemyError):
+                await reader.store.get(job.id)
+            assert not any(stream.done() for stream in streams)
+            await asyncio.to_thread(own_server.start)
+            found = await reader.store.get(job.id)
+            assert found is not None
+            assert found.last_seq == 4
+            assert await writer.store.advance(job.id, 1, [_step(40)])
+            assert await writer.store.move(job.id, "failed", _failed()) is not None
+            for stream in streams:
+                assert await stream == [1, 2, 3, 4, 5, 6]
 
     asyncio.run(inside())
