@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from live_server import ENDED, Server, graph, large_graph
+from postgres import Postgres
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The server that most tests share, and one like it over PostgreSQL."""
+    if request.param == "sqlite":
+        yield server
+        return
+    postgres: Postgres = request.getfixturevalue("postgres_server")
+    root = tmp_path_factory.mktemp("postgres") / "root"
+    running = Server(root, worker_slots=1, database_url=postgres.new_database())
+    try:
+        yield running.start()
+    finally:
+        running.close()
 
 
 def test_the_stream_knows_line_feeds_only_and_pings(server: Server) -> None:
