@@ -9,23 +9,31 @@ from typing import Literal
 from common.contract import Links
 from common.errors import InvalidRef
 from common.storage.file import FileStorage
+from common.storage.https import HttpsStorage, Web
+from common.storage.links import LinkStorage
 from common.storage.port import Found, Storage, StorageConfig, Stored
 from common.storage.s3 import S3Storage
 
 
 def open_storage(config: StorageConfig, links: Mapping[str, Links] | None = None) -> Storage:
     """The storage that ``config`` allows; refs that ``links`` names go over their signed URLs. Connects to nothing."""
+    web = Web(config.fetch_hosts, private=config.fetch_private)
+    https = HttpsStorage(web)
     schemes: dict[str, Storage] = {"file": FileStorage([Path(root) for root in config.roots])}
     if config.s3 is not None:
         schemes["s3"] = S3Storage(config.s3)
-    return _ByScheme(schemes)
+    schemes |= {"https": https, "http": https}
+    linked = LinkStorage(links, web) if links else None
+    if linked:
+        schemes["s3"] = linked  # no silent way around a link that is missing
+    return _ByScheme(schemes, links or {}, linked)
 
 
 class _ByScheme:
-    """Hands each ref to the storage of its scheme."""
+    """Hands each ref to the storage of its scheme, or to the one over links where it has a link."""
 
-    def __init__(self, schemes: Mapping[str, Storage]) -> None:
-        self._schemes = schemes
+    def __init__(self, schemes: Mapping[str, Storage], links: Mapping[str, Links], linked: Storage | None) -> None:
+        self._schemes, self._links, self._linked = schemes, links, linked
 
     def put(self, source: Path, ref: str, *, sha256: str | None = None) -> Stored:
         return self._of(ref).put(source, ref, sha256=sha256)
@@ -54,11 +62,13 @@ class _ByScheme:
         return self._of(ref).link(ref, method, seconds)
 
     def _of(self, ref: str) -> Storage:
+        if self._linked is not None and ref in self._links:
+            return self._linked
         scheme = ref.partition("://")[0].lower()
         if scheme not in self._schemes:
             raise InvalidRef(
                 f"refs of the scheme {scheme[:20]!r} are not read or written here",
                 field="ref",
-                allowed=", ".join(f"{known}://" for known in self._schemes),
+                allowed=", ".join(f"{known}://" for known in self._schemes if known != "http"),
             )
         return self._schemes[scheme]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -54,6 +54,7 @@ class Found(NamedTuple):
     """Seconds since it was written, by the store's own clock."""
 
 
+@runtime_checkable
 class Storage(Protocol):
     """Objects by ref.
 

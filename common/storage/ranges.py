@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import secrets
 import threading
 import time
@@ -100,7 +101,7 @@ def download(
     source: Source, ref: str, folder: Path, *, size: int | None, sha256: str | None, limit: int | None
 ) -> Path:
     """The object as a file in ``folder``, whole and checked or not there; see ``Storage.local`` for what is checked."""
-    name = ref.rpartition("/")[2][-80:]
+    name = re.sub(r"[^A-Za-z0-9.%_-]", "_", source.name.rpartition("/")[2])[-80:]
     target = folder / f"{hashlib.sha256(ref.encode()).hexdigest()[:16]}-{name}"
     temporary = folder / f".tmp-{secrets.token_hex(8)}"
     try:

@@ -254,7 +254,7 @@ class S3Storage:
             or size > MAX_KEY_BYTES
         ):
             return key
-        raise InvalidRef(f"not a ref of an object: {ascii(ref[:200])}", field="ref", allowed="s3://bucket/key")
+        raise InvalidRef(f"not a ref of an object: {ref[:200]!a}", field="ref", allowed="s3://bucket/key")
 
     @property
     def _client(self) -> Any:
