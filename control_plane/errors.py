@@ -89,6 +89,20 @@ class PlatformUnavailable(ExportError):
     retryable = True
 
 
+class IndexBuildInProgress(ExportError):
+    """The files of a capsule are being fetched or indexed; the same question has an answer soon."""
+
+    code = "INDEX_BUILD_IN_PROGRESS"
+    retryable = True
+
+
+class TimedOut(ExportError):
+    """A question took longer than it may."""
+
+    code = "TIMEOUT"
+    retryable = True
+
+
 STATUS: dict[str, int] = {
     "UNAUTHORIZED": 401,
     "INVALID_EXPORT_REQUEST": 400,

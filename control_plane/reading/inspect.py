@@ -33,9 +33,10 @@ _META_FRAMES = 16
 class Files:
     """A capsule's files: ``manifest`` and ``sidecar`` are None where they do not lie beside it."""
 
-    def __init__(self, capsule: Path) -> None:
-        """``capsule`` is the capsule or any of its parts. Raises CapsuleUnreadable for a file that is not there."""
-        if not capsule.is_file():
+    def __init__(self, capsule: Path, *, whole: bool = True) -> None:
+        """``capsule`` is the capsule or any of its parts. Raises CapsuleUnreadable for a file that is not there; not
+        ``whole`` is a capsule of which only the manifest has to be there."""
+        if whole and not capsule.is_file():
             raise CapsuleUnreadable(f"There is no capsule {capsule}")
         self.manifest = _manifest(capsule)
         self.parts = [capsule]
@@ -43,7 +44,7 @@ class Files:
         if self.manifest:
             self.parts = [capsule.with_name(part.file_name) for part in self.manifest.parts]
             self.sidecar_path = capsule.with_name(self.manifest.sidecar_file_name)
-        missing = [path.name for path in self.parts if not path.is_file()]
+        missing = [path.name for path in self.parts if whole and not path.is_file()]
         if missing:
             raise CapsuleUnreadable(f"{capsule.name} has a part that is not here: {missing[0]}")
 

@@ -17,35 +17,28 @@ from typing import Any
 import msgspec
 
 from common.capsule.reader import CapsuleReader
-from common.errors import CapsuleUnreadable, ExportError
+from common.errors import CapsuleUnreadable
 from common.frames.model import Frame
 from common.sidecar.open import Sidecar
 from common.sidecar.rebuild import capsule_sha256, rebuild
+from control_plane.errors import IndexBuildInProgress, TimedOut
+from control_plane.jobs.records import JobRecord
+from control_plane.reading.artifacts import Artifacts, Held
 from control_plane.reading.inspect import Files, vectors
 from control_plane.reading.search import Vectors
 
-
-class IndexBuildInProgress(ExportError):
-    """The sidecar is being rebuilt from its capsule; the same question has an answer soon."""
-
-    code = "INDEX_BUILD_IN_PROGRESS"
-    retryable = True
-
-
-class TimedOut(ExportError):
-    """A question took longer than it may."""
-
-    code = "TIMEOUT"
-    retryable = True
+PATIENCE = 2.0
+"""Seconds that a question waits for files that are on their way, or for an index that is being built."""
 
 
 class OpenCapsule:
     """A capsule with its sidecar, for one thread at a time."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, held: Held) -> None:
         """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes. Raises
-        CapsuleUnreadable, StorageFailed."""
-        self._files = files
+        CapsuleUnreadable, StorageFailed, TimedOut."""
+        self._held = held
+        self._files = files = Files(held.path, whole=held.whole)
         self._readers: dict[int, CapsuleReader] = {}
         self._vectors: Vectors | None = None
         self._vectors_read = False
@@ -57,22 +50,26 @@ class OpenCapsule:
             if not os.access(path.parent, os.W_OK):
                 self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
                 path = Path(self._folder.name) / path.name
+            held.wait(None)
             rebuild(files.parts, path)
             sidecar = Sidecar.open(path)
         self.sidecar = sidecar
 
     @property
     def vectors(self) -> Vectors | None:
-        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here."""
+        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here; and what
+        ``Held.wait`` raises."""
         if not self._vectors_read:
+            self._held.wait(PATIENCE)
             self._vectors = vectors(self._files, self.sidecar)
             self._vectors_read = True
         return self._vectors
 
     def frame(self, position: int) -> Frame:
-        """The frame at a position. Raises CapsuleUnreadable."""
+        """The frame at a position. Raises CapsuleUnreadable, and what ``Held.wait`` raises."""
         part, frame_id = self.sidecar.locate(position)
         if part not in self._readers:
+            self._held.wait(PATIENCE)
             self._readers[part] = CapsuleReader(self._files.parts[part])
         return self._readers[part].frames(frame_id, 1)[0]
 
@@ -102,8 +99,9 @@ class OpenCapsule:
 
 def _expected(files: Files) -> str:
     manifest = files.manifest
-    if manifest and [part.size_bytes for part in manifest.parts] == [path.stat().st_size for path in files.parts]:
-        return manifest.capsule_sha256
+    sizes = [path.stat().st_size if path.is_file() else None for path in files.parts]
+    if manifest and all(size in (None, part.size_bytes) for part, size in zip(manifest.parts, sizes, strict=True)):
+        return manifest.capsule_sha256  # a part that is not here yet was not changed here either
     return capsule_sha256(files.parts)
 
 
@@ -128,29 +126,35 @@ class _Entry:
 class Library:
     """Keeps the ``capacity`` capsules that were read last open; safe for many threads."""
 
-    def __init__(self, *, capacity: int, patience: float = 2.0) -> None:
-        """A question waits ``patience`` seconds for a capsule to be opened, which may mean to rebuild its sidecar."""
+    def __init__(self, artifacts: Artifacts, *, capacity: int) -> None:
+        """Files of exports that lie elsewhere come through ``artifacts``."""
+        self._artifacts = artifacts
         self._capacity = capacity
-        self._patience = patience
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
         self._opener = ThreadPoolExecutor(1, "capsule-opener")
+        artifacts.before_removal(self._forget)
 
     @contextmanager
-    def lease(self, path: Path) -> Iterator[OpenCapsule]:
-        """The open capsule of a file, for one user at a time.
+    def lease(self, place: Path | JobRecord) -> Iterator[OpenCapsule]:
+        """The open capsule of a file, or of a completed export, for one user at a time.
 
         Raises IndexBuildInProgress, CapsuleUnreadable, StorageFailed, TimedOut.
         """
+        with self._artifacts.held(place, PATIENCE) as held, self._leased(held) as capsule:
+            yield capsule
+
+    @contextmanager
+    def _leased(self, held: Held) -> Iterator[OpenCapsule]:
         try:
-            stat = path.stat()
+            stat = held.mark.stat()
         except OSError as error:
-            raise CapsuleUnreadable(f"There is no capsule {path.name}") from error
-        key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        entry = self._entry(key, path)
+            raise CapsuleUnreadable(f"There is no capsule {held.path.name}") from error
+        key = (str(held.path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        entry = self._entry(key, held)
         try:
             capsule = self._opened(key, entry)
-            if not entry.lock.acquire(timeout=self._patience):
+            if not entry.lock.acquire(timeout=PATIENCE):
                 raise TimedOut("This capsule is busy with other questions; try again.")
             try:
                 yield capsule
@@ -161,14 +165,23 @@ class Library:
                 entry.users -= 1
                 self._shrink()
 
-    def discard(self, path: Path) -> None:
+    def discard(self, place: Path | JobRecord) -> None:
         """Remove the sidecar of a capsule, which turned out to be damaged: the next reader rebuilds it."""
+        path = self._artifacts.path(place)
         with self._lock:
-            for key in [key for key in self._entries if key[0] == str(path)]:
-                entry = self._entries.pop(key)
+            entries = [self._entries.pop(key) for key in list(self._entries) if key[0] == str(path)]
+        for entry in entries:
+            if entry.opening.done() and not entry.opening.exception():
                 with entry.lock:
                     entry.opening.result().sidecar.path.unlink(missing_ok=True)
-                self._retire(entry)
+            self._retire(entry)
+
+    def _forget(self, path: Path) -> None:
+        """Close a capsule whose files are about to be removed."""
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                if key[0] == str(path) and entry.users == 0:
+                    self._retire(self._entries.pop(key))
 
     def close(self) -> None:
         """Close every capsule; nothing may be leased any more."""
@@ -177,21 +190,28 @@ class Library:
             while self._entries:
                 self._retire(self._entries.popitem()[1])
 
-    def _entry(self, key: tuple[object, ...], path: Path) -> _Entry:
+    def _entry(self, key: tuple[object, ...], held: Held) -> _Entry:
+        def open_capsule() -> OpenCapsule:
+            try:
+                return OpenCapsule(held)
+            finally:
+                held.release()
+
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(self._opener.submit(lambda: OpenCapsule(Files(path))))
+                held.hold()  # the opener goes on when the question that needs it has given up
+                entry = self._entries[key] = _Entry(self._opener.submit(open_capsule))
             self._entries.move_to_end(key)
             entry.users += 1
             return entry
 
     def _opened(self, key: tuple[object, ...], entry: _Entry) -> OpenCapsule:
         try:
-            return entry.opening.result(self._patience)
+            return entry.opening.result(PATIENCE)
         except FutureTimeout as error:
             raise IndexBuildInProgress("The index of this capsule is being built; ask again in a moment.") from error
-        except ExportError:
+        except BaseException:  # the next question tries again
             with self._lock:
                 self._entries.pop(key, None)
             raise

@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
 
 import anyio
 import mcp_types
@@ -29,8 +28,10 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, StorageFailed
 from common.frames.guide import TOOLS
+from control_plane.errors import IndexBuildInProgress, TimedOut
 from control_plane.jobs.records import JobRecord
-from control_plane.reading.library import IndexBuildInProgress, Library, TimedOut
+from control_plane.reading.artifacts import Artifacts
+from control_plane.reading.library import Library
 from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page
 
 SCHEMA_VERSION = "gitnexus.mcp.v1"
@@ -68,17 +69,19 @@ class McpRoute(NamedTuple):
 def mcp_route(
     jobs: Jobs,
     root: Path,
+    artifacts: Artifacts,
     *,
     response_budget_bytes: int = 65_536,
     allow_external_capsules: bool = False,
     cache_capacity: int = 16,
 ) -> McpRoute:
-    """The read tools at ``/mcp`` for the exports under ``root``; the application's bearer check stands before it.
+    """The read tools at ``/mcp`` for ``jobs`` and for the capsules under ``root``; the application's bearer check
+    stands before it. The files of jobs come through ``artifacts``, which the route closes in the end.
 
     An answer has at most ``response_budget_bytes``; capsules outside ``root`` are read only where
     ``allow_external_capsules``; ``cache_capacity`` of them are kept open.
     """
-    library = Library(capacity=cache_capacity)
+    library = Library(artifacts, capacity=cache_capacity)
     reader = _Reader(jobs, root, library, response_budget_bytes, external=allow_external_capsules)
     server: Server[Any] = Server(
         "memvid-export",
@@ -109,6 +112,7 @@ def mcp_route(
             async with manager.run():
                 yield
         finally:
+            artifacts.close()
             await anyio.to_thread.run_sync(library.close)
 
     return McpRoute(handler, lifespan)
@@ -140,7 +144,7 @@ async def _list_tools(
 class _Question(NamedTuple):
     tool: str
     given: Arguments
-    path: Path
+    place: Path | JobRecord
     trace_id: str
     started: float
 
@@ -164,8 +168,8 @@ class _Reader:
             if params.name not in REGISTRY:
                 raise InvalidRequest(f"name: there is no tool {params.name[:100]}", field="name")
             given = _arguments(params.name, params.arguments or {})
-            path = await self._locate(given.locator)
-            question = _Question(params.name, given, path, trace_id, started)
+            place = await self._locate(given.locator)
+            question = _Question(params.name, given, place, trace_id, started)
             body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
         except ExportError as error:
             return _failed(error, trace_id)
@@ -177,8 +181,8 @@ class _Reader:
             )
         return _result(body, is_error=False)
 
-    async def _locate(self, locator: Locator | None) -> Path:
-        """The capsule file that a locator means. Raises NotFound, InvalidRequest."""
+    async def _locate(self, locator: Locator | None) -> Path | JobRecord:
+        """The capsule file or the completed export that a locator means. Raises NotFound, InvalidRequest."""
         if locator is not None and locator.capsule_path is not None:
             if locator.job_id is not None:
                 raise InvalidRequest("locator: give jobId or capsulePath, not both", field="locator")
@@ -192,11 +196,7 @@ class _Reader:
             if not newest or newest[0].output is None:
                 raise NotFound("There is no completed export yet; give a locator", field="locator")
             job = newest[0]
-        assert job.output is not None
-        ref = urlsplit(job.output.artifact_ref)
-        if ref.scheme != "file":
-            raise NotFound("The files of this export are not on this machine", field="locator")
-        return Path(unquote(ref.path))
+        return job
 
     def _inside(self, text: str) -> Path:
         path = Path(text)
@@ -211,9 +211,8 @@ class _Reader:
         return path
 
     def _answer(self, question: _Question) -> bytes:
-        path = question.path
         try:
-            with self._library.lease(path) as capsule:
+            with self._library.lease(question.place) as capsule:
                 tag = _tag(question, capsule.sidecar.capsule_sha256)
                 page = Page(_offset(question.given.cursor, tag))
                 capsule.allow(SECONDS)
@@ -224,8 +223,8 @@ class _Reader:
             raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
         except sqlite3.DatabaseError as error:
             # A sidecar that turns out to be damaged is built anew for the next question.
-            log.warning("damaged sidecar", capsule=path.name, trace_id=question.trace_id, exc_info=error)
-            self._library.discard(path)
+            log.warning("damaged sidecar", trace_id=question.trace_id, exc_info=error)
+            self._library.discard(question.place)
             raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
         return _envelope(question, answer, page, tag, self._budget)
 

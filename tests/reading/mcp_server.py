@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gzip
 import json
 import socket
@@ -21,15 +22,17 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult
 
 from common.capsule.native import NativeWriter
-from common.contract import JobOutput
+from common.contract import JobOutput, Manifest
 from common.embedding.static import StaticEmbedder
 from common.frames import STATIC_V1, frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from common.sidecar.rebuild import rebuild
+from common.storage import FileStorage
 from control_plane.errors import to_response
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.auth import BearerAuth
+from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.mcp import mcp_route
 
 KEY = "test-key"
@@ -71,28 +74,21 @@ class Exports:
     def __init__(self) -> None:
         self.records: dict[str, JobRecord] = {}
 
-    def add(self, job_id: str, artifact_ref: str) -> None:
+    def add(self, job_id: str, artifact_ref: str, manifest: Manifest | None = None) -> None:
         output = JobOutput(
             artifact_ref=artifact_ref, sidecar_ref="", manifest_ref="", sha256="", size_bytes=0, metrics={}
         )
-        texts = dict.fromkeys(("message", "session_id", "project_name", "payload_ref", "payload_sha256"), "")
-        numbers = dict.fromkeys(
-            ("progress", "stage_progress", "last_seq", "attempt", "lost", "weight", "payload_size", "created_at"), 0
-        )
-        moments = dict.fromkeys(("started_at", "finished_at", "expires_at"))
-        self.records[job_id] = JobRecord(
-            id=job_id,
-            backend="legacy_vps",
-            status="completed",
-            stage="download_ready",
-            updated_at=0,
-            error=None,
-            output=output,
-            manifest=None,
-            **texts,
-            **numbers,
-            **moments,
-        )
+        nothing = {"str": "", "int": 0}
+        given = {
+            "id": job_id,
+            "backend": "legacy_vps",
+            "status": "completed",
+            "stage": "download_ready",
+            "output": output,
+            "manifest": manifest,
+        }
+        values = {field.name: nothing.get(str(field.type)) for field in dataclasses.fields(JobRecord)}
+        self.records[job_id] = JobRecord(**{**values, **given})
 
     async def get(self, job_id: str) -> JobRecord | None:
         return self.records.get(job_id)
@@ -104,8 +100,9 @@ class Exports:
 class McpServer:
     """An application that has the read tools alone, in a thread; use as a context manager."""
 
-    def __init__(self, root: Path, exports: Exports, **settings: Any) -> None:
-        route = mcp_route(exports, root, **settings)
+    def __init__(self, root: Path, exports: Exports, artifacts: Artifacts | None = None, **settings: Any) -> None:
+        artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
+        route = mcp_route(exports, root, artifacts, **settings)
         app = Litestar(
             [route.handler],
             lifespan=[route.lifespan],
