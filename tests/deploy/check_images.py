@@ -1,4 +1,7 @@
-"""All build steps of Dockerfile.api, run by hand; compiling the crate takes minutes, so scripts/check-images runs these."""
+"""All build steps of Dockerfile.api, run by hand.
+
+Compiling the crate takes minutes: scripts/check-images runs these, scripts/test does not.
+"""
 
 from __future__ import annotations
 

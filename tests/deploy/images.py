@@ -36,7 +36,7 @@ class Step(NamedTuple):
         """The words of a CMD in its exec form; raises ValueError for another form."""
         words = json.loads(self.value)
         if not isinstance(words, list):
-            raise ValueError(self.value)  # noqa: TRY004 - the same for all that is no list of words
+            raise ValueError(self.value)
         return [str(word) for word in words]
 
     @property

@@ -68,7 +68,11 @@ def test_no_variable_is_unknown(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_secret_is_a_placeholder_that_can_be_seen_and_replaced(name: str) -> None:
-    secrets = {key: text for key, text in RAW["services"][name]["environment"].items() if re.search("KEY$|PASSWORD|DATABASE_URL", key)}
+    secrets = {
+        key: text
+        for key, text in RAW["services"][name]["environment"].items()
+        if re.search("KEY$|PASSWORD|DATABASE_URL", key)
+    }
     assert [key for key, text in secrets.items() if not re.search(r"\$\{[A-Z_]+:-[^}]*change-me[^}]*\}", text)] == []
 
 

@@ -27,12 +27,7 @@ SETTINGS = {str(field.validation_alias) for field in Settings.model_fields.value
 
 
 def steps(dockerfile: str, name: str | None = None) -> list[Step]:
-    return [
-        step
-        for stage in stages(dockerfile).values()
-        for step in stage.steps
-        if name is None or step.name == name
-    ]
+    return [step for stage in stages(dockerfile).values() for step in stage.steps if name is None or step.name == name]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -112,7 +107,9 @@ def test_no_tool_of_the_build_reaches_a_finished_image(dockerfile: str, target: 
         assert not re.search(r"rust|uv:", stage.base)
         runs = " ".join(step.value for step in stage.steps if step.name == "RUN")
         assert not re.search(r"\b(apt-get|pip|uv|cargo|gcc|sudo|curl)\b", runs)
-        taken = [path for step in stage.steps if step.name == "COPY" and "from" in step.options for path in step.paths[:-1]]
+        taken = [
+            path for step in stage.steps if step.name == "COPY" and "from" in step.options for path in step.paths[:-1]
+        ]
         assert all(path.startswith("/opt/") for path in taken)
 
 
@@ -227,7 +224,11 @@ def server(installed: Replay, tmp_path: Path) -> Iterator[tuple[subprocess.Popen
 def _clean(installed: Replay) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name in ("LANG", "TMPDIR")}
     image = installed.env("api")
-    return env | {name: image[name] for name in ("PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")} | {"HOME": "/nonexistent"}
+    return (
+        env
+        | {name: image[name] for name in ("PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")}
+        | {"HOME": "/nonexistent"}
+    )
 
 
 def test_the_image_of_the_control_plane_imports_with_neither_torch_nor_runpod_nor_tests(installed: Replay) -> None:
