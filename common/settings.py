@@ -254,6 +254,13 @@ class Settings(WorkerSettings):
     mcp_cache_capacity: int = Field(
         16, ge=1, le=1_024, validation_alias="MEMVID_MCP_CACHE_CAPACITY", description="a number of open capsules"
     )
+    mcp_cache_bytes: int = Field(
+        8 * GIB,
+        ge=1 << 20,
+        validation_alias="MEMVID_MCP_CACHE_BYTES",
+        description="a number of bytes, at least 1048576",
+    )
+    """Copies of capsules that lie in a bucket, for read tools."""
     metrics_need_key: bool = Field(
         False, validation_alias="MEMVID_EXPORT_METRICS_NEED_KEY", description="true or false"
     )

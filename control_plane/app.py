@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+import structlog
 from litestar import Litestar
 from litestar.di import Provide
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
+from common.graph.model import GraphLimits
 from common.settings import Settings
-from common.storage import FileStorage
+from common.storage import open_storage
+from control_plane.backends.checker import CHECKERS, PayloadChecker
 from control_plane.backends.legacy_vps import LegacyVps
+from control_plane.backends.port import Backend
+from control_plane.backends.runpod_queue import RunpodQueue
 from control_plane.dashboard import dashboard_routes
 from control_plane.errors import to_response
+from control_plane.exports.hooks import hook_route
 from control_plane.exports.intake import Intake
 from control_plane.exports.routes import ExportController
 from control_plane.exports.service import ExportService
 from control_plane.jobs.database import Database
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
+from control_plane.jobs.notify import Notifier
 from control_plane.jobs.store import JobStore
 from control_plane.operations.auth import BearerAuth
 from control_plane.operations.health import HealthController, metrics_route
 from control_plane.operations.http import cors, preflight_refusals, security_headers
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
+from control_plane.operations.profiles import Profiles
 from control_plane.operations.retention import Retention
+from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.mcp import mcp_route
+from handler.pool import WorkerPool
+from handler.protocol import ChildConfig
+
+log = structlog.get_logger()
 
 
 def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     """The control plane over a prepared ``layout``; closing ``hub`` ends its open streams."""
     metrics = Metrics()
     database = Database(settings.database_url)
-    store = JobStore(database, hub, queue_capacity=settings.queue_capacity)
-    storage = FileStorage([layout.artifacts, layout.payloads])
-    backend = LegacyVps(settings, store, storage, layout, metrics)
-    retention = Retention(settings, store, storage, layout)
+    store = JobStore(database, hub, queue_capacity=settings.queue_capacity, replica=layout.replica())
+    storage = open_storage(layout.storage(settings))
+    pool = _worker_pool(settings, layout)
+    profiles = Profiles.load(settings.profiles_file, settings)
+    backend: Backend
+    hooks: list[HTTPRouteHandler] = []
+    if settings.backend_mode == "runpod_queue":
+        queue = RunpodQueue(settings, store, storage, layout, metrics=metrics, pool=pool, profiles=profiles)
+        backend, hooks = queue, [hook_route(queue)]
+    else:
+        backend = LegacyVps(settings, store, storage, layout, metrics=metrics, pool=pool)
+    notifier = Notifier(database, hub, backend.wake)
+    retention = Retention(settings, store, storage, layout, backend)
     mcp = mcp_route(
         store,
         settings.root,
+        Artifacts(storage, layout.copies, settings.mcp_cache_bytes),
         response_budget_bytes=settings.mcp_response_budget_bytes,
         allow_external_capsules=settings.mcp_allow_external_capsules,
         cache_capacity=settings.mcp_cache_capacity,
@@ -57,12 +82,28 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         "backend": backend,
         "metrics": metrics,
         "exports": ExportService(store, hub, storage, backend, max_streams=settings.max_streams),
-        "intake": Intake(store, storage, layout, backend, metrics, max_bytes=settings.max_payload_bytes),
+        "intake": Intake(
+            store,
+            storage,
+            layout,
+            backend,
+            checker=PayloadChecker(pool, metrics),
+            profiles=profiles,
+            metrics=metrics,
+            max_bytes=settings.max_payload_bytes,
+        ),
+        "storage": storage,
     }
 
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         await database.migrate()
+        removed = await asyncio.to_thread(
+            layout.clear, in_flight=await store.in_flight(), completed=await store.completed()
+        )
+        log.info("server starts", replica=store.replica, backend=backend.name, stray_files_removed=removed)
+        pool.start()
+        await notifier.start()
         await backend.start()
         sweeper = asyncio.create_task(retention.run())
         try:
@@ -71,11 +112,14 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             sweeper.cancel()
             hub.close()
             await backend.stop()
+            await pool.close()
+            await notifier.stop()
             await database.close()
 
     app = Litestar(
         route_handlers=[
             ExportController,
+            *hooks,
             HealthController,
             metrics_route(need_key=settings.metrics_need_key),
             *dashboard_routes(),
@@ -101,6 +145,19 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     # The framework leaves plain ASGI routes out.
     app.openapi_schema.paths = {**(app.openapi_schema.paths or {}), "/mcp": MCP}
     return app
+
+
+def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
+    config = ChildConfig(
+        parent_pid=os.getpid(),
+        storage=layout.storage(settings),
+        scratch=str(layout.scratch),
+        writer=settings.writer,
+        memory_limit=settings.worker_memory_bytes,
+        limits=GraphLimits(max_payload_bytes=settings.max_payload_bytes),
+    )
+    slots = settings.worker_slots if settings.backend_mode == "legacy_vps" else 0
+    return WorkerPool(config, slots + CHECKERS)
 
 
 def _providing(part: Any) -> Provide:

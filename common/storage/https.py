@@ -266,17 +266,17 @@ class Linked:
         if tag is not None:
             headers["If-Match" if tag.startswith('"') else "If-Unmodified-Since"] = tag
         answer = self._web.ask(Asked("GET", self._url, self.name, self._until, headers))
+        if answer.status == 416 and start == 0:  # an empty object has no first byte
+            answer.close()
+            answer = self._web.ask(Asked("GET", self._url, self.name, self._until, {}))
         etag = answer.headers.get("etag", "")
         found = etag if etag.startswith('"') else answer.headers.get("last-modified")
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers.get("content-range", ""))
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("content-range", ""))
         age = age_of(answer.headers.get("last-modified"), answer.headers.get("date"))
-        if answer.status == 416 and span and span[2] == "0":
-            answer.close()
-            return Opened(0, found, 0, True, age, iter(()), lambda: None)
         if answer.status not in (200, 206) or (tag is not None and found != tag):
             answer.close()
             raise StorageFailed(f"{self.name} is shorter than it was, or changed while it was read")
-        if answer.status == 206 and span and span[1]:
+        if answer.status == 206 and span:
             return Opened(int(span[2]), found, int(span[1]), True, age, answer.body, answer.close)
         length = answer.headers.get("content-length", "")
         size = int(length) if length.isdigit() else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from handler.protocol import Checked
-
 
 @runtime_checkable
 class Backend(Protocol):
@@ -26,12 +24,8 @@ class Backend(Protocol):
         """A worker can take a job now or as soon as the running ones end."""
         ...
 
-    async def check(self, job_id: str, payload_ref: str, size: int) -> Checked:
-        """Read a staged payload and say what is in it. Raises InvalidRequest, PayloadTooLarge."""
-        ...
-
-    def wake(self) -> None:
-        """There is a new job in the queue."""
+    def wake(self, job_id: str | None = None) -> None:
+        """There is a new job in the queue, or something may be new about a job."""
         ...
 
     async def cancel(self, job_id: str) -> None:

@@ -13,12 +13,15 @@ from litestar.exceptions import HTTPException
 
 from common.errors import InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
 from common.storage import Storage, Stored
+from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
 from control_plane.errors import QueueUnavailable
+from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewJob
 from control_plane.jobs.store import JobStore
 from control_plane.operations.metrics import Metrics
+from control_plane.operations.profiles import Profiles
 from handler.protocol import Checked
 
 CONTENT_TYPES = ("application/json", "application/x-ndjson", "application/ndjson", "application/octet-stream")
@@ -39,14 +42,19 @@ class Intake:
         storage: Storage,
         layout: Layout,
         backend: Backend,
-        metrics: Metrics,
         *,
+        checker: PayloadChecker,
+        profiles: Profiles,
+        metrics: Metrics,
         max_bytes: int,
     ) -> None:
         self._store = store
         self._storage = storage
         self._layout = layout
         self._backend = backend
+        self._checker = checker
+        self._profiles = profiles
+        self._admission = Admission(store)
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._uploads = 0
@@ -77,9 +85,10 @@ class Intake:
             size, sha256 = await self._staged(path, chunks, encoding)
             if key is not None and (first := await self._store.find_key(key, sha256)) is not None:
                 return first, False
+            checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size)
+            await self._admission.check(self._profiles.get(checked.profile))
             staged = await asyncio.to_thread(self._storage.put, path, ref, sha256=sha256)
-            checked = await self._backend.check(job_id, ref, size)
-            record, new = await self._store.create(_new_job(job_id, self._backend.name, staged, checked), key)
+            record, new = await self._store.create(self._new_job(job_id, staged, checked), key)
         except BaseException:
             await asyncio.shield(self._give_up(job_id, ref))
             raise
@@ -91,6 +100,23 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    def _new_job(self, job_id: str, staged: Stored, checked: Checked) -> NewJob:
+        counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
+        return NewJob(
+            id=job_id,
+            backend=self._backend.name,
+            weight=checked.nodes + checked.relationships,
+            session_id=checked.session_id,
+            project_name=checked.project_name,
+            payload_ref=staged.ref,
+            payload_sha256=staged.sha256,
+            payload_size=staged.size,
+            message=f"Queued for export: {checked.nodes:,} nodes and {checked.relationships:,} relationships",
+            meta=counts,
+            profile=self._profiles.get(checked.profile).name,
+            base_name=checked.base_name,
+        )
 
     async def _give_up(self, job_id: str, ref: str) -> None:
         # A request that was cut off while its job was being recorded may have made it all the same.
@@ -137,22 +163,6 @@ class Intake:
     def _too_large(self) -> PayloadTooLarge:
         limit = self._max_bytes
         return PayloadTooLarge(f"The body may have at most {limit:,} bytes.", field="$", limit=limit)
-
-
-def _new_job(job_id: str, backend: str, staged: Stored, checked: Checked) -> NewJob:
-    counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
-    return NewJob(
-        id=job_id,
-        backend=backend,
-        weight=checked.nodes + checked.relationships,
-        session_id=checked.session_id,
-        project_name=checked.project_name,
-        payload_ref=staged.ref,
-        payload_sha256=staged.sha256,
-        payload_size=staged.size,
-        message=f"Queued for export: {checked.nodes:,} nodes and {checked.relationships:,} relationships",
-        meta=counts,
-    )
 
 
 async def _timed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

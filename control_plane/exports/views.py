@@ -46,6 +46,7 @@ def job_view(job: JobRecord) -> Job:
         error=job.error,
         metadata=JobMetadata(
             backend=job.backend,
+            runpod_job_id=job.runpod_id,
             payload_ref=job.payload_ref if job.status not in TERMINAL else None,
             artifact_ref=output.artifact_ref if output else None,
             worker_metrics=output.metrics if output else None,

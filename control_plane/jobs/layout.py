@@ -5,22 +5,41 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import InvalidSettings
 from common.settings import Settings
+from common.storage import Storage, StorageConfig
+from handler.claim import NAMES
 
 
 class Layout:
-    """Folders under the export root and the staging root; artifacts of each attempt have a prefix of their own."""
+    """Folders on this machine, and refs in the storage; artifacts of each attempt have a prefix of their own."""
 
     def __init__(self, settings: Settings) -> None:
         self.root = settings.root
         self.artifacts = settings.root / "artifacts"
         self.scratch = settings.root / "scratch"
+        self.copies = settings.root / "copies"
+        """What read tools have fetched from the storage."""
         self.incoming = settings.staging_root / "incoming"
         self.payloads = settings.staging_root / "payloads"
+        url = settings.storage_url
+        self.payload_prefix = f"{url}/payloads/" if url else self.payloads.as_uri() + "/"
+        self.artifact_prefix = f"{url}/artifacts/" if url else self.artifacts.as_uri() + "/"
+        self.shared = bool(url)
+        """Other machines use the same storage."""
+
+    def replica(self) -> str:
+        """The id of this root's server, the same after a restart."""
+        path = self.root / "replica-id"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(str(uuid.uuid4()), encoding="ascii")
+            temporary.replace(path)
+        return path.read_text(encoding="ascii")
 
     def prepare(self) -> int:
         """Make the folders and lock the root for this process; the lock lasts as long as the returned handle.
@@ -50,31 +69,62 @@ class Layout:
             ) from error
         return handle
 
+    def storage(self, settings: Settings) -> StorageConfig:
+        """What this server and its children may read and write."""
+        return settings.storage(self.artifacts, self.payloads, self.incoming)
+
     def payload_ref(self, job_id: str) -> str:
         """The staged payload of a job."""
-        return (self.payloads / job_id).as_uri()
+        return f"{self.payload_prefix}{job_id}"
 
     def job_prefix(self, job_id: str) -> str:
         """All artifacts of a job."""
-        return (self.artifacts / job_id).as_uri() + "/"
+        return f"{self.artifact_prefix}{job_id}/"
 
     def output_prefix(self, job_id: str, attempt: int) -> str:
         """The artifacts of one attempt: an earlier one that is still alive cannot touch them."""
         return f"{self.job_prefix(job_id)}{attempt}/"
 
-    def sweep(self, *, waiting: Mapping[str, int], completed: Mapping[str, int]) -> int:
-        """Remove all files that belong to no job; answers how many folders and files went.
+    def incoming_ref(self, job_id: str) -> str:
+        """A request body while it comes in."""
+        return (self.incoming / job_id).as_uri()
 
-        ``waiting`` and ``completed`` map job ids to the attempt whose artifacts count. Only while no job runs.
+    def clear(self, *, in_flight: Mapping[str, int], completed: Mapping[str, int]) -> int:
+        """Remove all files on this machine that belong to no job; answers how many files and folders went.
+
+        The maps are from job ids to the attempt whose artifacts count. Only while no job and no request runs here.
         """
         removed = 0
         for folder in (self.scratch, self.incoming):
             removed += _remove(folder, keep=set())
-        removed += _remove(self.payloads, keep=set(waiting))
-        removed += _remove(self.artifacts, keep=set(completed))
-        for job_id, attempt in completed.items():
-            removed += _remove(self.artifacts / job_id, keep={str(attempt)})
+        if not self.shared:
+            removed += _remove(self.payloads, keep=set(in_flight))
+            removed += _remove(self.artifacts, keep={*in_flight, *completed})
+            for job_id, attempt in completed.items():
+                removed += _remove(self.artifacts / job_id, keep={str(attempt)})
         return removed
+
+    def strays(
+        self, storage: Storage, *, in_flight: Mapping[str, int], completed: Mapping[str, int], age: float
+    ) -> list[str]:
+        """Refs of all objects that no job speaks for and that nobody wrote for ``age`` seconds.
+
+        ``in_flight`` and ``completed`` map job ids to their attempt. A job speaks for its payload until it ends, for
+        the artifacts of its attempt, and until it ends for every claim: a closed one keeps a late run from starting.
+        """
+        gone = [
+            found.ref
+            for found in storage.found(self.payload_prefix)
+            if found.age >= age and found.ref.removeprefix(self.payload_prefix) not in in_flight
+        ]
+        attempts = {**completed, **in_flight}
+        for found in storage.found(self.artifact_prefix):
+            job_id, _, rest = found.ref.removeprefix(self.artifact_prefix).partition("/")
+            attempt, _, name = rest.partition("/")
+            wanted = attempt == str(attempts.get(job_id)) and not (job_id in completed and name in NAMES)
+            if found.age >= age and not wanted and not (job_id in in_flight and name in NAMES):
+                gone.append(found.ref)
+        return gone
 
 
 def _remove(folder: Path, *, keep: set[str]) -> int:

@@ -37,6 +37,8 @@ class NewJob:
     payload_size: int
     message: str
     meta: dict[str, Any]
+    profile: str = "default"
+    base_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,25 @@ class JobRecord:
     error: JobError | None
     output: JobOutput | None
     manifest: Manifest | None
+    profile: str
+    base_name: str
+    """What the client calls its source; the capsule's name is made of it."""
+    owner: str | None
+    """The replica that drives the job."""
+    lease_until: int | None
+    """Until then no other replica takes it over, by the database's clock."""
+    available_at: int
+    """Not taken from the queue before."""
+    retries: int
+    """Counts the attempts that ended in an error that may pass."""
+    timeouts: int
+    """Counts the attempts that ran out of time."""
+    told: int
+    """Steps of this attempt's run that are in the event log."""
+    runpod_id: str | None
+    submitted_at: int | None
+    secret: str
+    """Stands in the webhook's path."""
 
     @classmethod
     def of(cls, row: Row[Any]) -> JobRecord:

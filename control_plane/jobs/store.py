@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, text, tuple_
+from sqlalchemy import delete, func, insert, select, text, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from common.contract import Event, Progress, Status
 from common.errors import InvalidRequest
 from control_plane.errors import QueueUnavailable
-from control_plane.jobs.database import Database
+from control_plane.jobs.database import Database, db_now, lock_creation
 from control_plane.jobs.hub import EventHub
+from control_plane.jobs.notify import announce_wake
 from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, NewJob, event_of
 from control_plane.jobs.tables import events, idempotency_keys, jobs
 from control_plane.jobs.transitions import advance, move, open_log
+
+LEASE_MS = 6_000
+"""A replica that does not renew for so long has lost its jobs to another one."""
+ADOPTED = 200
+"""Jobs taken over at a time."""
+_QUEUED: frozenset[Status] = frozenset({"queued"})
+_IN_FLIGHT: list[Status] = ["queued", "running"]
 
 
 def now_ms() -> int:
@@ -23,10 +32,19 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def started(attempt: int) -> NewEvent:
+    """The event that a worker has begun."""
+    message = "Export started" if attempt == 1 else f"Export started again (attempt {attempt})"
+    progress = Progress(stage="transform", progress=0, stage_progress=0, message=message, meta={"attempt": attempt})
+    return NewEvent("job_started", progress)
+
+
 class JobStore:
     """All that is known about jobs; a promise is given only after the commit that holds it."""
 
-    def __init__(self, database: Database, hub: EventHub, *, queue_capacity: int) -> None:
+    def __init__(self, database: Database, hub: EventHub, *, queue_capacity: int, replica: str = "replica") -> None:
+        """``replica`` names the server among those that share the database."""
+        self.replica = replica
         self._database = database
         self._hub = hub
         self._capacity = queue_capacity
@@ -67,8 +85,16 @@ class JobStore:
             "payload_size": job.payload_size,
             "created_at": now,
             "updated_at": now,
+            "profile": job.profile,
+            "base_name": job.base_name,
+            "available_at": 0,
+            "retries": 0,
+            "timeouts": 0,
+            "told": 0,
+            "secret": secrets.token_urlsafe(32),
         }
         async with self._database.write.begin() as connection:
+            await lock_creation(connection)
             row = (await connection.execute(insert(jobs).values(**values).returning(*jobs.c))).one()
             if key is not None:
                 await connection.execute(
@@ -78,6 +104,7 @@ class JobStore:
             if queued is not None and queued > self._capacity:
                 raise self._full()
             record = JobRecord.of(row)
+            await announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
 
     async def check_capacity(self) -> None:
@@ -130,40 +157,117 @@ class JobStore:
             return [event_of(row) for row in await connection.execute(query)]
 
     async def claim(self, *, max_weight: int | None) -> JobRecord | None:
-        """Take the oldest queued job (of at most ``max_weight``) for a new attempt; None if there is none."""
-        query = select(jobs.c.id, jobs.c.attempt, jobs.c.progress).where(jobs.c.status == "queued")
+        """Take the oldest queued job (of at most ``max_weight``) and run it here; None if there is none."""
+        return await self._take(max_weight, start=True)
+
+    async def hand_over(self) -> JobRecord | None:
+        """Take the oldest queued job to hand it to a platform; it stays queued until that starts it."""
+        return await self._take(None, start=False)
+
+    async def _take(self, max_weight: int | None, *, start: bool) -> JobRecord | None:
+        query = select(jobs.c.id, jobs.c.attempt).where(
+            jobs.c.status == "queued", jobs.c.owner.is_(None), jobs.c.available_at <= db_now()
+        )
         if max_weight is not None:
             query = query.where(jobs.c.weight <= max_weight)
-        query = query.order_by(jobs.c.created_at, jobs.c.id).limit(1)
+        query = query.order_by(jobs.c.created_at, jobs.c.id).limit(1).with_for_update(skip_locked=True)
         while True:
             async with self._database.write.begin() as connection:
                 found = (await connection.execute(query)).one_or_none()
                 if found is None:
                     return None
                 attempt, now = found.attempt + 1, now_ms()
-                message = "Export started" if attempt == 1 else f"Export started again (attempt {attempt})"
-                progress = Progress(
-                    stage="transform", progress=0, stage_progress=0, message=message, meta={"attempt": attempt}
-                )
+                mine = {
+                    "attempt": attempt,
+                    "owner": self.replica,
+                    "lease_until": db_now() + LEASE_MS,
+                    "told": 0,
+                    "runpod_id": None,
+                    "submitted_at": None,
+                }
+                event = started(attempt) if start else None
                 moved = await move(
                     connection,
                     found.id,
-                    "running",
+                    "running" if start else "queued",
                     now=now,
-                    event=NewEvent("job_started", progress),
+                    event=event,
                     attempt=found.attempt,
-                    values={"attempt": attempt, "started_at": now},
+                    sources=frozenset({"queued"}),
+                    values={**mine, "started_at": now} if start else mine,
                 )
             if moved is not None:
                 return self._publish(moved)
 
-    async def advance(self, job_id: str, attempt: int, new: list[NewEvent]) -> bool:
-        """Append events of a running attempt in order; False if that attempt is over."""
+    async def hint(self, job_id: str) -> None:
+        """Let the replica that drives a job look at it."""
         async with self._database.write.begin() as connection:
-            told = await advance(connection, job_id, attempt, new, now=now_ms())
-        if told is None:
+            await announce_wake(connection, job_id)
+
+    async def submitted(self, job_id: str, attempt: int, runpod_id: str) -> JobRecord | None:
+        """Note what the platform calls an attempt; None if that attempt is over."""
+        values = {"runpod_id": runpod_id, "submitted_at": now_ms()}
+        return await self.move(job_id, "queued", None, attempt=attempt, sources=_QUEUED, values=values)
+
+    async def start(self, job_id: str, attempt: int) -> JobRecord | None:
+        """A platform has started an attempt; None if it had before, or the attempt is over."""
+        values = {"started_at": now_ms()}
+        return await self.move(job_id, "running", started(attempt), attempt=attempt, sources=_QUEUED, values=values)
+
+    # --- leases -------------------------------------------------------------------------------------
+
+    async def renew(self) -> set[str]:
+        """Renew the leases of all jobs that this replica drives; answers which those are."""
+        query = (
+            update(jobs)
+            .where(jobs.c.owner == self.replica, jobs.c.status.in_(_IN_FLIGHT))
+            .values(lease_until=db_now() + LEASE_MS)
+            .returning(jobs.c.id)
+        )
+        async with self._database.write.begin() as connection:
+            return set(await connection.scalars(query))
+
+    async def adopt(self, *, own: bool = False) -> list[JobRecord]:
+        """Take over the jobs whose replica lets its lease lapse; with ``own`` also those of this one, which it drove
+        before a restart."""
+        free = (jobs.c.lease_until < db_now()) | ((jobs.c.status == "running") & jobs.c.owner.is_(None))
+        if own:
+            free |= jobs.c.owner == self.replica
+        found = (
+            select(jobs.c.id)
+            .where(jobs.c.status.in_(_IN_FLIGHT), free)
+            .order_by(jobs.c.created_at, jobs.c.id)
+            .limit(ADOPTED)
+            .with_for_update(skip_locked=True)
+        )
+        async with self._database.write.begin() as connection:
+            ids = list(await connection.scalars(found))
+            if not ids:
+                return []
+            query = (
+                update(jobs)
+                .where(jobs.c.id.in_(ids), jobs.c.status.in_(_IN_FLIGHT))
+                .values(owner=self.replica, lease_until=db_now() + LEASE_MS)
+                .returning(*jobs.c)
+            )
+            return [JobRecord.of(row) for row in await connection.execute(query)]
+
+    async def release(self) -> None:
+        """Let other replicas have all jobs that this one drives."""
+        query = update(jobs).where(jobs.c.owner == self.replica, jobs.c.status.in_(_IN_FLIGHT)).values(lease_until=0)
+        async with self._database.write.begin() as connection:
+            await connection.execute(query)
+
+    async def advance(
+        self, job_id: str, attempt: int, new: list[NewEvent], *, told: tuple[int, int] | None = None
+    ) -> bool:
+        """Append events of a running attempt in order (see ``transitions.advance``); False if that attempt is over, or
+        its log has these steps."""
+        async with self._database.write.begin() as connection:
+            events = await advance(connection, job_id, attempt, new, now=now_ms(), told=told)
+        if events is None:
             return False
-        self._hub.publish(job_id, told)
+        self._hub.publish(job_id, events)
         return True
 
     async def move(
@@ -189,17 +293,37 @@ class JobStore:
             self._hub.publish(record.id, [event])
         return record
 
-    async def in_state(self, status: Status) -> list[JobRecord]:
-        """All jobs in a state, oldest first."""
-        query = select(jobs).where(jobs.c.status == status).order_by(jobs.c.created_at, jobs.c.id)
-        async with self._database.read.connect() as connection:
-            return [JobRecord.of(row) for row in await connection.execute(query)]
+    async def in_flight(self) -> dict[str, int]:
+        """Ids of all jobs that have not ended, with the number of the attempt."""
+        return await self._attempts(_IN_FLIGHT)
 
-    async def ids_in_state(self, *states: Status) -> dict[str, int]:
-        """Ids of all jobs in any of the states, with the number of the attempt."""
+    async def completed(self) -> dict[str, int]:
+        """Ids of all jobs that have files, with the number of the attempt that made them."""
+        return await self._attempts(["completed"])
+
+    async def _attempts(self, states: list[Status]) -> dict[str, int]:
         query = select(jobs.c.id, jobs.c.attempt).where(jobs.c.status.in_(states))
         async with self._database.read.connect() as connection:
             return {row.id: row.attempt for row in await connection.execute(query)}
+
+    async def queued(self, profile: str) -> tuple[int, float]:
+        """How many jobs of a profile wait, and the seconds that the oldest has waited."""
+        query = select(func.count(), func.min(jobs.c.created_at)).where(
+            jobs.c.status == "queued", jobs.c.profile == profile
+        )
+        async with self._database.read.connect() as connection:
+            count, oldest = (await connection.execute(query)).one()
+        return count, 0.0 if oldest is None else max(0.0, (now_ms() - oldest) / 1000)
+
+    async def ended_since(self, profile: str, seconds: float) -> int:
+        """How many jobs of a profile a worker brought to an end in the last ``seconds``."""
+        query = select(func.count()).where(
+            jobs.c.status.in_(["completed", "failed"]),
+            jobs.c.profile == profile,
+            jobs.c.finished_at >= now_ms() - int(seconds * 1000),
+        )
+        async with self._database.read.connect() as connection:
+            return await connection.scalar(query) or 0
 
     async def counts(self) -> dict[Status, int]:
         """How many jobs are in each state that has any."""

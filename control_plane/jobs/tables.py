@@ -33,8 +33,20 @@ jobs = Table(
     Column("error", Text),
     Column("output", Text),
     Column("manifest", Text),
+    Column("profile", String(64), nullable=False),
+    Column("base_name", Text, nullable=False),
+    Column("owner", String(36)),
+    Column("lease_until", BigInteger),
+    Column("available_at", BigInteger, nullable=False),
+    Column("retries", Integer, nullable=False),
+    Column("timeouts", Integer, nullable=False),
+    Column("told", Integer, nullable=False),
+    Column("runpod_id", String(128)),
+    Column("submitted_at", BigInteger),
+    Column("secret", String(64), nullable=False),
     Index("ix_jobs_status_created", "status", "created_at", "id"),
     Index("ix_jobs_created", "created_at", "id"),
+    Index("ix_jobs_owner_status", "owner", "status"),
 )
 
 events = Table(

@@ -1,8 +1,9 @@
 """The only module that changes the state of a job.
 
 Every change is one guarded UPDATE: it counts only if the job is in a state from which the change is allowed, and the
-event's number comes from the same statement, so numbers have no gaps and a terminal state is written once. A job that
-is ``completed`` may become ``expired`` later; that change has no event, since nothing follows ``job_completed``.
+event's number comes from the same statement, so numbers have no gaps and a terminal state is written once. A queued
+job that goes back to the queue was handed to a platform and is handed to it again. A job that is ``completed`` may
+become ``expired`` later; that change has no event, since nothing follows ``job_completed``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from common.contract import Event, Status
 from common.progress import EMOJI
+from control_plane.jobs.notify import announce
 from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, iso
 from control_plane.jobs.tables import events, jobs
 
 ALLOWED: dict[Status, frozenset[Status]] = {
-    "queued": frozenset({"running", "failed", "canceled", "expired"}),
+    "queued": frozenset({"queued", "running", "failed", "canceled", "expired"}),
     "running": frozenset({"queued", "completed", "failed", "canceled"}),
     "completed": frozenset({"expired"}),
     "failed": frozenset(),
@@ -55,6 +57,8 @@ async def move(
         changes["finished_at"] = now
     if event is not None:
         changes |= _told_by([event])
+        if to == "queued":  # Back in the queue nobody drives it.
+            changes |= {"owner": None, "lease_until": None, "runpod_id": None}
     row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     if row is None:
         return None
@@ -64,17 +68,25 @@ async def move(
 
 
 async def advance(
-    connection: AsyncConnection, job_id: str, attempt: int, new: Sequence[NewEvent], *, now: int
+    connection: AsyncConnection,
+    job_id: str,
+    attempt: int,
+    new: Sequence[NewEvent],
+    *,
+    now: int,
+    told: tuple[int, int] | None = None,
 ) -> list[Event] | None:
-    """Append events of a running attempt; None if the job is not running that attempt any more."""
-    row = (
-        await connection.execute(
-            update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.status == "running", jobs.c.attempt == attempt)
-            .values(updated_at=now, **_told_by(new))
-            .returning(*jobs.c)
-        )
-    ).one_or_none()
+    """Append events of a running attempt; None if the job is not running that attempt any more.
+
+    ``told`` is the number of the run's steps in the log before and after: two replicas that have read the same steps
+    do not both append them.
+    """
+    guard = [jobs.c.id == job_id, jobs.c.status == "running", jobs.c.attempt == attempt]
+    changes: dict[str, Any] = {"updated_at": now, **_told_by(new)}
+    if told is not None:
+        guard.append(jobs.c.told == told[0])
+        changes["told"] = told[1]
+    row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     return None if row is None else await _append(connection, JobRecord.of(row), new, now)
 
 
@@ -133,4 +145,5 @@ async def _append(connection: AsyncConnection, record: JobRecord, new: Sequence[
             for event in told
         ],
     )
+    await announce(connection, record.id, record.last_seq)
     return told

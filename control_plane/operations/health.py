@@ -12,6 +12,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import Operation
 from sqlalchemy.exc import SQLAlchemyError
 
+from common.errors import ExportError
+from common.storage import Storage
 from control_plane.backends.port import Backend
 from control_plane.errors import QueueUnavailable
 from control_plane.jobs.hub import EventHub
@@ -61,11 +63,12 @@ class HealthController(Controller):
         summary="Jobs can be taken and kept",
         responses=error_specs("INTERNAL", "QUEUE_UNAVAILABLE"),
     )
-    async def ready(self, store: JobStore, layout: Layout, backend: Backend) -> Readiness:
-        """Writes to the database and to the export root, and looks for a worker."""
+    async def ready(self, store: JobStore, layout: Layout, storage: Storage, backend: Backend) -> Readiness:
+        """Writes to the database and to the export root, asks the storage, and looks for a worker."""
         checks = {
             "database": await _database(store),
             "root": await asyncio.to_thread(_root, layout),
+            "storage": await asyncio.to_thread(_storage, storage, layout),
             "worker": "ok" if backend.ready else "no worker is up",
         }
         if any(value != "ok" for value in checks.values()):
@@ -78,6 +81,14 @@ async def _database(store: JobStore) -> str:
         await store.check_writable()
     except SQLAlchemyError as error:
         return f"cannot be written: {type(error).__name__}"
+    return "ok"
+
+
+def _storage(storage: Storage, layout: Layout) -> str:
+    try:
+        storage.size(layout.payload_ref("ready"))
+    except ExportError as error:
+        return error.message
     return "ok"
 
 

@@ -21,8 +21,14 @@ class Metrics:
         self._streams = Gauge("memvid_export_event_streams", "Open event streams", registry=self._registry)
         self.accepted = Counter("memvid_export_accepted", "Jobs accepted", registry=self._registry)
         self.ended = Counter("memvid_export_ended", "Jobs ended", ["status", "code"], registry=self._registry)
-        self.lost = Counter(
-            "memvid_export_attempts_lost", "Attempts that ended without an answer", registry=self._registry
+        self.retries = Counter(
+            "memvid_export_retries",
+            "Attempts that were tried again, by class of error",
+            ["kind"],
+            registry=self._registry,
+        )
+        self.runpod = Counter(
+            "memvid_export_runpod_requests", "Requests to Runpod", ["route", "status"], registry=self._registry
         )
         self.queue_delay = self._histogram("memvid_export_queue_delay_seconds", "From 202 to a worker taking the job")
         self.duration = self._histogram("memvid_export_duration_seconds", "From 202 to the end of a completed job")

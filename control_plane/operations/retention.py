@@ -8,6 +8,7 @@ ended with ``job_completed``. An export that nobody took for so long expires in 
 from __future__ import annotations
 
 import asyncio
+import time
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,6 +17,7 @@ from common.contract import Progress
 from common.errors import ExportError
 from common.settings import Settings
 from common.storage import Storage
+from control_plane.backends.port import Backend
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import NewEvent
 from control_plane.jobs.store import JobStore, now_ms
@@ -29,13 +31,17 @@ LONGEST_SECONDS = 60.0
 class Retention:
     """A loop that looks ten times per retention, at most once a minute."""
 
-    def __init__(self, settings: Settings, store: JobStore, storage: Storage, layout: Layout) -> None:
+    def __init__(self, settings: Settings, store: JobStore, storage: Storage, layout: Layout, backend: Backend) -> None:
         self._retention_ms = settings.retention_seconds * 1000
         self._history_ms = settings.history_seconds * 1000
-        self._pause = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, settings.retention_seconds / 10))
+        often = min(settings.retention_seconds / 10, settings.stray_seconds / 2)
+        self._pause = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, often))
         self._store = store
         self._storage = storage
         self._layout = layout
+        self._backend = backend
+        self._stray_seconds = settings.stray_seconds
+        self._strays_due = 0.0
 
     async def run(self) -> None:
         """Sweep until canceled."""
@@ -57,7 +63,24 @@ class Retention:
                 event = NewEvent("job_expired", Progress(stage="expired", progress=0, stage_progress=100, message=text))
             values = {} if event else {"stage": "expired", "message": message}
             moved = await self._store.move(job.id, "expired", event, sources=frozenset({job.status}), values=values)
-            if moved is not None:
+            if moved is not None and event is not None:
+                await self._backend.cancel(job.id)
+            elif moved is not None:
                 await asyncio.to_thread(self._storage.delete, self._layout.job_prefix(job.id))
-                await asyncio.to_thread(self._storage.delete, self._layout.payload_ref(job.id))
+        if time.monotonic() >= self._strays_due:
+            await self._remove_strays()
+            self._strays_due = time.monotonic() + self._stray_seconds / 2
         await self._store.forget(now - self._history_ms)
+
+    async def _remove_strays(self) -> None:
+        strays = await asyncio.to_thread(
+            self._layout.strays,
+            self._storage,
+            in_flight=await self._store.in_flight(),
+            completed=await self._store.completed(),
+            age=self._stray_seconds,
+        )
+        for ref in strays:
+            await asyncio.to_thread(self._storage.delete, ref)
+        if strays:
+            log.info("strays removed", count=len(strays), first=strays[0])

@@ -1,0 +1,204 @@
+"""How attempts end, whatever backend ran them: completed, failed for good, or back in the queue for another one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import msgspec
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from common.contract import JobOutput, Progress, Report, Stage, Status
+from common.errors import Canceled, DeadlineExceeded, ExportError, StorageFailed, WorkerLost
+from common.settings import Settings
+from common.storage import Storage
+from control_plane.jobs.layout import Layout
+from control_plane.jobs.records import JobRecord, NewEvent
+from control_plane.jobs.store import JobStore, now_ms
+from control_plane.operations.metrics import Metrics
+from handler.claim import NAMES
+from handler.job import read_manifest
+from handler.protocol import job_error
+
+log = structlog.get_logger()
+
+SETTLE_SECONDS = 1.0
+"""Between two tries to record an end."""
+BACK_OFF_SECONDS = 1.0
+"""Before the second attempt after an error that may pass; doubled for each further one, up to the maximum."""
+MAX_BACK_OFF_SECONDS = 60.0
+TIMEOUTS = 2
+"""Attempts that may run out of time; the second one gets twice as long."""
+
+
+class Endings:
+    """Records ends and clears up behind them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        storage: Storage,
+        layout: Layout,
+        metrics: Metrics,
+        *,
+        backend: str,
+        lost: int,
+        timeouts: int,
+    ) -> None:
+        """``lost`` and ``timeouts`` are the attempts that may be lost or run out of time before a job fails."""
+        self._settings = settings
+        self._store = store
+        self._storage = storage
+        self._layout = layout
+        self._metrics = metrics
+        self._backend = backend
+        self._lost = lost
+        self._timeouts = timeouts
+
+    async def complete(self, job: JobRecord, output: JobOutput) -> bool:
+        """The attempt has published its files; False if the job has ended otherwise."""
+        manifest = await asyncio.to_thread(read_manifest, self._storage, output.manifest_ref)
+        now = now_ms()
+        report = msgspec.convert(output.metrics, Report)
+        report.backend, report.attempts = self._backend, job.attempt
+        report.timings.queue = ((job.started_at or now) - job.created_at) / 1000
+        output = msgspec.structs.replace(output, metrics=msgspec.to_builtins(report), progress=None)
+        megabytes = output.size_bytes / 1_000_000
+        message = f"Your capsule is ready: {manifest.frames:,} frames, {megabytes:,.1f} MB"
+        meta = {"frames": manifest.frames, "vectors": manifest.vectors, "sizeBytes": output.size_bytes}
+        moved = await self._settle(
+            job,
+            "completed",
+            NewEvent("job_completed", step("download_ready", 100, message, meta)),
+            backend=self._backend,
+            output=msgspec.json.encode(output).decode(),
+            manifest=msgspec.json.encode(manifest).decode(),
+            expires_at=now + self._settings.retention_seconds * 1000,
+        )
+        if not moved:
+            await self._now_gone(job, "completed")
+            return False
+        self._metrics.duration.observe((now - job.created_at) / 1000)
+        self._metrics.write.observe(report.timings.write)
+        self._metrics.embed.observe(report.timings.embed)
+        await self._remove(
+            self._layout.payload_ref(job.id),
+            *(self._layout.output_prefix(job.id, attempt) for attempt in range(1, job.attempt)),
+            *(self._layout.output_prefix(job.id, job.attempt) + name for name in NAMES),
+        )
+        return True
+
+    async def failed(self, job: JobRecord, error: ExportError, *, counted: bool = True) -> float | None:
+        """The attempt ended in an error: the job goes back to the queue where another attempt may help.
+
+        Answers the seconds until the next attempt, None if there is none. ``counted`` False: it was not the job's
+        fault nor the worker's, such as a stop of the server.
+        """
+        if isinstance(error, Canceled):
+            return None
+        column, used, allowed, delay = self._class_of(job, error)
+        if column is None or (counted and used + 1 >= allowed):
+            if column is not None:
+                tries = "attempt" if used == 0 else "attempts"
+                error = type(error)(f"{error.message}; given up after {used + 1} {tries}", **error.details)
+            log.warning("export failed", job_id=job.id, code=error.code, reason=error.message)
+            await self._end(job, error)
+            return None
+        if counted:
+            self._metrics.retries.labels(column).inc()
+            log.warning("attempt failed", job_id=job.id, attempt=job.attempt, kind=column, reason=error.message)
+        else:
+            delay = 0.0
+        message = f"Waiting to start again: {error.message}"
+        event = NewEvent("stage_progress", step("queued", 0, message, {"attempt": job.attempt}))
+        values = {column: used + counted, "available_at": now_ms() + int(delay * 1000)}
+        if not await self._settle(job, "queued", event, **values):
+            await self._now_gone(job, "queued")
+            return None
+        await asyncio.to_thread(self._clear_attempt, job)
+        return delay
+
+    def _class_of(self, job: JobRecord, error: ExportError) -> tuple[str | None, int, int, float]:
+        """The column that counts such attempts, how often it happened, how often it may, and the pause (seconds)."""
+        if isinstance(error, WorkerLost):
+            return "lost", job.lost, self._lost, 0.0
+        if isinstance(error, DeadlineExceeded):
+            return ("timeouts", job.timeouts, self._timeouts, 0.0) if self._timeouts > 1 else (None, 0, 0, 0.0)
+        if error.retryable:
+            pause = min(BACK_OFF_SECONDS * 2**job.retries, MAX_BACK_OFF_SECONDS)
+            return "retries", job.retries, self._settings.max_attempts, pause * random.uniform(0.75, 1.25)  # noqa: S311
+        return None, 0, 0, 0.0
+
+    async def _end(self, job: JobRecord, error: ExportError) -> None:
+        told = job_error(error)
+        meta = {"code": told.code, "retryable": told.retryable}
+        event = NewEvent("job_failed", step("failed", 0, told.message, meta))
+        if await self._settle(job, "failed", event, error=msgspec.json.encode(told).decode()):
+            await self.remove_files(job.id)
+        else:
+            await self._now_gone(job, "failed")
+
+    async def remove_files(self, job_id: str) -> None:
+        """Remove payload and artifacts of a job."""
+        await self._remove(self._layout.payload_ref(job_id), self._layout.job_prefix(job_id))
+
+    async def _now_gone(self, job: JobRecord, to: Status) -> None:
+        """The job ended otherwise while this attempt did; what that attempt published is nobody's."""
+        log.info("an attempt ended too late", job_id=job.id, attempt=job.attempt, as_status=to)
+        now = await self._store.get(job.id)
+        if now is None or now.attempt != job.attempt or now.status not in ("completed", "queued", "running"):
+            await self._remove(self._layout.output_prefix(job.id, job.attempt))
+
+    async def _settle(self, job: JobRecord, to: Status, event: NewEvent, **values: Any) -> bool:
+        """Record how an attempt ended; a database that fails for a while does not make a job forgotten."""
+        while True:
+            try:
+                moved = await self._store.move(job.id, to, event, attempt=job.attempt, values=values)
+            except SQLAlchemyError as error:
+                log.error("the end of a job cannot be recorded", job_id=job.id, status=to, exc_info=error)
+                await asyncio.sleep(SETTLE_SECONDS)
+                continue
+            if moved is not None and to != "queued":
+                self._metrics.ended.labels(to, "" if moved.error is None else moved.error.code).inc()
+            return moved is not None
+
+    async def _remove(self, *refs: str) -> None:
+        """What cannot be removed now is swept later."""
+        for ref in refs:
+            try:
+                await asyncio.to_thread(self._storage.delete, ref)
+            except StorageFailed as error:
+                log.warning("files stay until the next sweep", ref=ref, reason=error.message)
+
+    def _clear_attempt(self, job: JobRecord) -> None:
+        """All but the claim, which keeps a late run of this attempt from starting."""
+        prefix = self._layout.output_prefix(job.id, job.attempt)
+        try:
+            if not any(found.ref.removeprefix(prefix) in NAMES for found in self._storage.found(prefix)):
+                self._storage.delete(prefix)
+                return
+            for found in self._storage.found(prefix):
+                if found.ref.removeprefix(prefix) not in NAMES:
+                    self._storage.delete(found.ref)
+        except StorageFailed as error:
+            log.warning("files stay until the next sweep", ref=prefix, reason=error.message)
+
+
+def step(stage: Stage, progress: int, message: str, meta: dict[str, Any]) -> Progress:
+    """``progress`` counts only where it is above what was reached."""
+    return Progress(stage=stage, progress=progress, stage_progress=100, message=message, meta=meta)
+
+
+def heartbeat(last: Progress, seconds: float) -> NewEvent:
+    """Nothing new is known, but the export goes on."""
+    progress = Progress(
+        stage=last.stage,
+        progress=last.progress,
+        stage_progress=last.stage_progress,
+        message=f"Still at work after {seconds:.0f} s: {last.message}",
+        meta={"elapsedSeconds": round(seconds)},
+    )
+    return NewEvent("stage_heartbeat", progress)

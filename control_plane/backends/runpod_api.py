@@ -1,0 +1,159 @@
+"""The public API of a Runpod endpoint, as far as we use it: ``POST /run``, ``GET /status``, ``POST /cancel``.
+
+Source: docs.runpod.io/serverless/endpoints; limits per endpoint and 10 seconds: 1,000 runs, 2,000 looks, 100 cancels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from typing import Any, ClassVar, Literal
+
+import httpx
+import msgspec
+
+from common.errors import ExportError
+from control_plane.operations.metrics import Metrics
+
+WINDOW_SECONDS = 10.0
+LIMITS = {"run": 500, "status": 1_000, "cancel": 50}
+"""Requests in a window. Half of what the platform allows, since replicas do not know of each other's requests."""
+TIMEOUT_SECONDS = 20.0
+MAX_PAUSE_SECONDS = 60.0
+MAX_ANSWER_BYTES = 20 << 20
+
+Word = Literal["IN_QUEUE", "IN_PROGRESS", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
+RUNNING: frozenset[Word] = frozenset({"IN_PROGRESS", "RUNNING"})
+ENDED: frozenset[Word] = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+
+
+class RunpodAway(ExportError):
+    """The platform cannot be reached, is overloaded, or answers nonsense; the same request may work later."""
+
+    code: ClassVar[str] = "BACKEND_AWAY"
+    retryable: ClassVar[bool] = True
+
+
+class RunpodRefused(ExportError):
+    """The platform does not take the request: a wrong key, endpoint or message."""
+
+    code: ClassVar[str] = "BACKEND_REFUSED"
+
+
+class JobStatus(msgspec.Struct, rename="camel", kw_only=True):
+    """The answer of ``/run`` and ``/status``; times in milliseconds."""
+
+    id: str
+    status: Word
+    output: Any = None
+    error: Any = None
+    worker_id: str | None = None
+
+
+class RunpodApi:
+    """One endpoint. Each route keeps to its limit, and pauses for everybody when the platform says so."""
+
+    def __init__(self, base: str, endpoint: str, key: str, metrics: Metrics) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=f"{base.rstrip('/')}/{endpoint}/",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=TIMEOUT_SECONDS,
+            limits=httpx.Limits(max_connections=64),
+            trust_env=False,
+        )
+        self._metrics = metrics
+        self._routes = {route: _Route(limit) for route, limit in LIMITS.items()}
+
+    @property
+    def away_seconds(self) -> float:
+        """How long no request has been answered; 0 while they are."""
+        since = min((route.failing_since for route in self._routes.values() if route.failing_since), default=None)
+        return 0.0 if since is None else asyncio.get_running_loop().time() - since
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def run(self, job: dict[str, Any], policy: dict[str, int], webhook: str | None) -> JobStatus:
+        """Queue a job. ``policy``: ``executionTimeout`` and ``ttl`` in milliseconds."""
+        message = {"input": job, "policy": policy, **({"webhook": webhook} if webhook else {})}
+        answer = await self._send("run", "POST", "run", message)
+        if answer is None:
+            raise RunpodRefused("Runpod knows no such endpoint (404)")
+        return answer
+
+    async def status(self, runpod_id: str) -> JobStatus | None:
+        """Where a job stands, None where the platform knows it no more."""
+        return await self._send("status", "GET", f"status/{runpod_id}")
+
+    async def cancel(self, runpod_id: str) -> None:
+        """Stop a job, or take it out of the queue; one that has ended stays as it is."""
+        await self._send("cancel", "POST", f"cancel/{runpod_id}")
+
+    async def _send(self, route: str, method: str, path: str, body: object = None) -> JobStatus | None:
+        turn = self._routes[route]
+        await turn.wait()
+        content = None if body is None else msgspec.json.encode(body)
+        try:
+            answer = await self._client.request(
+                method, path, content=content, headers={"Content-Type": "application/json"}
+            )
+        except httpx.HTTPError as error:
+            self._metrics.runpod.labels(route, "none").inc()
+            turn.failed(None)
+            raise RunpodAway(f"Runpod cannot be reached: {type(error).__name__}") from error
+        code = answer.status_code
+        self._metrics.runpod.labels(route, str(code)).inc()
+        if code == 429 or code >= 500:
+            turn.failed(answer.headers.get("retry-after"))
+            raise RunpodAway(f"Runpod answers {route} with {code}")
+        turn.worked()
+        if code == 404:
+            return None
+        if not answer.is_success:
+            raise RunpodRefused(f"Runpod refuses {route} with {code}: {answer.text[:300]}", status=code)
+        try:
+            return msgspec.json.decode(answer.content, type=JobStatus)
+        except msgspec.MsgspecError as error:
+            if route == "cancel":
+                return None
+            raise RunpodAway(f"Runpod's answer to {route} makes no sense: {error}") from error
+
+
+class _Route:
+    """A sliding window, and a pause that doubles while requests fail."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sent: deque[float] = deque()
+        self._until = 0.0
+        self._failures = 0
+        self.failing_since: float | None = None
+
+    async def wait(self) -> None:
+        """Until a request may be sent."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            while self._sent and self._sent[0] <= now - WINDOW_SECONDS:
+                self._sent.popleft()
+            full = self._sent[0] + WINDOW_SECONDS - now if len(self._sent) >= self._limit else 0.0
+            if (pause := max(full, self._until - now)) <= 0:
+                self._sent.append(now)
+                return
+            await asyncio.sleep(pause)
+
+    def worked(self) -> None:
+        """The last request was answered."""
+        self._failures = 0
+        self.failing_since = None
+
+    def failed(self, retry_after: str | None) -> None:
+        """The last request failed: pause, as long as the platform says if it does."""
+        self._failures += 1
+        self.failing_since = self.failing_since or asyncio.get_running_loop().time()
+        pause = min(0.25 * 2 ** min(self._failures, 10), MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
+        if retry_after and retry_after.isdecimal():
+            pause = min(max(pause, float(retry_after)), MAX_PAUSE_SECONDS)
+        self._until = max(self._until, asyncio.get_running_loop().time() + pause)
