@@ -27,7 +27,7 @@ import msgspec
 import structlog
 
 from common.contract import JobInput, JobOutput, Progress, WorkerProgress
-from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
+from common.errors import AccessDenied, Canceled, DeadlineExceeded, ExportError, InvalidRef, WorkerLost
 from common.graph.model import GraphLimits
 from common.settings import GIB, WorkerSettings
 from common.storage import Storage, StorageConfig, open_storage
@@ -45,6 +45,8 @@ TELL_SECONDS = 1.0
 """Progress is sent at most so often."""
 MAX_STEPS = 2_000
 """Steps of one run that are kept; the pipeline reports at most 101 of each of its stages."""
+SETTLE_SECONDS = 0.2
+"""A result comes so long after the last progress, which goes another way and could overtake it."""
 CHILD_SECONDS = 60.0
 """A job waits so long for a child process."""
 WITHDRAW_TRIES = 3
@@ -132,7 +134,7 @@ class JobRun:
                 )
                 deadline = asyncio.get_running_loop().call_later(limit, self.stop, too_long)
             storage = await asyncio.to_thread(open_storage, config, job.links)
-            if not await asyncio.to_thread(claim.take, storage, job.output_prefix, self._id):
+            if not await asyncio.to_thread(_take, storage, job.output_prefix, self._id):
                 return await asyncio.to_thread(_late_answer, storage, job)
             log.info("export started", job_id=job.job_id, attempt=job.attempt)
             seconds = cold_start()
@@ -262,6 +264,14 @@ class _Steps:
         self._tell(self.all())
 
 
+def _take(storage: Storage, prefix: str, run: str) -> bool:
+    try:
+        return claim.take(storage, prefix, run)
+    except (InvalidRef, AccessDenied) as error:
+        error.details["field"] = "output_prefix"
+        raise
+
+
 def _late_answer(storage: Storage, job: JobInput) -> dict[str, Any]:
     """What a run answers that found the attempt claimed. Raises the error that the first one ended in."""
     output = published(storage, job.output_prefix, job.job_id)
@@ -364,7 +374,11 @@ class _Platform:
         """Run a job; a cancel ends it before it is passed on."""
         self._start()
 
+        told = 0.0
+
         def tell(progress: WorkerProgress) -> None:
+            nonlocal told
+            told = time.monotonic()
             self._runpod.serverless.progress_update(job, msgspec.to_builtins(progress))
 
         def keep_to_itself(_: WorkerProgress) -> None:
@@ -373,7 +387,9 @@ class _Platform:
         run = JobRun(job.get("input"), keep_to_itself if self._local else tell)
         answer = asyncio.wrap_future(self._loop.begin(self._worker.run(run)))
         try:
-            return await asyncio.shield(answer)
+            result = await asyncio.shield(answer)
+            await asyncio.sleep(told + SETTLE_SECONDS - time.monotonic())
+            return result
         except asyncio.CancelledError:
             self._loop.call(run.stop, Canceled("the platform stopped the job"))
             await asyncio.wait([answer])

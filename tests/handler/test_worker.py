@@ -1,0 +1,393 @@
+"""The worker under the unmodified runpod package: what it answers, what it tells meanwhile, and what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from processes import command
+from worker_process import Platform, Worker, gone, group, platform, worker
+
+from common.contract import JobError, JobOutput
+from common.errors import WriterFailed
+from common.storage import FileStorage
+from handler import claim
+from handler.job import published, read_manifest
+
+LIMIT = 40_000_000
+
+
+def graph(nodes: int = 9, lines: int = 0) -> bytes:
+    """An export request with a chain of functions."""
+    text = "\n".join(f"    value_{n} = compute_{n}(argument_{n})" for n in range(lines))
+    return json.dumps(
+        {
+            "sessionId": "s",
+            "projectName": "p",
+            "source": {"type": "local", "baseName": "chain"},
+            "nodes": [
+                {
+                    "id": f"n{n}",
+                    "label": "Function",
+                    "properties": {"name": f"call_{n}", "content": f"def f{n}:\n{text}"},
+                }
+                for n in range(nodes)
+            ],
+            "relationships": [
+                {"id": f"e{n}", "sourceId": f"n{n}", "targetId": f"n{n - 1}", "type": "CALLS", "confidence": 1.0}
+                for n in range(1, nodes)
+            ],
+        }
+    ).encode()
+
+
+LARGE = graph(30_000, lines=12)
+"""Takes several seconds."""
+
+
+class Place:
+    """The files of one job below the root of the worker."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.folder = root / name
+        self.storage = FileStorage([root])
+        self.prefix = (self.folder / "1").as_uri() + "/"
+        self.folder.mkdir(parents=True)
+
+    def input(self, payload: bytes = b"", **changes: Any) -> dict[str, Any]:
+        """The input of a job, its payload staged."""
+        (self.folder / "payload").write_bytes(payload or graph())
+        data = {
+            "job_id": self.name,
+            "payload_ref": (self.folder / "payload").as_uri(),
+            "output_prefix": self.prefix,
+            "created_at": "2026-11-21T10:00:00.000Z",
+            **changes,
+        }
+        return {name: value for name, value in data.items() if value is not ...}
+
+    def objects(self) -> list[str]:
+        """Names of what lies under the prefix, without the claim."""
+        names = [found.ref.rpartition("/")[2] for found in self.storage.found(self.prefix)]
+        return [name for name in names if name not in claim.NAMES]
+
+    def wait_for_claim(self) -> None:
+        """Until a run has taken the attempt."""
+        for _ in range(1_000):
+            if claim.state(self.storage, self.prefix) == "held":
+                return
+            time.sleep(0.01)
+        raise AssertionError("nobody runs the job")
+
+
+class Live(NamedTuple):
+    """A platform with a worker."""
+
+    platform: Platform
+    worker: Worker
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    root = tmp_path_factory.mktemp("worker") / "root"
+    with platform() as (found, url), worker(url, root, {"MEMVID_EXPORT_MAX_PAYLOAD_BYTES": str(LIMIT)}) as process:
+        yield Live(found, process)
+
+
+@pytest.fixture
+def place(live: Live, request: pytest.FixtureRequest) -> Place:
+    digest = hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
+    return Place(live.worker.root, f"job-{digest}")
+
+
+def failure(result: dict[str, Any]) -> JobError:
+    assert set(result) <= {"error", "stopPod"}, result
+    return msgspec.json.decode(result["error"], type=JobError)
+
+
+def done(result: dict[str, Any]) -> JobOutput:
+    assert set(result) == {"output"}, result
+    return msgspec.convert(result["output"], JobOutput)
+
+
+def test_jobs_are_run_from_a_cold_start_to_sigterm_and_tell_their_steps(tmp_path: Path) -> None:
+    with platform() as (runpod, url), worker(url, tmp_path / "root") as process:
+        first, second = Place(tmp_path / "root", "first"), Place(tmp_path / "root", "second")
+        job = runpod.submit(first.input(graph(8_000, lines=12), options={"semanticEnabled": True}))
+        output = done(runpod.result(job))
+        again = done(
+            runpod.result(runpod.submit(second.input(graph(8_000, lines=12), options={"semanticEnabled": True})))
+        )
+
+        assert output.metrics["timings"]["coldStart"] > 0
+        assert again.metrics["timings"]["coldStart"] == 0
+        manifest = read_manifest(first.storage, output.manifest_ref)
+        assert manifest.vectors == 8_000
+        assert (output.sha256, output.metrics["jobId"]) == (manifest.capsule_sha256, "first")
+        assert again.sha256 == output.sha256
+        assert published(first.storage, first.prefix, "first") is not None
+
+        assert output.progress is not None
+        steps = msgspec.to_builtins(output.progress.steps)
+        assert [step["progress"] for step in steps] == sorted(step["progress"] for step in steps)
+        assert {step["stage"] for step in steps} == {
+            "transform",
+            "frame_prep",
+            "write_capsule",
+            "build_sidecar",
+            "finalize",
+        }
+        *updates, result = runpod.all_of(job)
+        assert updates
+        assert "status" not in result
+        for update in updates:
+            assert update["output"]["first"] == 1
+            told = update["output"]["steps"]
+            assert told == steps[: len(told)]
+
+        children = process.children()
+        assert children
+        assert process.stop() == 0
+        assert gone(children)
+        assert not (tmp_path / "root" / "workers").is_dir() or not list((tmp_path / "root" / "workers").iterdir())
+
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"job_id": ...}, "INVALID_EXPORT_REQUEST", "job_id"),
+    ({"job_id": 7}, "INVALID_EXPORT_REQUEST", "job_id"),
+    ({"job_id": "../../up"}, "INVALID_EXPORT_REQUEST", "job_id"),
+    ({"payload_ref": ...}, "INVALID_EXPORT_REQUEST", "payload_ref"),
+    ({"output_prefix": "file:///no/slash"}, "INVALID_EXPORT_REQUEST", "output_prefix"),
+    ({"schema_version": "gitnexus.export.schema.v9"}, "INVALID_EXPORT_REQUEST", "schema_version"),
+    ({"embedding_mode": "telepathy"}, "INVALID_EXPORT_REQUEST", "embedding_mode"),
+    ({"embedding_provider": "openai"}, "INVALID_EXPORT_REQUEST", "embedding_provider"),
+    ({"payload_sha256": "abc"}, "INVALID_EXPORT_REQUEST", "payload_sha256"),
+    ({"payload_size": -1}, "INVALID_EXPORT_REQUEST", "payload_size"),
+    ({"timeout_seconds": 0}, "INVALID_EXPORT_REQUEST", "timeout_seconds"),
+    ({"created_at": "yesterday"}, "INVALID_EXPORT_REQUEST", "created_at"),
+    ({"attempt": 0}, "INVALID_EXPORT_REQUEST", "attempt"),
+    ({"links": {"a": {"get": 7}}}, "INVALID_EXPORT_REQUEST", "links[...].get"),
+    ({"options": {"colour": "red"}}, "INVALID_EXPORT_REQUEST", "options.colour"),
+    ({"options": {"maxNodeFrames": "many"}}, "INVALID_EXPORT_REQUEST", "options.maxNodeFrames"),
+    ({"options": {"maxNodeFrames": -1}}, "INVALID_EXPORT_REQUEST", "options.maxNodeFrames"),
+    ({"payload_sha256": "0" * 64}, "PAYLOAD_MISMATCH", "payload_sha256"),
+    ({"payload_size": 7}, "PAYLOAD_MISMATCH", "payload_size"),
+    ({"payload_ref": "file:///etc/passwd"}, "INVALID_REF", "payload_ref"),
+    ({"payload_ref": "s3://elsewhere/payload"}, "INVALID_REF", "payload_ref"),
+    ({"payload_ref": "ftp://host/payload"}, "INVALID_REF", "payload_ref"),
+    ({"payload_ref": "https://169.254.169.254/latest"}, "INVALID_REF", "payload_ref"),
+    ({"output_prefix": "file:///tmp/elsewhere/"}, "INVALID_REF", "output_prefix"),
+    ({"output_prefix": "s3://elsewhere/1/"}, "INVALID_REF", "output_prefix"),
+]
+
+
+def test_inputs_that_are_wrong_say_where_and_are_not_to_be_tried_again(live: Live, place: Place) -> None:
+    jobs = {}
+    for number, (changes, code, field) in enumerate(WRONG):
+        one = Place(live.worker.root, f"{place.name}-{number}")
+        jobs[live.platform.submit(one.input(**changes))] = (one, changes, code, field)
+    for job, (one, changes, code, field) in jobs.items():
+        result = live.platform.result(job)
+        error = failure(result)
+        assert (error.code, error.details.get("field"), error.retryable) == (code, field, False), (changes, error)
+        assert "stopPod" not in result
+        assert one.objects() == []
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        (b"{", "INVALID_EXPORT_REQUEST"),
+        (b'{"nodes": [], "relationships": []}', "INVALID_EXPORT_REQUEST"),
+        (b" " * (LIMIT + 1), "PAYLOAD_TOO_LARGE"),
+        (None, "OBJECT_MISSING"),
+    ],
+    ids=["cut", "empty", "too large", "missing"],
+)
+def test_a_payload_that_cannot_be_exported_is_not_to_be_tried_again(
+    live: Live, place: Place, payload: bytes | None, code: str
+) -> None:
+    data = place.input(payload or b"")
+    if payload is None:
+        (place.folder / "payload").unlink()
+    result = live.platform.result(live.platform.submit(data))
+    error = failure(result)
+    assert (error.code, error.retryable) == (code, False)
+    assert "stopPod" not in result
+    assert place.objects() == []
+
+
+@pytest.mark.parametrize("data", [None, [], "job", 7])
+def test_an_input_that_is_no_object_is_refused(live: Live, data: object) -> None:
+    assert failure(live.platform.result(live.platform.submit(data))).code == "INVALID_EXPORT_REQUEST"
+
+
+def test_options_of_the_job_go_before_those_of_the_payload(live: Live, place: Place) -> None:
+    result = live.platform.result(live.platform.submit(place.input(options={"maxNodeFrames": 4, "profile": "quick"})))
+    report = done(result).metrics
+    assert (report["capsule"]["nodeFrames"], report["leftOut"]["nodes"], report["profile"]) == (4, 5, "quick")
+
+
+def test_a_job_that_the_platform_stops_leaves_nothing_and_is_never_run_again(live: Live, place: Place) -> None:
+    data = place.input(LARGE)
+    job = live.platform.submit(data)
+    live.platform.progress(job)
+    before = live.worker.children()
+    live.platform.stops.put(job)
+    for _ in range(200):
+        if claim.state(place.storage, place.prefix) == "closed" and not place.objects():
+            break
+        time.sleep(0.02)
+    assert claim.state(place.storage, place.prefix) == "closed"
+    assert place.objects() == []
+    assert live.worker.scratch() == []
+    killed = [pid for pid in before if pid not in live.worker.children()]
+    assert len(killed) == 1
+    assert group(killed[0]) == []
+
+    assert failure(live.platform.result(live.platform.submit(data))).code == "CANCELED"
+    assert [body for body in live.platform.all_of(job) if "status" not in body] == []
+
+
+def test_a_job_past_its_time_is_ended_and_leaves_nothing(live: Live, place: Place) -> None:
+    data = place.input(LARGE, timeout_seconds=0.5)
+    result = live.platform.result(live.platform.submit(data))
+    error = failure(result)
+    assert (error.code, error.retryable) == ("DEADLINE_EXCEEDED", True)
+    assert "stopPod" not in result
+    assert place.objects() == []
+    assert live.worker.scratch() == []
+    assert failure(live.platform.result(live.platform.submit(data))).code == "DEADLINE_EXCEEDED"
+
+
+def test_a_job_whose_process_is_killed_is_lost_and_the_next_one_runs(live: Live, place: Place) -> None:
+    job = live.platform.submit(place.input(LARGE))
+    live.platform.progress(job)
+    for pid in live.worker.children():
+        os.kill(pid, signal.SIGKILL)
+    result = live.platform.result(job)
+    error = failure(result)
+    assert (error.code, error.retryable) == ("WORKER_LOST", True)
+    assert result["stopPod"] is True
+    assert place.objects() == []
+    assert live.worker.scratch() == []
+
+    second = Place(live.worker.root, "after-a-kill")
+    assert done(live.platform.result(live.platform.submit(second.input()))).metrics["jobId"] == "after-a-kill"
+
+
+def test_a_second_delivery_does_nothing_while_the_first_runs_and_answers_the_same_after(
+    live: Live, place: Place
+) -> None:
+    data = place.input(LARGE)
+    job = live.platform.submit(data)
+    place.wait_for_claim()
+    assert live.platform.result(live.platform.submit(data)) == {"output": {"taken": True}}
+    first = done(live.platform.result(job))
+    late = done(live.platform.result(live.platform.submit(data)))
+    assert msgspec.structs.replace(late, metrics={}, progress=None) == msgspec.structs.replace(
+        first, metrics={}, progress=None
+    )
+    assert len(place.objects()) == 3
+
+
+def test_a_delivery_that_finds_a_dead_run_is_lost(live: Live, place: Place) -> None:
+    assert claim.take(place.storage, place.prefix, "a run that died")
+    past = time.time() - claim.STALE_SECONDS - 1
+    os.utime(place.folder / "1" / claim.CLAIM_NAME, (past, past))
+    error = failure(live.platform.result(live.platform.submit(place.input())))
+    assert (error.code, error.retryable) == ("WORKER_LOST", True)
+    assert place.objects() == []
+
+
+@pytest.mark.parametrize("reason", [None, WriterFailed("the disk was full")])
+def test_a_delivery_that_finds_a_closed_attempt_says_why_it_was_closed(
+    live: Live, place: Place, reason: WriterFailed | None
+) -> None:
+    told = JobError(code=reason.code, message=reason.message, retryable=reason.retryable) if reason else None
+    assert claim.close(place.storage, place.prefix, error=told)
+    error = failure(live.platform.result(live.platform.submit(place.input())))
+    assert error.code == (reason.code if reason else "CANCELED")
+    assert place.objects() == []
+
+
+def test_an_attempt_that_is_closed_while_it_runs_publishes_nothing(live: Live, place: Place) -> None:
+    job = live.platform.submit(place.input(LARGE))
+    place.wait_for_claim()
+    assert not claim.close(place.storage, place.prefix)
+    assert claim.close(place.storage, place.prefix, force=True)
+    result = live.platform.result(job)
+    assert failure(result).code == "CANCELED"
+    assert "stopPod" not in result
+    assert place.objects() == []
+    assert live.worker.scratch() == []
+
+
+def test_the_platform_hears_of_the_worker_while_a_large_job_runs(live: Live, place: Place) -> None:
+    job = live.platform.submit(place.input(LARGE))
+    place.wait_for_claim()
+    live.platform.wait_for_requests("/ping")
+    live.platform.wait_for_requests("/job-stop")
+    assert all("status" in body for body in live.platform.all_of(job))
+    done(live.platform.result(job))
+
+
+def test_a_worker_that_is_ended_gives_its_job_back(tmp_path: Path) -> None:
+    with platform() as (runpod, url), worker(url, tmp_path / "root") as process:
+        place = Place(tmp_path / "root", "given-back")
+        job = runpod.submit(place.input(LARGE))
+        runpod.progress(job)
+        assert process.stop() == 0
+        error = failure(runpod.result(job))
+        assert (error.code, error.retryable) == ("WORKER_LOST", True)
+        assert place.objects() == []
+        assert process.scratch() == []
+
+
+def test_a_worker_removes_what_a_killed_one_left_and_not_what_a_live_one_has(tmp_path: Path) -> None:
+    with platform() as (runpod, url), worker(url, tmp_path / "root") as killed:
+        job = runpod.submit(Place(tmp_path / "root", "killed").input(LARGE))
+        runpod.progress(job)
+        children = killed.children()
+        killed.process.kill()
+        assert gone(children)
+        assert killed.scratch()
+        with worker(url, tmp_path / "root") as second:
+            done(runpod.result(runpod.submit(Place(tmp_path / "root", "second").input())))
+            assert second.scratch() == []
+            with worker(url, tmp_path / "root") as third:
+                third.wait_until_ready()
+                assert len(list((tmp_path / "root" / "workers").iterdir())) == 2
+                assert third.stop() == 0
+            assert second.stop() == 0
+
+
+def test_a_worker_whose_processes_do_not_start_ends_with_one_line(tmp_path: Path) -> None:
+    settings = {"MEMVID_EXPORT_ROOT": str(tmp_path), "PYTHONPATH": str(tmp_path / "broken")}
+    broken = tmp_path / "broken" / "sitecustomize.py"
+    broken.parent.mkdir()
+    broken.write_text("import os, sys\nif 'handler.child' in sys.orig_argv: os._exit(1)\n")
+    ended = command("worker", env=settings)
+    assert ended.returncode == 3
+    assert ended.stderr.decode().splitlines()[-1].startswith("error: the worker's process ended")
+    assert "Traceback" not in ended.stderr.decode()
+
+
+def test_one_job_from_a_file_is_run_to_try_the_worker(tmp_path: Path) -> None:
+    place = Place(tmp_path, "tried")
+    test_input = tmp_path / "test_input.json"
+    test_input.write_text(json.dumps({"input": place.input()}))
+    settings = {"MEMVID_EXPORT_ROOT": str(tmp_path), "MEMVID_EXPORT_STAGING_ROOT": str(tmp_path)}
+    assert command("worker", "--test-input", test_input, env=settings).returncode == 0
+    assert len(place.objects()) == 3
+    missing = command("worker", "--test-input", tmp_path / "missing.json", env=settings)
+    assert (missing.returncode, missing.stdout) == (2, b"")
