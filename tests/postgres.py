@@ -43,11 +43,11 @@ class Postgres:
         self._data = self._home / "data"
         self._log = self._home / "log"
         self._durable = durable
-        self._password = secrets.token_hex(16)
+        self.password = secrets.token_hex(16)
         self._keeper: subprocess.Popen[bytes] | None = None
         self._made = 0
         secret = self._home / "password"
-        secret.write_text(self._password)
+        secret.write_text(self.password)
         self._user: dict[str, Any] = {}
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -155,7 +155,7 @@ class Postgres:
         self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def _address(self, database: str) -> str:
-        return f"postgresql://postgres:{self._password}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/{database}"
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,10 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from live_server import Server, graph, large_graph
 from postgres import Postgres
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -254,3 +256,53 @@ def test_a_stream_goes_on_after_the_database_went_away_and_what_was_promised_is_
                 assert await stream == [1, 2, 3, 4, 5, 6]
 
     asyncio.run(inside())
+
+
+def test_any_server_answers_for_a_job_that_another_one_took(tmp_path: Path, postgres_url: str) -> None:
+    shared = (tmp_path / "shared").as_uri()
+    servers = [
+        Server(tmp_path / name, database_url=postgres_url, storage_url=shared, worker_slots=1) for name in ("a", "b")
+    ]
+    try:
+        for server in servers:
+            server.start()
+        for first, second in (servers, servers[::-1]):
+            job_id = first.submit(graph(200, name="shared"))
+            events = list(second.stream(job_id))
+            assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+            assert events[-1]["type"] == "job_completed"
+            assert list(first.stream(job_id)) == events
+            assert first.job(job_id) == second.job(job_id)
+            capsules = [server.client.get(f"/v1/exports/{job_id}/download") for server in (first, second)]
+            assert [answer.status_code for answer in capsules] == [200, 200]
+            assert capsules[0].content == capsules[1].content
+            key = {"idempotency_key": f"key of {first.port}"}
+            answers = [server.post(graph(name="once"), **key).json()["jobId"] for server in (first, second)]
+            assert answers[0] == answers[1]
+    finally:
+        for server in servers:
+            server.close()
+
+
+def test_a_server_outlives_an_outage_of_its_database_and_says_so(tmp_path: Path, own_server: Postgres) -> None:
+    server = Server(tmp_path / "root", database_url=own_server.new_database(), worker_slots=1)
+    try:
+        job_id = server.start().submit(large_graph("outage"))
+        frames = server.frames(job_id)
+        assert any("job_started" in frame for frame in frames)
+        own_server.stop()
+        unready = server.client.get("/readyz")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, "QUEUE_UNAVAILABLE")
+        assert unready.json()["error"]["details"]["checks"]["database"] != "ok"
+        assert server.client.get("/healthz").status_code == 200
+        assert server.client.get(f"/v1/exports/{job_id}").status_code >= 500
+        for _ in range(3):
+            assert next(frame for frame in frames if frame == ": ping")
+        own_server.start()
+        list(frames)
+        events = server.events(job_id)
+        assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+        assert events[-1]["type"] == "job_completed"
+        assert own_server.password not in server.log.read_text()
+    finally:
+        server.close()
