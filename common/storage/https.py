@@ -27,6 +27,8 @@ CONNECT_SECONDS, SILENT_SECONDS, TOTAL_SECONDS = 5.0, 30.0, 1_800.0
 MAX_REDIRECTS = 3
 MAX_CONNECTIONS = 16
 _HEADERS = [("Accept-Encoding", "identity"), ("User-Agent", "memvid-export")]
+_WORTH_ANOTHER_TRY = ("RequestTimeout", "BadDigest", "IncompleteBody")
+"""Codes of a store that speaks S3, under status 400."""
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
@@ -160,11 +162,7 @@ class Web:
             raise ObjectMissing(message, **details)
         if status in (401, 403) or store in ("ExpiredToken", "InvalidToken"):
             raise AccessDenied(message, **details)
-        if (
-            status >= 500
-            or status in (408, 409, 425, 429)
-            or store in ("RequestTimeout", "BadDigest", "IncompleteBody")
-        ):
+        if status >= 500 or status in (408, 409, 425, 429) or store in _WORTH_ANOTHER_TRY:
             raise Broken(message, **details)
         raise InvalidRef(message, field="ref", **details)
 

@@ -31,6 +31,7 @@ _ENCRYPTION_HEADERS = {
     "ServerSideEncryption": "x-amz-server-side-encryption",
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
 }
+_TRANSIENT = ("InternalError", "NoSuchUpload", "RequestTimeout", "ServiceUnavailable", "SlowDown")
 _ATTEMPTS = 4
 _CONNECT_SECONDS, _READ_SECONDS = 5, 30
 
@@ -56,7 +57,9 @@ class S3Storage:
             options = {**self._address(key), **self._encryption(), "Metadata": {"sha256": stored.sha256}}
             if size <= PART:
                 data = source.read_bytes()
-                self._client.put_object(**options, Body=data, ChecksumSHA256=_checksum(data))
+                if len(data) != size:
+                    raise StorageFailed(f"{source.name} changed while it was stored")
+                self._send("put_object", ref, **options, Body=data)
             else:
                 self._put_parts(source, stored, options)
         return stored
@@ -75,7 +78,7 @@ class S3Storage:
                 self._client.put_object(**options, Body=data, ChecksumSHA256=_checksum(data))
             except ClientError as error:
                 if not only_new or _status(error) not in (409, 412):
-                    raise
+                    raise _error(ref, error) from error
                 if _status(error) == 409:  # two at once: S3 asks to try again
                     raise Broken(f"another writes {ref}") from error
                 if not error.response["ResponseMetadata"].get("RetryAttempts"):
@@ -137,7 +140,7 @@ class S3Storage:
                     continue
                 done = self._client.delete_objects(Bucket=self._config.bucket, Delete={"Objects": keys, "Quiet": True})
                 for error in done.get("Errors", []):
-                    raise _error(self._ref(error["Key"]), error.get("Code", ""), error.get("Message", ""), 0)
+                    raise _refusal(self._ref(error["Key"]), error.get("Code", ""), error.get("Message", ""))
                 count += len(keys)
         return count
 
@@ -171,11 +174,9 @@ class S3Storage:
                     data = os.pread(file.fileno(), part_size, start)
                     if len(data) != min(part_size, stored.size - start):
                         raise StorageFailed(f"{source.name} changed while it was stored")
-                    checksum = _checksum(data)
-                    answer = self._client.upload_part(
-                        **address, UploadId=upload, PartNumber=number, Body=data, ChecksumSHA256=checksum
-                    )
-                    return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+                    at = {**address, "UploadId": upload, "PartNumber": number}
+                    answer = self._send("upload_part", stored.ref, **at, Body=data)
+                    return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": _checksum(data)}
 
                 parts = [pool.submit(put_part, number) for number in range(1, -(-stored.size // part_size) + 1)]
                 try:
@@ -189,6 +190,16 @@ class S3Storage:
             with contextlib.suppress(ExportError), _failing_as(stored.ref):
                 self._abort(address, upload)
             raise
+
+    def _send(self, operation: str, ref: str, *, Body: bytes, **options: Any) -> Any:  # noqa: N803  boto3's names
+        """Send bytes with their SHA-256; again where they were spoiled on their way."""
+        checksum = _checksum(Body)
+
+        def attempt() -> Any:
+            with _failing_as(ref):
+                return getattr(self._client, operation)(**options, Body=Body, ChecksumSHA256=checksum)
+
+        return patiently(attempt)
 
     def _complete(self, address: Mapping[str, str], upload: str, stored: Stored, parts: list[dict[str, Any]]) -> None:
         from botocore.exceptions import ClientError
@@ -358,7 +369,7 @@ def _failing_as(ref: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise _error(ref, _code(error), error.response.get("Error", {}).get("Message", ""), _status(error)) from error
+        raise _error(ref, error) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise AccessDenied(f"{ref}: there are no credentials for the store: {error}") from error
     except ParamValidationError as error:
@@ -371,16 +382,22 @@ def _failing_as(ref: str) -> Iterator[None]:
         raise StorageFailed(f"{ref}: {error.strerror or error}", errno=error.errno) from error
 
 
-def _error(ref: str, code: str, message: str, status: int) -> ExportError:
+def _error(ref: str, error: Any) -> ExportError:
     """What a refusal of the store means."""
-    said = f"{ref}: the store answered {status or ''} {code}".replace("  ", " ") + (f" ({message})" if message else "")
+    code, status = _code(error), _status(error)
+    return _refusal(ref, code, str(error.response.get("Error", {}).get("Message", "")), status)
+
+
+def _refusal(ref: str, code: str, message: str, status: int = 0) -> ExportError:
+    said = " ".join(filter(None, [f"{ref}: the store answered", str(status or ""), code, message and f"({message})"]))
     if code == "NoSuchBucket":
         return InvalidRef(said, field="ref", store=code)
     if status == 404 and code != "NoSuchUpload":
         return ObjectMissing(said, store=code)
     if status in (401, 403) or code in ("ExpiredToken", "InvalidToken", "AccessDenied", "TokenRefreshRequired"):
         return AccessDenied(said, store=code)
-    transient = {"BadDigest", "RequestTimeout", "SlowDown", "IncompleteBody", "NoSuchUpload", "InternalError"}
-    if status >= 500 or status in (408, 409, 412, 416, 429) or code in transient:
+    if code in ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"):
+        return Broken(said, store=code)  # spoiled on its way
+    if status >= 500 or status in (408, 409, 412, 416, 429) or code in _TRANSIENT:
         return StorageFailed(said, store=code)
     return InvalidRef(said, field="ref", store=code)
