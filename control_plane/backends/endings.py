@@ -65,6 +65,8 @@ class Endings:
         report = msgspec.convert(output.metrics, Report)
         report.backend, report.attempts = self._backend, job.attempt
         report.timings.queue = ((job.started_at or now) - job.created_at) / 1000
+        if not report.timings.total:  # Found in storage, without word from the worker.
+            report.timings.total = (now - (job.started_at or now)) / 1000
         output = msgspec.structs.replace(output, metrics=msgspec.to_builtins(report), progress=None)
         megabytes = output.size_bytes / 1_000_000
         message = f"Your capsule is ready: {manifest.frames:,} frames, {megabytes:,.1f} MB"

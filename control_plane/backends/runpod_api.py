@@ -49,6 +49,8 @@ class JobStatus(msgspec.Struct, rename="camel", kw_only=True):
     output: Any = None
     error: Any = None
     worker_id: str | None = None
+    delay_time: int | None = None
+    """How long the job waited there."""
 
 
 class RunpodApi:

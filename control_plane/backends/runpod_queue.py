@@ -19,7 +19,7 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import JobError, JobInput, JobOutput, Links, Progress, WorkerProgress
+from common.contract import JobError, JobInput, JobOutput, Links, Progress, Report, WorkerProgress
 from common.errors import (
     CapsuleUnreadable,
     DeadlineExceeded,
@@ -365,19 +365,22 @@ class RunpodQueue:
             return
         if answer is None or answer.status in ENDED:
             await self._over(tracked, answer)
-        elif answer.status in RUNNING and await self._started(tracked):
+        elif answer.status in RUNNING and await self._started(tracked, answer):
             await self._tell(tracked, answer.output)
 
-    async def _started(self, tracked: _Tracked) -> bool:
+    async def _started(self, tracked: _Tracked, answer: JobStatus | None) -> bool:
         """Tell that the run has begun, once; False if the attempt is over."""
         if tracked.job.status != "queued":
             return True
-        job = await self._store.start(tracked.job.id, tracked.job.attempt)
+        at = now_ms()
+        if answer is not None and answer.delay_time is not None and tracked.job.submitted_at is not None:
+            at = tracked.job.submitted_at + answer.delay_time
+        job = await self._store.start(tracked.job.id, tracked.job.attempt, at=at)
         if job is None:
             return await self._refresh(tracked)
         tracked.job = job
         tracked.heard = tracked.began = asyncio.get_running_loop().time()
-        self._metrics.queue_delay.observe((job.updated_at - job.created_at) / 1000)
+        self._metrics.queue_delay.observe(((job.started_at or at) - job.created_at) / 1000)
         return True
 
     async def _tell(self, tracked: _Tracked, told: object) -> None:
@@ -420,9 +423,10 @@ class RunpodQueue:
         except (CapsuleUnreadable, GateFailed) as wrong:
             output, error = None, GateFailed(wrong.message)
         if output is not None:
-            if await self._started(tracked):
+            if await self._started(tracked, answer):
                 if answer is not None and isinstance(answer.output, dict):
                     await self._tell(tracked, answer.output.get("progress"))
+                    output = _with_timings(output, answer.output)
                 await self._endings.complete(tracked.job, output)
                 self._tracked.pop(job.id, None)
             return
@@ -465,6 +469,19 @@ class RunpodQueue:
             except SQLAlchemyError as error:
                 log.error("the database is away", again_in_seconds=QUEUE_SECONDS, exc_info=error)
                 await asyncio.sleep(QUEUE_SECONDS)
+
+
+def _with_timings(published: JobOutput, answered: dict[str, Any]) -> JobOutput:
+    """What was published, with the timings that the worker tells: the manifest is written before they are all known."""
+    try:
+        told = msgspec.convert(answered.get("metrics"), Report)
+    except msgspec.ValidationError:
+        return published
+    known = msgspec.convert(published.metrics, Report)
+    if told.capsule.sha256 != known.capsule.sha256:
+        return published
+    known.timings, known.peak_memory_bytes = told.timings, told.peak_memory_bytes
+    return msgspec.structs.replace(published, metrics=msgspec.to_builtins(known))
 
 
 _SILENT_ENDS: dict[str, ExportError] = {

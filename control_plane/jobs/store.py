@@ -209,9 +209,9 @@ class JobStore:
         values = {"runpod_id": runpod_id, "submitted_at": now_ms()}
         return await self.move(job_id, "queued", None, attempt=attempt, sources=_QUEUED, values=values)
 
-    async def start(self, job_id: str, attempt: int) -> JobRecord | None:
-        """A platform has started an attempt; None if it had before, or the attempt is over."""
-        values = {"started_at": now_ms()}
+    async def start(self, job_id: str, attempt: int, *, at: int) -> JobRecord | None:
+        """A platform has started an attempt ``at`` that time; None if it had before, or the attempt is over."""
+        values = {"started_at": min(at, now_ms())}
         return await self.move(job_id, "running", started(attempt), attempt=attempt, sources=_QUEUED, values=values)
 
     # --- leases -------------------------------------------------------------------------------------
