@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 GUARD = (sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")))
-STOP_SECONDS = 3.0
+STOP_SECONDS = 8.0
 """From asking a worker to end to ending it."""
 CLOSE_SECONDS = 0.5
 """The same when the whole platform stops."""
@@ -259,6 +259,7 @@ class Fleet:
         query = f"gpu=local&token={worker.token}"
         direct = ",".join(filter(None, [config.env.get("NO_PROXY", ""), "127.0.0.1"]))
         return {
+            "RUNPOD_LOG_LEVEL": "INFO",  # The package's own level also prints what jobs answer.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
             **config.env,

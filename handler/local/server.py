@@ -68,7 +68,7 @@ class LocalRunpod:
 
     async def start(self) -> None:
         """Listen and start the first workers. Raises InvalidSettings where the address cannot be used."""
-        application = web.Application(middlewares=[_errors_as_json], handler_args={"auto_decompress": True})
+        application = web.Application(middlewares=[_errors_as_json])
         application.add_routes(self._routes())
         self._runner = web.AppRunner(
             application, access_log=None, handler_cancellation=True, handle_signals=False, shutdown_timeout=0.2
