@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 from processes import command
+from services import S3, s3
 from worker_process import Platform, Worker, gone, group, platform, worker
 
 from common.contract import JobError, JobOutput
 from common.errors import WriterFailed
-from common.storage import FileStorage
+from common.storage import FileStorage, Storage, open_storage
 from handler import claim
 from handler.job import published, read_manifest
 
+__all__ = ["s3"]
 LIMIT = 40_000_000
+CAPSULE = "chain-gitnexus-mem_capsule-2026-11-21.mv2"
 
 
 def graph(nodes: int = 9, lines: int = 0) -> bytes:
@@ -54,21 +57,26 @@ LARGE = graph(30_000, lines=12)
 
 
 class Place:
-    """The files of one job below the root of the worker."""
+    """The objects of one job, in the root of the worker unless it is told another storage and place."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, storage: Storage | None = None, place: str | None = None) -> None:
         self.name = name
+        self.storage = storage or FileStorage([root])
         self.folder = root / name
-        self.storage = FileStorage([root])
-        self.prefix = (self.folder / "1").as_uri() + "/"
         self.folder.mkdir(parents=True)
+        self.ref = f"{place or root.as_uri()}/{name}"
+        self.prefix = f"{self.ref}/1/"
 
     def input(self, payload: bytes = b"", **changes: Any) -> dict[str, Any]:
         """The input of a job, its payload staged."""
-        (self.folder / "payload").write_bytes(payload or graph())
+        payload = payload or graph()
+        (self.folder / "outgoing").write_bytes(payload)
+        self.storage.put(self.folder / "outgoing", f"{self.ref}/payload")
         data = {
             "job_id": self.name,
-            "payload_ref": (self.folder / "payload").as_uri(),
+            "payload_ref": f"{self.ref}/payload",
+            "payload_size": len(payload),
+            "payload_sha256": hashlib.sha256(payload).hexdigest(),
             "output_prefix": self.prefix,
             "created_at": "2026-11-21T10:00:00.000Z",
             **changes,
@@ -391,3 +399,68 @@ def test_one_job_from_a_file_is_run_to_try_the_worker(tmp_path: Path) -> None:
     assert len(place.objects()) == 3
     missing = command("worker", "--test-input", tmp_path / "missing.json", env=settings)
     assert (missing.returncode, missing.stdout) == (2, b"")
+
+
+def test_a_worker_with_credentials_reads_from_a_bucket_and_publishes_there(s3: S3, tmp_path: Path) -> None:
+    env = {**s3.env, "MEMVID_EXPORT_STORAGE_URL": f"{s3.url}/with-keys", "MEMVID_EXPORT_S3_ADDRESSING": "path"}
+    storage = open_storage(s3.config())
+    with platform() as (runpod, url), worker(url, tmp_path / "root", env):
+        good = Place(tmp_path / "root", "good", storage, f"{s3.url}/with-keys")
+        output = done(runpod.result(runpod.submit(good.input(graph(5_000, lines=12)))))
+        assert good.objects() == [CAPSULE, f"{CAPSULE}.index.v1.sqlite", f"{CAPSULE}.manifest.json"]
+        found = published(storage, good.prefix, "good")
+        assert found is not None
+        assert found.sha256 == output.sha256 == _sha256(storage, output.artifact_ref)
+
+        wrong = Place(tmp_path / "root", "wrong", storage, f"{s3.url}/with-keys")
+        error = failure(runpod.result(runpod.submit(wrong.input(payload_sha256="0" * 64))))
+        assert (error.code, error.details["field"]) == ("PAYLOAD_MISMATCH", "payload_sha256")
+        foreign = Place(tmp_path / "root", "foreign", storage, f"{s3.url}/with-keys")
+        error = failure(runpod.result(runpod.submit(foreign.input(payload_ref="s3://another-bucket/payload"))))
+        assert (error.code, error.details["field"]) == ("INVALID_REF", "payload_ref")
+
+        stopped = Place(tmp_path / "root", "stopped", storage, f"{s3.url}/with-keys")
+        job = runpod.submit(stopped.input(LARGE))
+        runpod.progress(job)
+        runpod.stops.put(job)
+        for _ in range(200):
+            if claim.state(storage, stopped.prefix) == "closed":
+                break
+            time.sleep(0.02)
+        assert claim.state(storage, stopped.prefix) == "closed"
+        assert stopped.objects() == []
+
+
+def test_a_worker_without_credentials_works_over_signed_links(s3: S3, tmp_path: Path) -> None:
+    env = {"MEMVID_EXPORT_FETCH_HOSTS": "127.0.0.1", "MEMVID_EXPORT_FETCH_PRIVATE": "true"}
+    storage = open_storage(s3.config())
+    with platform() as (runpod, url), worker(url, tmp_path / "root", env):
+        place = Place(tmp_path / "root", "linked", storage, f"{s3.url}/linked")
+        data = place.input(links={})
+        output = done(runpod.result(runpod.submit({**data, "links": _links(storage, place, 600)})))
+        assert place.objects() == [CAPSULE, f"{CAPSULE}.index.v1.sqlite", f"{CAPSULE}.manifest.json"]
+        assert output.sha256 == _sha256(storage, output.artifact_ref)
+        late = done(runpod.result(runpod.submit({**data, "links": _links(storage, place, 600)})))
+        assert late.sha256 == output.sha256
+
+        expired = Place(tmp_path / "root", "expired", storage, f"{s3.url}/linked")
+        links = {**_links(storage, expired, 600), **_links(storage, expired, 1, only=f"{expired.ref}/payload")}
+        data = expired.input(links=links)
+        time.sleep(1.5)
+        error = failure(runpod.result(runpod.submit(data)))
+        assert (error.code, error.details["field"], error.retryable) == ("ACCESS_DENIED", "payload_ref", False)
+        assert expired.objects() == []
+
+        unlinked = Place(tmp_path / "root", "unlinked", storage, f"{s3.url}/linked")
+        error = failure(runpod.result(runpod.submit(unlinked.input())))
+        assert (error.code, error.details["field"]) == ("INVALID_REF", "output_prefix")
+
+
+def _links(storage: Storage, place: Place, seconds: float, only: str | None = None) -> dict[str, dict[str, str]]:
+    names = [*claim.NAMES, CAPSULE, f"{CAPSULE}.index.v1.sqlite", f"{CAPSULE}.manifest.json"]
+    refs = [only] if only else [f"{place.ref}/payload", *(place.prefix + name for name in names)]
+    return {ref: {"get": storage.link(ref, "GET", seconds), "put": storage.link(ref, "PUT", seconds)} for ref in refs}
+
+
+def _sha256(storage: Storage, ref: str) -> str:
+    return hashlib.sha256(b"".join(storage.read(ref, 0, storage.size(ref) or 0))).hexdigest()
