@@ -17,6 +17,7 @@ from processes import COMMAND, REPOSITORY
 from services import s3_server
 
 from common.settings import Settings, WorkerSettings
+from control_plane.backends.checker import CHECKERS
 
 FILE = REPOSITORY / "compose.yaml"
 SETTINGS = {str(field.validation_alias) for field in Settings.model_fields.values() if field.validation_alias}
@@ -148,11 +149,20 @@ def test_the_workers_are_of_the_endpoint_and_the_bucket_that_the_api_uses() -> N
     )
 
 
-def test_as_many_workers_as_are_asked_for_have_the_memory_of_a_job_each() -> None:
+def test_all_jobs_that_the_workers_take_at_once_have_their_memory() -> None:
+    """A worker takes as many as there are processors and memory for, and each thinks that it is alone."""
     service = SERVICES["runpod"]
-    most = int(service["command"][-1].partition(":")[2])
+    limits = service["deploy"]["resources"]["limits"]
     job = WorkerSettings.read(service["environment"]).worker_memory_bytes
-    assert most * job < size(service["deploy"]["resources"]["limits"]["memory"])
+    workers = int(service["command"][-1].partition(":")[2])
+    at_once = workers * min(int(limits["cpus"]), size(limits["memory"]) // job)
+    assert at_once * job < size(limits["memory"])
+
+
+def test_graphs_that_are_checked_at_once_have_their_memory() -> None:
+    service = SERVICES["api"]
+    job = WorkerSettings.read(service["environment"]).worker_memory_bytes
+    assert CHECKERS * job < size(service["deploy"]["resources"]["limits"]["memory"])
 
 
 @pytest.mark.parametrize("name", ["api", "runpod"])
