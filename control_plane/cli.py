@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -187,14 +188,21 @@ def serve(
     dev: Annotated[
         bool, typer.Option("--dev", help="Without a key, on 127.0.0.1:8080, files in .memvid-export (unless set).")
     ] = False,
+    runpod_local: Annotated[
+        bool, typer.Option("--runpod-local", help="With --dev: run jobs on a local Runpod, which is started too.")
+    ] = False,
 ) -> None:
     """Run the server; settings come from the environment (MEMVID_EXPORT_…)."""
     from common.settings import Settings
+    from control_plane.runpod_local import local_platform
     from control_plane.server import serve as run
 
+    if runpod_local and not dev:
+        raise typer.BadParameter("--runpod-local goes with --dev", param_hint="--runpod-local")
     # The server stops in order on SIGTERM and then gets the signal again: that is a good end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    run(Settings.read(os.environ, dev=dev))
+    with local_platform(os.environ) if runpod_local else nullcontext(os.environ) as env:
+        run(Settings.read(env, dev=dev))
 
 
 @app.command()

@@ -48,6 +48,8 @@ from handler.protocol import export_error
 log = structlog.get_logger()
 
 HEARTBEAT_SECONDS = 2.0
+TICK_SECONDS = 0.2
+"""Who was looked at is planned anew so often."""
 LOOKS = 32
 """Looks at jobs that run at once."""
 SUBMISSIONS = 16
@@ -307,7 +309,7 @@ class RunpodQueue:
     async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            now, soonest = loop.time(), HEARTBEAT_SECONDS
+            now, soonest = loop.time(), TICK_SECONDS if self._tracked else HEARTBEAT_SECONDS
             for tracked in list(self._tracked.values()):
                 if tracked.looking:
                     continue
@@ -341,7 +343,8 @@ class RunpodQueue:
             log.warning("the storage cannot be read", job_id=tracked.job.id, code=error.code, reason=error.message)
         finally:
             tracked.looking = False
-            self._looks_changed.set()
+            if not tracked.due:
+                self._looks_changed.set()
 
     async def _beat(self, tracked: _Tracked) -> None:
         loop = asyncio.get_running_loop()
@@ -434,6 +437,11 @@ class RunpodQueue:
         if not await asyncio.to_thread(claim.close, self._storage, prefix):
             log.info("a run is alive that the platform does not know", job_id=job.id, attempt=job.attempt)
             return
+        if answer is None and job.runpod_id is not None:
+            self._spawn(self._cancel_there(job.id, job.runpod_id))
+        closed = await asyncio.to_thread(claim.read, self._storage, prefix)
+        if closed is not None and closed.error is not None and (answer is None or answer.status == "COMPLETED"):
+            error = _of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
         await self._requeue(job, error)
 
     async def _requeue(self, job: JobRecord, error: ExportError) -> None:
@@ -502,4 +510,8 @@ def _why(answer: JobStatus | None) -> ExportError:
         told = msgspec.json.decode(text, type=JobError)
     except msgspec.MsgspecError:
         return WorkerLost(f"the worker failed: {text[:300]}")
+    return _of_worker(told)
+
+
+def _of_worker(told: JobError) -> ExportError:
     return WorkerLost("the run was stopped") if told.code == "CANCELED" else export_error(told)
