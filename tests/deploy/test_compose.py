@@ -22,7 +22,7 @@ from control_plane.backends.checker import CHECKERS
 FILE = REPOSITORY / "compose.yaml"
 SETTINGS = {str(field.validation_alias) for field in Settings.model_fields.values() if field.validation_alias}
 SETTINGS |= {"MEMVID_EXPORT_API_KEY", "MEMVID_EXPORT_API_KEY_FILE"}
-BOTO3 = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL_S3"}
+BOTO3 = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"}
 THEIRS = {
     "postgres": {"POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"},
     "s3": {"ROOT_ACCESS_KEY_ID", "ROOT_SECRET_ACCESS_KEY"},
@@ -147,6 +147,22 @@ def test_the_workers_are_of_the_endpoint_and_the_bucket_that_the_api_uses() -> N
         api["AWS_ACCESS_KEY_ID"],
         api["AWS_SECRET_ACCESS_KEY"],
     )
+
+
+@pytest.mark.parametrize("name", ["api", "runpod", "bucket"])
+def test_boto3_finds_all_of_its_variables(name: str) -> None:
+    env = SERVICES[name]["environment"]
+    script = (
+        "import boto3; s = boto3.session.Session(); c = s.client('s3'); k = s.get_credentials(); "
+        "print(s.region_name, c.meta.endpoint_url, k.access_key, k.secret_key)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        env["AWS_DEFAULT_REGION"],
+        env["AWS_ENDPOINT_URL_S3"],
+        env["AWS_ACCESS_KEY_ID"],
+        env["AWS_SECRET_ACCESS_KEY"],
+    ]
 
 
 def test_all_jobs_that_the_workers_take_at_once_have_their_memory() -> None:

@@ -21,7 +21,7 @@ from common.contract import ExportOptions, JobInput
 from common.settings import WorkerSettings
 
 WORKER = {str(field.validation_alias) for field in WorkerSettings.model_fields.values()}
-KNOWN = WORKER | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL_S3"}
+KNOWN = WORKER | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"}
 GPU = stages("Dockerfile.gpu")
 CUDA = tuple(int(part) for part in GPU["worker"].base.partition("cuda:")[2].split(".")[:2])
 POOLS = {"AMPERE_16", "AMPERE_24", "ADA_24", "AMPERE_48", "ADA_48_PRO", "AMPERE_80", "ADA_80_PRO", "HOPPER_141"}
