@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,17 @@ def large_graph(name: str = "large", nodes: int = 20_000) -> bytes:
 class Server:
     """``memvid-export serve`` on a root; can be stopped, killed and started again."""
 
-    def __init__(self, root: Path, **settings: object) -> None:
+    def __init__(self, root: Path, *, env: Mapping[str, str] | None = None, **settings: object) -> None:
+        """``settings`` are those of ``MEMVID_EXPORT_…``; ``env`` comes on top of this process's environment."""
         self.root = root
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = root.with_name(root.name + ".log")
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMVID_")}
         given = {f"MEMVID_EXPORT_{name.upper()}": str(value) for name, value in settings.items()}
-        self._env = {
+        self.env = {
             **kept,
+            **(env or {}),
             "MEMVID_EXPORT_API_KEY": KEY,
             "MEMVID_EXPORT_BIND_ADDR": f"127.0.0.1:{self.port}",
             "MEMVID_EXPORT_ROOT": str(root),
@@ -86,7 +88,7 @@ class Server:
     def start(self) -> Server:
         """Start and wait until it is ready."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen([sys.executable, COMMAND, "serve"], env=self._env, stdout=log, stderr=log)
+            self._process = subprocess.Popen([sys.executable, COMMAND, "serve"], env=self.env, stdout=log, stderr=log)
         for _ in range(1_200):
             if self._process.poll() is not None:
                 break

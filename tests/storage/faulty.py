@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-Kind = Literal["500", "503", "lost", "cut", "slow", "spoiled"]
-_CODES = {"500": "InternalError", "503": "SlowDown"}
+Kind = Literal["429", "500", "503", "failed", "lost", "cut", "slow", "spoiled"]
+P = TypeVar("P", bound="Proxy")
+_CODES = {"429": "TooManyRequests", "500": "InternalError", "503": "SlowDown", "failed": "InternalError"}
 
 
 class Seen(NamedTuple):
@@ -35,12 +36,13 @@ class Proxy:
     def fault(self, kind: Kind, method: str, part: str = "", *, times: int = 1) -> None:
         """Let the next ``times`` requests of a method whose path holds ``part`` end so.
 
-        500, 503: the store never hears of it. lost: it does, and the answer is cut off before its first byte. cut: its
-        answer ends in the middle. slow: its answer dribbles. spoiled: a byte of what is sent to it is another.
+        429, 500, 503: the store never hears of it. failed: it does, and the answer is 500. lost: it does, and the
+        answer is cut off before its first byte. cut: its answer ends in the middle. slow: its answer dribbles.
+        spoiled: a byte of what is sent to it is another.
         """
         self._faults.append([kind, method, part, times])
 
-    def take(self, seen: Seen) -> Kind | None:
+    def take(self, seen: Seen, _body: bytes) -> Kind | None:
         """Note a request; the fault that it meets."""
         with self._lock:
             self.seen.append(seen)
@@ -51,10 +53,13 @@ class Proxy:
                     return kind  # type: ignore[return-value]
         return None
 
+    def passed(self, seen: Seen, body: bytes, status: int, answer: bytes) -> None:
+        """A request was passed on and got this answer; it has not been passed back yet."""
+
 
 @contextmanager
-def proxy(upstream: str) -> Iterator[Proxy]:
-    """A proxy to ``upstream`` on a free port."""
+def proxy(upstream: str, make: Callable[[str], P] = Proxy) -> Iterator[P]:  # type: ignore[assignment]
+    """A proxy to ``upstream`` on a free port, of a kind of one's own where ``make`` makes one for a URL."""
     host = upstream.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,10 +70,10 @@ def proxy(upstream: str) -> Iterator[Proxy]:
 
         def _pass(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            fault = known.take(Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
-            if fault in ("500", "503"):
-                said = f"<Error><Code>{_CODES[fault]}</Code><Message>as asked</Message></Error>".encode()
-                self._answer(int(fault), {"Content-Type": "application/xml"}, said)
+            seen = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
+            fault = known.take(seen, body)
+            if fault in ("429", "500", "503"):
+                self._fail(int(fault), _CODES[fault])
                 return
             if fault == "spoiled":
                 body = bytes([body[0] ^ 1]) + body[1:]
@@ -80,20 +85,31 @@ def proxy(upstream: str) -> Iterator[Proxy]:
                 data = response.read()
             finally:
                 connection.close()
+            known.passed(seen, body, response.status, data)
+            if fault == "failed":
+                self._fail(500, _CODES[fault])
+                return
             if fault == "lost":
                 self.close_connection = True
                 return
             kept = {k: v for k, v in response.getheaders() if k.lower() not in ("connection", "transfer-encoding")}
             self._answer(response.status, kept, data, fault)
 
+        def _fail(self, status: int, code: str) -> None:
+            said = f"<Error><Code>{code}</Code><Message>as asked</Message></Error>".encode()
+            self._answer(status, {"Content-Type": "application/xml"}, said)
+
         def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: Kind | None = None) -> None:
             self.send_response_only(status)
+            head = self.command == "HEAD"
             for name, value in headers.items():
-                if name.lower() != "content-length":
+                if head or name.lower() != "content-length":
                     self.send_header(name, value)
-            if status != 204:
+            if status != 204 and not head:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
+            if head:
+                return
             if fault == "slow":
                 for at in range(0, len(data), 1 << 20):
                     time.sleep(0.05)
@@ -105,7 +121,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815
 
     with _serving(Handler) as url:
-        known = Proxy(url)
+        known = make(url)
         yield known
 
 
