@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from live_server import Server, graph, large_graph
 from postgres import Postgres
-from sqlalchemy import func, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from common.contract import Progress
-from control_plane.exports.stream import lines
-from control_plane.jobs.database import Database
+from control_plane.exports.stream import PING, lines, with_pings
+from control_plane.jobs.database import AWAY, Database
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.notify import Notifier, announce, announce_wake
 from control_plane.jobs.records import JobRecord, NewEvent, NewJob
@@ -115,8 +115,8 @@ async def _running(store: JobStore) -> JobRecord:
 
 
 async def _numbers(replica: Replica, job: JobRecord) -> list[int]:
-    text = (await replica.follow(job)).decode()
-    return [int(line[4:]) for line in text.split("\n") if line.startswith("id: ")]
+    told = (await replica.follow(job)).decode()
+    return [int(line[4:]) for line in told.split("\n") if line.startswith("id: ")]
 
 
 def test_replicas_that_start_at_once_on_an_empty_database_all_find_the_tables(postgres_url: str) -> None:
@@ -225,6 +225,45 @@ def test_a_replica_whose_connections_were_cut_hears_again_and_its_streams_miss_n
             end = await writer.store.move(job.id, "failed", _failed())
             assert end is not None
             assert await stream == list(range(1, end.last_seq + 1))
+
+    asyncio.run(inside())
+
+
+def test_a_stream_pings_while_the_database_does_not_answer(postgres_url: str) -> None:
+    async def inside() -> None:
+        async with pair(postgres_url) as (writer, reader):
+            job = await _running(writer.store)
+            source = with_pings(lines(reader.store, reader.hub, job, 0), reader.hub)
+            assert await anext(source) == PING
+            assert b"job_started" in await anext(source)
+            async with writer.database.write.begin() as connection:
+                await connection.execute(text("LOCK TABLE events IN ACCESS EXCLUSIVE MODE"))
+                reader.hub.reaches(job.id, 3)
+                assert [await anext(source) for _ in range(3)] == [PING] * 3
+            await writer.store.advance(job.id, 1, [_step(10)])
+            await writer.store.move(job.id, "failed", _failed())
+            rest = b"".join([data async for data in source]).replace(PING, b"")
+            assert [line for line in rest.split(b"\n") if line.startswith(b"id:")] == [b"id: 3", b"id: 4"]
+
+    asyncio.run(inside())
+
+
+def test_what_waits_too_long_is_told_apart_from_a_mistake(postgres_url: str) -> None:
+    async def inside() -> None:
+        database = Database(f"{postgres_url}?options=-c%20statement_timeout%3D100ms%20-c%20lock_timeout%3D100ms")
+        await database.migrate()
+        with pytest.raises(AWAY):
+            async with database.read.connect() as connection:
+                await connection.execute(text("SELECT pg_sleep(60)"))
+        async with database.write.begin() as connection:
+            await connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(AWAY):
+                async with database.write.begin() as other:
+                    await other.execute(select(jobs))
+        with pytest.raises(ProgrammingError):
+            async with database.read.connect() as connection:
+                await connection.execute(text("SELECT nothing FROM nowhere"))
+        await database.close()
 
     asyncio.run(inside())
 
