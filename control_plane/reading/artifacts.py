@@ -193,7 +193,7 @@ class Artifacts:
                 return
             with self._users:
                 used = other.users > 0  # nobody begins to hold it without our lock
-            if True:
+            if not used:
                 del self._copies[job_id]
                 self._forget(other.path)
                 shutil.rmtree(other.folder)
