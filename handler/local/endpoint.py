@@ -337,9 +337,14 @@ class Endpoint:
     def _hand_out(self, worker: Worker, most: int) -> list[_Delivery]:
         if not self._queue or self.fleet.paused or self._now() < worker.takes_from:
             return []
-        taken = [delivery for delivery in self._queue if delivery.job.id not in worker.jobs][:most]
-        for delivery in taken:
+        taken: list[_Delivery] = []
+        for delivery in list(self._queue):
             job = delivery.job
+            if job.id in worker.jobs:
+                continue
+            if len(taken) == most:
+                break
+            taken.append(delivery)
             self._queue.remove(delivery)
             worker.jobs[job.id] = job
             job.holders.append(worker)

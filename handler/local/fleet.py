@@ -28,6 +28,8 @@ STOP_SECONDS = 8.0
 CLOSE_SECONDS = 0.5
 """The same when the whole platform stops."""
 MISSED_PINGS = 3
+TICK = 0.01
+"""A timer may fire a little before its time; what waits for a time is woken so long after it."""
 MAX_WAIT_SECONDS = 30.0
 """The longest wait before a worker is started again that did not start."""
 
@@ -105,7 +107,7 @@ class Fleet:
     def pause(self, seconds: float) -> None:
         """No workers for so long."""
         self._paused_until = max(self._paused_until, self._loop.time() + seconds)
-        self._loop.call_later(seconds, self.scale)
+        self._loop.call_later(seconds + TICK, self.scale)
         self.scale()
 
     def scale(self) -> None:
@@ -133,7 +135,7 @@ class Fleet:
             if fault := self._faults.strike("cold-start"):
                 seconds = 5.0 if fault.seconds is None else fault.seconds
                 worker.takes_from = self._loop.time() + seconds
-                self._loop.call_later(seconds, worker.wake)
+                self._loop.call_later(seconds + TICK, worker.wake)
             self.rest(worker)
 
     def pinged(self, worker: Worker) -> None:
@@ -152,15 +154,15 @@ class Fleet:
             self.work(worker)
             worker.idle = self._loop.call_later(self._config.idle_seconds, self._rested, worker)
 
-    def stop(self, worker: Worker, seconds: float = STOP_SECONDS) -> None:
-        """Ask a worker to end, and end it after ``seconds``."""
+    def stop(self, worker: Worker) -> None:
+        """Ask a worker to end, and end it after ``STOP_SECONDS``."""
         if worker.stopping:
             return
         worker.stopping = True
         worker.forget_timers()
         worker.signal(signal.SIGTERM, group=False)
         worker.wake()
-        self._loop.call_later(seconds, lambda: worker.signal(signal.SIGKILL, group=True))
+        self._loop.call_later(STOP_SECONDS, self.kill, worker)
 
     def kill(self, worker: Worker) -> None:
         """SIGKILL for a worker and all that it started."""
@@ -178,7 +180,8 @@ class Fleet:
         """End all workers."""
         self._closed = True
         for worker in list(self.workers.values()):
-            self.stop(worker, CLOSE_SECONDS)
+            self.stop(worker)
+            self._loop.call_later(CLOSE_SECONDS, self.kill, worker)
         if self._tasks:
             await asyncio.wait(self._tasks)
         if self._guard is not None:
@@ -245,7 +248,7 @@ class Fleet:
                 self._failures += 1
                 wait = min(2.0 ** (self._failures - 1) / 2, MAX_WAIT_SECONDS)
                 self._not_before = self._loop.time() + wait
-                self._loop.call_later(wait + 0.01, self.scale)
+                self._loop.call_later(wait + TICK, self.scale)
         self._gone(worker)
         self.scale()
 

@@ -91,11 +91,11 @@ class LocalRunpod:
 
     async def stop(self) -> None:
         """End the workers and close the port; what is queued is lost."""
-        for task in self._webhooks:
-            task.cancel()
-        await asyncio.gather(*self._webhooks, return_exceptions=True)
         if self._http is not None:
             await self._endpoint.fleet.close()
+            for task in self._webhooks:
+                task.cancel()
+            await asyncio.gather(*self._webhooks, return_exceptions=True)
             await self._http.close()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -280,7 +280,14 @@ class LocalRunpod:
 
 def serve(config: LocalConfig) -> None:
     """Run until SIGTERM or SIGINT; says on standard error when it listens. Raises InvalidSettings, InvalidRequest."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     asyncio.run(_serve(config))
 
 
