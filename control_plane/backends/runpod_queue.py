@@ -442,7 +442,9 @@ class RunpodQueue:
         closed = await asyncio.to_thread(claim.read, self._storage, prefix)
         if closed is not None and closed.error is not None and (answer is None or answer.status == "COMPLETED"):
             error = _of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
-        await self._requeue(job, error)
+        ran = answer is not None and answer.worker_id is not None
+        if not ran or await self._started(tracked, answer):  # A run that failed at once was never seen at work.
+            await self._requeue(tracked.job, error)
 
     async def _requeue(self, job: JobRecord, error: ExportError) -> None:
         pause = await self._endings.failed(job, error)
