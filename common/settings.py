@@ -131,6 +131,7 @@ class Settings(WorkerSettings):
         "",
         validation_alias="MEMVID_EXPORT_DATABASE_URL",
         description="sqlite+aiosqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE",
+        repr=False,
     )
     retention_seconds: int = Field(
         86_400,
