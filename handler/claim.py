@@ -40,7 +40,8 @@ class Claim(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 def take(storage: Storage, prefix: str, run: str) -> bool:
     """Claim the prefix for a run; of several at once exactly one gets True."""
-    return storage.write(prefix + CLAIM_NAME, _encoded(Claim(run=run)), only_new=True)
+    # A store may have written it and lost the answer: then a second try finds it there.
+    return storage.write(prefix + CLAIM_NAME, _encoded(Claim(run=run)), only_new=True) or holds(storage, prefix, run)
 
 
 def renew(storage: Storage, prefix: str, run: str) -> bool:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +26,16 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from common.contract import JobInput, JobOutput, Progress, WorkerProgress
-from common.errors import AccessDenied, Canceled, DeadlineExceeded, ExportError, InvalidRef, WorkerLost
+from common.contract import JobInput, JobOutput, Links, Progress, WorkerProgress
+from common.errors import (
+    AccessDenied,
+    Canceled,
+    DeadlineExceeded,
+    ExportError,
+    InvalidRef,
+    InvalidSettings,
+    WorkerLost,
+)
 from common.graph.model import GraphLimits
 from common.settings import GIB, WorkerSettings
 from common.storage import Storage, StorageConfig, open_storage
@@ -64,7 +72,8 @@ class Worker:
     """Runs jobs in children; all methods are to be called on one event loop."""
 
     def __init__(self, storage: StorageConfig, scratch: Path, pool: WorkerPool) -> None:
-        self._storage = storage
+        self._config = storage
+        self._storage = open_storage(storage)
         self._scratch = scratch
         self._pool = pool
         self._running: dict[JobRun, asyncio.Task[dict[str, Any]]] = {}
@@ -76,12 +85,15 @@ class Worker:
         """Run a job to its end; answers what Runpod gets: a JobOutput, ``{"taken": true}`` or ``{"error": …}``."""
         if self._closing is not None:
             run.stop(self._closing)
-        work = run.answer(self._storage, self._pool, self._scratch, self._take_cold_start)
+        work = run.answer(self._open, self._pool, self._scratch, self._take_cold_start)
         self._running[run] = asyncio.create_task(work)
         try:
             return await self._running[run]
         finally:
             del self._running[run]
+
+    def _open(self, links: Mapping[str, Links]) -> Storage:
+        return open_storage(self._config, links) if links else self._storage
 
     def stop(self, reason: WorkerLost) -> None:
         """End all runs, and those that come from now on."""
@@ -122,7 +134,11 @@ class JobRun:
             self._work.cancel()
 
     async def answer(
-        self, config: StorageConfig, pool: WorkerPool, scratch: Path, cold_start: Callable[[], float]
+        self,
+        opened: Callable[[Mapping[str, Links]], Storage],
+        pool: WorkerPool,
+        scratch: Path,
+        cold_start: Callable[[], float],
     ) -> dict[str, Any]:
         """Run it, see ``Worker.run``."""
         deadline: asyncio.TimerHandle | None = None
@@ -133,7 +149,7 @@ class JobRun:
                     f"the export took longer than the {limit:g} seconds that it may", limit=limit
                 )
                 deadline = asyncio.get_running_loop().call_later(limit, self.stop, too_long)
-            storage = await asyncio.to_thread(open_storage, config, job.links)
+            storage = await asyncio.to_thread(opened, job.links)
             if not await asyncio.to_thread(_take, storage, job.output_prefix, self._id):
                 return await asyncio.to_thread(_late_answer, storage, job)
             log.info("export started", job_id=job.job_id, attempt=job.attempt)
@@ -307,11 +323,11 @@ def start(settings: WorkerSettings, test_input: str | None = None) -> None:
 
     Raises WorkerLost where no child process comes up; exits as the runpod package does after a test input.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _log_as_json()
     # The package forks a process that pings; it must not tell the platform of a worker that is gone.
     os.register_at_fork(after_in_child=die_with_parent)
     with _own_folder(settings.root / "workers") as scratch, _Loop() as loop:
+        signal.signal(signal.SIGTERM, _ending(scratch))
         storage = settings.storage(settings.root, settings.staging_root)
         config = ChildConfig(
             parent_pid=os.getpid(),
@@ -338,6 +354,18 @@ def start(settings: WorkerSettings, test_input: str | None = None) -> None:
                 runpod.serverless.start({"handler": platform.handler, "concurrency_modifier": platform.modifier})
         finally:
             loop.run(worker.close())
+
+
+def _ending(scratch: Path) -> Callable[..., None]:
+    """What SIGTERM does until jobs are taken. It raises nothing: what comes in some callbacks would be swallowed."""
+    pid = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() == pid:  # else it is a process that was forked
+            shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(0)  # the kernel ends the children
+
+    return end
 
 
 def _log_as_json() -> None:
@@ -460,7 +488,11 @@ class _Loop:
 @contextlib.contextmanager
 def _own_folder(parent: Path) -> Iterator[Path]:
     """A scratch folder of this process alone, removed at its end; those of processes that were killed go first."""
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        name = "MEMVID_EXPORT_ROOT"
+        raise InvalidSettings(f"{name} must be a folder that can be written: {error}", field=name) from error
     for left in parent.iterdir():
         if left.name.startswith("."):
             continue

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 from processes import command
-from services import S3, s3
+from services import S3
 from worker_process import Platform, Worker, gone, group, platform, worker
 
 from common.contract import JobError, JobOutput
@@ -23,7 +25,6 @@ from common.storage import FileStorage, Storage, open_storage
 from handler import claim
 from handler.job import published, read_manifest
 
-__all__ = ["s3"]
 LIMIT = 40_000_000
 CAPSULE = "chain-gitnexus-mem_capsule-2026-11-21.mv2"
 
@@ -52,7 +53,7 @@ def graph(nodes: int = 9, lines: int = 0) -> bytes:
     ).encode()
 
 
-LARGE = graph(30_000, lines=12)
+LARGE = graph(20_000, lines=12)
 """Takes several seconds."""
 
 
@@ -162,10 +163,10 @@ def test_jobs_are_run_from_a_cold_start_to_sigterm_and_tell_their_steps(tmp_path
             told = update["output"]["steps"]
             assert told == steps[: len(told)]
 
-        children = process.children()
-        assert children
+        processes = process.processes()
+        assert processes
         assert process.stop() == 0
-        assert gone(children)
+        assert gone(processes)
         assert not (tmp_path / "root" / "workers").is_dir() or not list((tmp_path / "root" / "workers").iterdir())
 
 
@@ -365,11 +366,13 @@ def test_a_worker_removes_what_a_killed_one_left_and_not_what_a_live_one_has(tmp
     with platform() as (runpod, url), worker(url, tmp_path / "root") as killed:
         job = runpod.submit(Place(tmp_path / "root", "killed").input(LARGE))
         runpod.progress(job)
-        children = killed.children()
+        processes = killed.processes()
+        assert len(processes) >= 2  # one runs the job, one pings
         killed.process.kill()
-        assert gone(children)
+        assert gone(processes)
         assert killed.scratch()
         with worker(url, tmp_path / "root") as second:
+            second.wait_until_ready()  # by now the platform has given up on the first one
             done(runpod.result(runpod.submit(Place(tmp_path / "root", "second").input())))
             assert second.scratch() == []
             with worker(url, tmp_path / "root") as third:
@@ -388,6 +391,41 @@ def test_a_worker_whose_processes_do_not_start_ends_with_one_line(tmp_path: Path
     assert ended.returncode == 3
     assert ended.stderr.decode().splitlines()[-1].startswith("error: the worker's process ended")
     assert "Traceback" not in ended.stderr.decode()
+
+
+def test_a_job_that_needs_too_much_memory_asks_for_a_fresh_worker(tmp_path: Path) -> None:
+    env = {"MEMVID_EXPORT_WORKER_MEMORY_BYTES": str(256 << 20)}
+    with platform() as (runpod, url), worker(url, tmp_path / "root", env):
+        place = Place(tmp_path / "root", "heavy")
+        result = runpod.result(runpod.submit(place.input(graph(90_000, lines=12))))
+        error = failure(result)
+        assert (error.code, error.retryable, result["stopPod"]) == ("OUT_OF_MEMORY", False, True)
+        assert place.objects() == []
+
+
+@pytest.mark.parametrize(("told", "most"), [("81920", 5), ("16384\n16384", 2), ("1024", 1), ("[N/A]", 1_000)])
+def test_a_worker_runs_as_many_jobs_at_once_as_memory_processors_and_gpu_allow(
+    tmp_path: Path, told: str, most: int
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{told}'\n")
+    smi.chmod(0o755)
+    script = "import sys; from handler.worker import concurrency; print(concurrency(int(sys.argv[1])))"
+
+    def jobs(memory: int) -> int:
+        run = [sys.executable, "-c", script, str(memory)]
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return int(subprocess.run(run, env=env, check=True, capture_output=True, timeout=60).stdout)
+
+    assert jobs(1 << 50) == 1
+    assert jobs(1 << 20) == min(most, len(os.sched_getaffinity(0)))
+
+
+def test_a_worker_without_a_folder_to_write_says_which_setting_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = command("worker", env={"MEMVID_EXPORT_ROOT": str(tmp_path / "file")})
+    assert ended.returncode == 2
+    assert ended.stderr.decode().startswith("error: MEMVID_EXPORT_ROOT must be a folder")
 
 
 def test_one_job_from_a_file_is_run_to_try_the_worker(tmp_path: Path) -> None:

@@ -144,9 +144,13 @@ class Worker:
         """What it wrote."""
         return self._log.read_text(errors="replace")
 
+    def processes(self) -> list[int]:
+        """The processes that it has started."""
+        return [pid for pid in _pids() if _parent(pid) == self.process.pid]
+
     def children(self) -> list[int]:
-        """Its processes that run jobs."""
-        return [pid for pid in _pids() if _parent(pid) == self.process.pid and "handler.child" in _command(pid)]
+        """Those of them that run jobs."""
+        return [pid for pid in self.processes() if "handler.child" in _command(pid)]
 
     def scratch(self) -> list[Path]:
         """What lies in its scratch folder."""
