@@ -1,7 +1,7 @@
 """A local Runpod: the platform's public API and its side of the workers, over HTTP, for tests and for people without
 an account. Workers and clients are the unmodified ``runpod`` package.
 
-``server`` speaks HTTP, ``endpoint`` keeps jobs and their states, ``fleet`` the worker processes, ``faults`` says what
+``server`` speaks HTTP, ``endpoint`` keeps the jobs (``job``), ``fleet`` the worker processes, ``faults`` says what
 goes wrong on request. State is in memory and bounded. It needs the extra ``worker``.
 """
 

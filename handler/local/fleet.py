@@ -18,7 +18,7 @@ from handler.local.config import LocalConfig
 from handler.local.faults import Faults
 
 if TYPE_CHECKING:
-    from handler.local.endpoint import Job
+    from handler.local.job import Job
 
 log = structlog.get_logger()
 

@@ -18,9 +18,10 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
 from common.errors import InvalidRequest, InvalidSettings
 from handler.local.config import LocalConfig
-from handler.local.endpoint import Endpoint, Job, Refused, Result, RunRequest
+from handler.local.endpoint import Endpoint
 from handler.local.faults import Fault, Faults, Route
 from handler.local.fleet import Worker
+from handler.local.job import Job, Refused, Result, RunRequest
 
 log = structlog.get_logger()
 
