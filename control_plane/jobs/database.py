@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ MIGRATION_SECONDS = 300
 """A replica waits so long while another one migrates."""
 MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 """Keys of advisory locks: who migrates, who adds to the queue."""
+
+NOTICES, COMMITTED = "notices", "committed notices"
 
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
@@ -79,6 +82,7 @@ class Database:
         self.postgres = self.url.get_backend_name() == "postgresql"
         self.origin = secrets.token_hex(4)
         """Names this replica in the notices that it sends."""
+        self.outbox = Outbox()
         self.write = self._engine(POSTGRES_WRITERS if self.postgres else 1)
         self.read = self._engine(POSTGRES_READERS if self.postgres else SQLITE_READERS)
 
@@ -107,10 +111,13 @@ class Database:
             connect_args=postgres_arguments(self.url) if self.postgres else {},
         )
         event.listen(engine.sync_engine, "connect", self._connected)
+        if self.postgres:
+            event.listen(engine.sync_engine, "commit", _commits)
+            event.listen(engine.sync_engine, "rollback", _rolls_back)
+            event.listen(engine.sync_engine, "checkin", self._returned)
         return engine
 
     def _connected(self, connection: Any, record: Any) -> None:
-        record.info["origin"] = self.origin
         if self.postgres:
             connection.driver_connection.adapters.register_dumper(str, _Words)
             return
@@ -119,6 +126,44 @@ class Database:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+
+    def _returned(self, _connection: object, record: Any) -> None:
+        record.info.pop(NOTICES, None)
+        for words, seq in record.info.pop(COMMITTED, {}).items():
+            self.outbox.put(words, seq)
+
+
+class Outbox:
+    """What other replicas are to be told of transactions that are committed; ``notify`` sends it."""
+
+    def __init__(self) -> None:
+        self.filled = asyncio.Event()
+        self._notices: dict[str, int] = {}
+
+    def put(self, words: str, seq: int) -> None:
+        """Of the same words the higher number is enough."""
+        self._notices[words] = max(seq, self._notices.get(words, 0))
+        self.filled.set()
+
+    def take(self) -> dict[str, int]:
+        """All that was put since the last time."""
+        taken, self._notices = self._notices, {}
+        self.filled.clear()
+        return taken
+
+
+def tell_others(connection: AsyncConnection, words: str, seq: int = 0) -> None:
+    """Tell other replicas once this transaction is committed; on SQLite, where there are none, nothing."""
+    if connection.dialect.name == "postgresql":
+        connection.info.setdefault(NOTICES, {})[words] = seq
+
+
+def _commits(connection: Connection) -> None:
+    connection.info.setdefault(COMMITTED, {}).update(connection.info.pop(NOTICES, {}))
+
+
+def _rolls_back(connection: Connection) -> None:
+    connection.info.pop(NOTICES, None)
 
 
 def postgres_arguments(url: URL) -> dict[str, Any]:

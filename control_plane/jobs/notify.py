@@ -9,13 +9,17 @@ and wherever there is work for whoever drives jobs (a job was queued, a webhook 
     await announce_wake(connection)            # look into the queue
     await announce_wake(connection, job_id)    # look at this job
 
-On PostgreSQL both are NOTIFY: they reach the other replicas after the commit, or never if it fails. On SQLite, where
+On PostgreSQL the other replicas hear of both soon after the commit, and of neither after a rollback. On SQLite, where
 one process is alone, they do nothing. A replica does not hear itself: it calls its own hub and backend directly.
 
+The words go out by NOTIFY in a transaction of their own, all that came up meanwhile in one. Inside the transaction
+that they tell of they would be atomic, but PostgreSQL lets such transactions commit one after the other, each with its
+wait for the disk: eight writers at once then made a quarter of the commits. So a word may be lost, when its sender dies
+right after the commit or while a connection is away. Therefore the notifier looks into the database every 1.5 s: for
+the newest events of all jobs that someone streams, and it calls ``on_wake(None)``.
+
 The application makes one ``Notifier(database, hub, on_wake)``, starts it after ``database.migrate()`` and stops it
-before ``database.close()``. ``on_wake(job_id or None)`` is called on the event loop and must not block. Word may be
-lost while the connection is away: when it is back, every open stream looks into the database and ``on_wake(None)`` is
-called; besides, the notifier asks for the newest numbers of all jobs that someone streams, every 1.5 s.
+before ``database.close()``. ``on_wake(job_id or None)`` is called on the event loop and must not block.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import structlog
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.jobs.database import AWAY, Database, postgres_arguments
+from control_plane.jobs.database import AWAY, Database, postgres_arguments, tell_others
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.tables import jobs
 
@@ -47,19 +51,12 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 5.0
 
 async def announce(connection: AsyncConnection, job_id: str, last_seq: int) -> None:
     """Tell the other replicas, once this transaction is committed, that a job has events up to ``last_seq``."""
-    await _notify(connection, f"events {job_id} {last_seq}")
+    tell_others(connection, f"events {job_id}", last_seq)
 
 
 async def announce_wake(connection: AsyncConnection, job_id: str | None = None) -> None:
     """Tell the other replicas, once this transaction is committed, to look at a job, or into the queue."""
-    await _notify(connection, f"wake {job_id or '-'}")
-
-
-async def _notify(connection: AsyncConnection, message: str) -> None:
-    if connection.dialect.name != "postgresql":
-        return
-    payload = f"{connection.info['origin']} {message}"
-    await connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": CHANNEL, "payload": payload})
+    tell_others(connection, f"wake {job_id or '-'}")
 
 
 class Notifier:
@@ -69,12 +66,14 @@ class Notifier:
         self._database = database
         self._hub = hub
         self._on_wake = on_wake
+        self.listening = asyncio.Event()
+        """Set while word of other replicas arrives at once."""
         self._missed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen from now on; a database that is away is tried again and again."""
-        loops = [self._look(), self._listen()] if self._database.postgres else [self._look()]
+        loops = [self._look(), *([self._listen(), self._send()] if self._database.postgres else [])]
         self._tasks = [asyncio.create_task(loop) for loop in loops]
         for task in self._tasks:
             task.add_done_callback(_ended)
@@ -93,8 +92,8 @@ class Notifier:
                     await connection.execute(f"LISTEN {CHANNEL}")
                     log.info("listening to other replicas")
                     wait = FIRST_WAIT_SECONDS
+                    self.listening.set()
                     self._missed.set()
-                    self._on_wake(None)
                     while True:
                         async for notice in connection.notifies(timeout=PROBE_SECONDS):
                             self._hear(notice.payload)
@@ -102,6 +101,7 @@ class Notifier:
             except psycopg.Error as error:
                 if wait == FIRST_WAIT_SECONDS:
                     log.warning("cannot listen to other replicas", error=str(error))
+            self.listening.clear()
             await asyncio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
@@ -116,12 +116,22 @@ class Notifier:
                 pass
             case [_, "events", job_id, seq] if seq.isdigit():
                 self._hub.reaches(job_id, int(seq))
-            case [_, "wake", "-"]:
-                self._on_wake(None)
-            case [_, "wake", job_id]:
-                self._on_wake(job_id)
+            case [_, "wake", job_id, _]:
+                self._on_wake(None if job_id == "-" else job_id)
             case _:
                 log.warning("word that this version does not know", payload=payload[:200])
+
+    async def _send(self) -> None:
+        query = text("SELECT pg_notify(:channel, payload) FROM unnest(CAST(:payloads AS text[])) AS payload")
+        while True:
+            await self._database.outbox.filled.wait()
+            notices = self._database.outbox.take()
+            payloads = [f"{self._database.origin} {words} {seq}" for words, seq in notices.items()]
+            try:
+                async with self._database.write.begin() as connection:
+                    await connection.execute(query, {"channel": CHANNEL, "payloads": payloads})
+            except AWAY as error:  # The others look for themselves.
+                log.warning("other replicas could not be told", notices=len(payloads), error=str(error))
 
     async def _look(self) -> None:
         away = False
@@ -142,6 +152,8 @@ class Notifier:
                 if away:
                     log.info("the database is back")
                 away = False
+                if self._database.postgres:
+                    self._on_wake(None)
 
     async def _look_once(self) -> None:
         ids = self._hub.job_ids

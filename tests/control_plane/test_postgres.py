@@ -34,11 +34,12 @@ class Replica:
     store: JobStore
     wakes: asyncio.Queue[str | None]
 
-    async def heard(self, job_id: str) -> list[str | None]:
-        """Wait until this replica is told to look at a job; answers what it was told before."""
-        before: list[str | None] = []
+    async def heard(self, job_id: str) -> list[str]:
+        """Wait until this replica is told to look at a job; answers at which others it was told to look before."""
+        before: list[str] = []
         while (told := await self.wakes.get()) != job_id:
-            before.append(told)
+            if told is not None:
+                before.append(told)
         return before
 
     async def wake_others(self, job_id: str | None = None) -> None:
@@ -58,7 +59,7 @@ async def replica(url: str, name: str) -> AsyncIterator[Replica]:
     wakes: asyncio.Queue[str | None] = asyncio.Queue()
     notifier = Notifier(database, hub, wakes.put_nowait)
     await notifier.start()
-    assert await wakes.get() is None  # it listens from now on
+    await notifier.listening.wait()
     try:
         yield Replica(database, hub, JobStore(database, hub, queue_capacity=100, replica=name), wakes)
     finally:
@@ -184,23 +185,23 @@ def test_a_job_is_claimed_by_one_of_many_replicas(postgres_url: str) -> None:
 
 def test_word_comes_with_the_commit_to_the_others_and_to_nobody_after_a_rollback(postgres_url: str) -> None:
     async def inside() -> None:
-        async with pair(postgres_url) as (first, second):
-            while not first.wakes.empty():
-                first.wakes.get_nowait()
-            async with first.hub.listen("some-job") as own, second.hub.listen("some-job") as other:
-                async with first.database.write.connect() as connection:
-                    await announce(connection, "some-job", 9)
-                    await announce_wake(connection, "never")
-                    await connection.rollback()
-                async with first.database.write.begin() as connection:
-                    await announce(connection, "some-job", 7)
-                    await announce_wake(connection)
-                    await announce_wake(connection, "hint")
-                assert await second.heard("hint") == [None]
-                assert other.known == 7
-                await second.wake_others("back")
-                assert await first.heard("back") == []
-                assert own.known == 0
+        async with (
+            pair(postgres_url) as (first, second),
+            first.hub.listen("some-job") as own,
+            second.hub.listen("some-job") as other,
+        ):
+            async with first.database.write.connect() as connection:
+                await announce(connection, "some-job", 9)
+                await announce_wake(connection, "never")
+                await connection.rollback()
+            async with first.database.write.begin() as connection:
+                await announce(connection, "some-job", 7)
+                await announce_wake(connection, "hint")
+            assert await second.heard("hint") == []
+            assert other.known == 7
+            await second.wake_others("back")
+            assert await first.heard("back") == []
+            assert own.known == 0
 
     asyncio.run(inside())
 
@@ -214,14 +215,13 @@ def test_a_replica_whose_connections_were_cut_hears_again_and_its_streams_miss_n
             stream = asyncio.create_task(_numbers(reader, job))
             for progress in range(20):
                 if progress % 10 == 5:
-                    while not reader.wakes.empty():
-                        reader.wakes.get_nowait()
                     await asyncio.to_thread(postgres_server.cut, postgres_url)
                     await writer.store.advance(job.id, 1, [_step(progress)])
-                    assert await reader.wakes.get() is None  # it listens again
                 await writer.store.advance(job.id, 1, [_step(progress)])
-            await writer.wake_others("word")
-            await reader.heard("word")
+            hears = asyncio.create_task(reader.heard("word"))
+            while not hears.done():
+                await writer.wake_others("word")
+                await asyncio.wait([hears], timeout=0.1)
             end = await writer.store.move(job.id, "failed", _failed())
             assert end is not None
             assert await stream == list(range(1, end.last_seq + 1))
