@@ -202,6 +202,7 @@ class RunpodQueue:
             return
         if job.runpod_id is not None:
             self._track(job)
+            self.wake(job.id)  # Nobody has looked at it for a while.
         elif job.status == "queued":  # Perhaps it was handed over: a run that comes second finds the claim taken.
             self._submitting.add(job.id)
             self._spawn(self._submit(job))
