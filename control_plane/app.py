@@ -90,6 +90,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             checker=PayloadChecker(pool, metrics),
             profiles=profiles,
             metrics=metrics,
+            capacity=settings.queue_capacity,
             max_bytes=settings.max_payload_bytes,
         ),
         "storage": storage,

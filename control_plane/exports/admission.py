@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NoReturn, Protocol
 
 from control_plane.errors import QueueUnavailable
@@ -18,21 +19,41 @@ FALLBACK_RETRY_SECONDS = 60
 class QueueFigures(Protocol):
     """What is measured of the jobs of a profile; ``control_plane.jobs.store.JobStore`` has it."""
 
-    async def queued(self, profile: str) -> tuple[int, float]:
-        """How many jobs wait, and for how many seconds the oldest has (0 where none does)."""
+    async def queued(self, profile: str | None) -> tuple[int, float]:
+        """How many jobs wait (None: of all profiles), and for how many seconds the oldest has (0 where none does)."""
         ...
 
-    async def ended_since(self, profile: str, seconds: float) -> int:
+    async def ended_since(self, profile: str | None, seconds: float) -> int:
         """How many jobs ended in the last so many seconds, whatever their outcome."""
         ...
 
 
 class Admission:
     """Decides whether a job may queue. The answer holds for now: several requests at once may pass the depth by as
-    many, and ``MEMVID_EXPORT_QUEUE_CAPACITY`` stays the hard limit of all profiles together."""
+    many; the store holds the capacity of the queue strictly."""
 
-    def __init__(self, queue: QueueFigures) -> None:
+    def __init__(self, queue: QueueFigures, profiles: Iterable[Profile], *, capacity: int) -> None:
         self._queue = queue
+        self._profiles = profiles
+        self._capacity = capacity
+
+    async def check_any(self) -> None:
+        """Raise QueueUnavailable while the queue is full, or no profile takes a job: asked before the body, which names
+        the profile, is read."""
+        depth, _ = await self._queue.queued(None)
+        if depth >= self._capacity:
+            message = f"The queue is full ({depth:,} jobs are waiting)."
+            await self._refuse(message, None, depth - self._capacity + 1, depth=depth, limit=self._capacity)
+        refused: QueueUnavailable | None = None
+        for profile in self._profiles:
+            try:
+                await self.check(profile)
+            except QueueUnavailable as error:
+                refused = refused or error
+            else:
+                return
+        if refused is not None:
+            raise refused
 
     async def check(self, profile: Profile) -> None:
         """Raise QueueUnavailable while too many jobs of the profile wait, or one waits for too long; its details have
@@ -41,7 +62,7 @@ class Admission:
         if depth >= profile.queue_depth:
             too_many = depth - profile.queue_depth + 1
             message = f"{depth:,} jobs of profile {profile.name} are waiting, {profile.queue_depth:,} may."
-            await self._refuse(message, profile, too_many, depth=depth, limit=profile.queue_depth)
+            await self._refuse(message, profile.name, too_many, depth=depth, limit=profile.queue_depth)
         if depth and age > profile.queue_age_seconds:
             message = (
                 f"The oldest job of profile {profile.name} has waited for {age:,.0f} seconds, "
@@ -49,14 +70,16 @@ class Admission:
             )
             # So many have waited too long, if they came evenly; each that ends lets the oldest one go on.
             too_old = math.ceil(depth * (1 - profile.queue_age_seconds / age))
-            await self._refuse(message, profile, too_old, ageSeconds=round(age, 1), limit=profile.queue_age_seconds)
+            await self._refuse(
+                message, profile.name, too_old, ageSeconds=round(age, 1), limit=profile.queue_age_seconds
+            )
 
-    async def _refuse(self, message: str, profile: Profile, must_end: int, **figures: float) -> NoReturn:
-        ended = await self._queue.ended_since(profile.name, RATE_SECONDS)
+    async def _refuse(self, message: str, profile: str | None, must_end: int, **figures: float) -> NoReturn:
+        ended = await self._queue.ended_since(profile, RATE_SECONDS)
         seconds = retry_after(must_end, ended)
         raise QueueUnavailable(
             f"{message} Try again in {seconds:,} seconds.",
-            profile=profile.name,
+            **({} if profile is None else {"profile": profile}),
             **figures,
             retryAfterSeconds=seconds,
         )

@@ -46,6 +46,7 @@ class Intake:
         checker: PayloadChecker,
         profiles: Profiles,
         metrics: Metrics,
+        capacity: int,
         max_bytes: int,
     ) -> None:
         self._store = store
@@ -54,7 +55,7 @@ class Intake:
         self._backend = backend
         self._checker = checker
         self._profiles = profiles
-        self._admission = Admission(store)
+        self._admission = Admission(store, profiles, capacity=capacity)
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._uploads = 0
@@ -68,7 +69,7 @@ class Intake:
         _check_content_type(headers)
         key = _idempotency_key(headers)
         self._check_length(headers)
-        await self._store.check_capacity()
+        await self._admission.check_any()
         if self._uploads >= MAX_UPLOADS:
             raise QueueUnavailable(f"{MAX_UPLOADS} uploads are running at once. Try again later.")
         self._uploads += 1

@@ -107,13 +107,6 @@ class JobStore:
             await announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
 
-    async def check_capacity(self) -> None:
-        """Raise QueueUnavailable when the queue is full now."""
-        async with self._database.read.connect() as connection:
-            queued = await connection.scalar(select(func.count()).where(jobs.c.status == "queued"))
-        if queued is not None and queued >= self._capacity:
-            raise self._full()
-
     def _full(self) -> QueueUnavailable:
         return QueueUnavailable(f"The queue is full ({self._capacity:,} jobs are waiting). Try again later.")
 
@@ -306,22 +299,22 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return {row.id: row.attempt for row in await connection.execute(query)}
 
-    async def queued(self, profile: str) -> tuple[int, float]:
-        """How many jobs of a profile wait, and the seconds that the oldest has waited."""
-        query = select(func.count(), func.min(jobs.c.created_at)).where(
-            jobs.c.status == "queued", jobs.c.profile == profile
-        )
+    async def queued(self, profile: str | None) -> tuple[int, float]:
+        """How many jobs (of a profile) wait, and the seconds that the oldest has waited."""
+        query = select(func.count(), func.min(jobs.c.created_at)).where(jobs.c.status == "queued")
+        if profile is not None:
+            query = query.where(jobs.c.profile == profile)
         async with self._database.read.connect() as connection:
             count, oldest = (await connection.execute(query)).one()
         return count, 0.0 if oldest is None else max(0.0, (now_ms() - oldest) / 1000)
 
-    async def ended_since(self, profile: str, seconds: float) -> int:
-        """How many jobs of a profile a worker brought to an end in the last ``seconds``."""
+    async def ended_since(self, profile: str | None, seconds: float) -> int:
+        """How many jobs (of a profile) a worker brought to an end in the last ``seconds``."""
         query = select(func.count()).where(
-            jobs.c.status.in_(["completed", "failed"]),
-            jobs.c.profile == profile,
-            jobs.c.finished_at >= now_ms() - int(seconds * 1000),
+            jobs.c.status.in_(["completed", "failed"]), jobs.c.finished_at >= now_ms() - int(seconds * 1000)
         )
+        if profile is not None:
+            query = query.where(jobs.c.profile == profile)
         async with self._database.read.connect() as connection:
             return await connection.scalar(query) or 0
 

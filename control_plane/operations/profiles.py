@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
@@ -126,6 +126,9 @@ class Profiles:
         self._zone = zone
         self._workers = workers
         self._schedule = schedule
+
+    def __iter__(self) -> Iterator[Profile]:
+        return iter(self._profiles.values())
 
     @classmethod
     def load(cls, path: Path | None, settings: Settings) -> Profiles:

@@ -19,33 +19,37 @@ class Queue:
         self._figures = (depth, age)
         self._ended = ended
 
-    async def queued(self, profile: str) -> tuple[int, float]:
-        return self._figures if profile == "bulk" else (0, 0.0)
+    async def queued(self, profile: str | None) -> tuple[int, float]:
+        return self._figures if profile in ("bulk", None) else (0, 0.0)
 
-    async def ended_since(self, profile: str, seconds: float) -> int:
+    async def ended_since(self, profile: str | None, seconds: float) -> int:
         assert seconds == 600
-        return self._ended if profile == "bulk" else 0
+        return self._ended if profile in ("bulk", None) else 0
 
 
 def profile(name: str = "bulk") -> Profile:
     return Profile(name=name, execution_timeout_ms=60_000, ttl_ms=600_000, queue_depth=10, queue_age_seconds=120)
 
 
+def admission(queue: Queue, *names: str, capacity: int = 1_000) -> Admission:
+    return Admission(queue, [profile(name) for name in names or ("bulk",)], capacity=capacity)
+
+
 def refusal(queue: Queue) -> QueueUnavailable:
     with pytest.raises(QueueUnavailable) as caught:
-        asyncio.run(Admission(queue).check(profile()))
+        asyncio.run(admission(queue).check(profile()))
     return caught.value
 
 
 @pytest.mark.parametrize(("depth", "age"), [(0, 0), (9, 0), (9, 120.0)])
 def test_a_queue_at_its_limits_still_takes_a_job(depth: int, age: float) -> None:
-    asyncio.run(Admission(Queue(depth=depth, age=age)).check(profile()))
+    asyncio.run(admission(Queue(depth=depth, age=age)).check(profile()))
 
 
 def test_a_full_queue_of_one_profile_leaves_the_others_open() -> None:
     queue = Queue(depth=10)
     refusal(queue)
-    asyncio.run(Admission(queue).check(profile("interactive")))
+    asyncio.run(admission(queue).check(profile("interactive")))
 
 
 @pytest.mark.parametrize(
@@ -84,3 +88,17 @@ def test_the_time_stays_between_a_second_and_ten_minutes(must_end: int, ended: i
 
 def test_errors_that_name_no_time_keep_the_usual_one() -> None:
     assert headers_of(RateLimited("Too many streams.")) == {"Retry-After": "5"}
+
+
+def test_a_body_is_not_read_while_no_profile_takes_a_job() -> None:
+    queue = Queue(depth=10, ended=60)
+    asyncio.run(admission(queue, "bulk", "interactive").check_any())
+    with pytest.raises(QueueUnavailable) as caught:
+        asyncio.run(admission(queue).check_any())
+    assert caught.value.details == {"profile": "bulk", "depth": 10, "limit": 10, "retryAfterSeconds": 10}
+
+
+def test_a_body_is_not_read_while_the_queue_of_all_profiles_is_full() -> None:
+    with pytest.raises(QueueUnavailable) as caught:
+        asyncio.run(admission(Queue(depth=9, ended=60), "bulk", "interactive", capacity=8).check_any())
+    assert caught.value.details == {"depth": 9, "limit": 8, "retryAfterSeconds": 20}
