@@ -25,7 +25,7 @@ from common.storage.ranges import Broken, Opened, Stream, age_of, download, read
 CONNECT_SECONDS, SILENT_SECONDS, TOTAL_SECONDS = 5.0, 30.0, 1_800.0
 """Bounds of one connection's start, of each wait for bytes, and of reading or writing one object with all retries."""
 MAX_REDIRECTS = 3
-MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 20
 _HEADERS = [("Accept-Encoding", "identity"), ("User-Agent", "memvid-export")]
 _WORTH_ANOTHER_TRY = ("RequestTimeout", "BadDigest", "IncompleteBody")
 """Codes of a store that speaks S3, under status 400."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 import secrets
@@ -21,8 +22,8 @@ from common.errors import StorageFailed
 from common.storage.file import PIECE, check_sha256, check_size
 
 PART = 8 << 20
-WINDOW = 6
-"""Parts under way at once; with the one in hand at most 7 x 8 MiB are in memory."""
+WINDOW = 10
+"""Parts under way at once, each with a piece of at most 1 MiB in memory."""
 ATTEMPTS = 5
 """Tries in a row that bring less than 1 MiB each."""
 _WAITS = (0.1, 5.0)
@@ -171,32 +172,24 @@ class Stream:
 
 def _to_file(source: Source, path: Path, *, size: int | None, limit: int | None) -> str:
     """Write the object to a file; its SHA-256 (hex)."""
-    digest, written = hashlib.sha256(), 0
-    abandoned = threading.Event()
-    with path.open("wb") as file, closing(Stream(source, 0, PART)) as first:
+    digest, at = hashlib.sha256(), 0
+    with path.open("w+b", buffering=0) as file, closing(Stream(source, 0, PART)) as first:
         if first.size is not None:
             check_size(source.name, first.size, size, limit)
-
-        def keep(piece: bytes) -> None:
-            nonlocal written
-            written += len(piece)
-            if limit is not None and written > limit:
-                check_size(source.name, written, None, limit)
+        for piece in _rest(source, first, file.fileno(), digest):
+            _write(file.fileno(), piece, at)
             digest.update(piece)
-            file.write(piece)
-
-        with ThreadPoolExecutor(WINDOW, thread_name_prefix="download") as pool:
-            try:
-                for piece in _in_order(source, first, pool, abandoned):
-                    keep(piece)
-            finally:
-                abandoned.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-    check_size(source.name, written, size if size is not None else written, limit)
+            at += len(piece)
+            if limit is not None:
+                check_size(source.name, at, None, limit)
+        found = os.fstat(file.fileno()).st_size
+    check_size(source.name, found, size, limit)
     return digest.hexdigest()
 
 
-def _in_order(source: Source, first: Stream, pool: ThreadPoolExecutor, abandoned: threading.Event) -> Iterator[bytes]:
+def _rest(source: Source, first: Stream, handle: int, digest: hashlib._Hash) -> Iterator[bytes]:
+    """What comes in order, to be written and hashed; what lies beyond the first part comes in parallel parts, which are
+    written and hashed here."""
     if not first.ranged or first.size is None:
         first.stop = None
         yield from first
@@ -206,30 +199,46 @@ def _in_order(source: Source, first: Stream, pool: ThreadPoolExecutor, abandoned
         with closing(Stream(source, 0, None)) as whole:
             yield from whole
         return
-    tag, total = first.tag, first.size
+    tag, total, abandoned = first.tag, first.size, threading.Event()
     starts = iter(range(PART, total, PART))
-    under_way: deque[Future[bytes]] = deque()
+    under_way: deque[Future[tuple[int, int]]] = deque()
+
+    def write_part(start: int, stop: int) -> tuple[int, int]:
+        with closing(Stream(source, start, stop, tag)) as stream:
+            for piece in stream:
+                if abandoned.is_set():
+                    break
+                _write(handle, piece, stream.at - len(piece))
+        return start, stop
 
     def ahead() -> None:
         while len(under_way) < WINDOW and (start := next(starts, None)) is not None:
-            under_way.append(pool.submit(_part, source, start, min(start + PART, total), tag, abandoned))
+            under_way.append(pool.submit(write_part, start, min(start + PART, total)))
 
-    ahead()
-    yield from first
-    while under_way:
-        part = under_way.popleft().result()
-        ahead()
-        yield part
+    with ThreadPoolExecutor(WINDOW, thread_name_prefix="download") as pool:
+        try:
+            ahead()
+            yield from first
+            buffer = memoryview(bytearray(PIECE))
+            while under_way:
+                start, stop = under_way.popleft().result()
+                ahead()
+                while start < stop:  # from the page cache: cheaper than to keep parts in memory
+                    count = os.preadv(handle, [buffer[: stop - start]], start)
+                    if not count:
+                        raise StorageFailed(f"the file of {source.name} was cut off by another")
+                    digest.update(buffer[:count])
+                    start += count
+        finally:
+            abandoned.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _part(source: Source, start: int, stop: int, tag: str, abandoned: threading.Event) -> bytes:
-    part = bytearray()
-    with closing(Stream(source, start, stop, tag)) as stream:
-        for piece in stream:
-            if abandoned.is_set():
-                raise StorageFailed(f"{source.name} is not wanted any more")
-            part += piece
-    return bytes(part)
+def _write(handle: int, data: bytes, at: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(handle, rest, at)
+        rest, at = rest[count:], at + count
 
 
 def _pause(tries: int) -> None:

@@ -39,6 +39,7 @@ from common.capsule.native import NativeWriter  # noqa: E402
 from common.frames.model import Frame  # noqa: E402
 from common.sidecar.build import SidecarBuilder  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
+from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 
 TODAY_SECONDS = 282.5
 """Today's service for runpod-python, measured on 2 cores (7,542 frames, 68.7 MB)."""
@@ -191,6 +192,24 @@ def _rows(path: Path) -> int:
         return sum(database.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0] for table in tables)  # noqa: S608
 
 
+def storage(folder: Path, *, short: bool) -> list[Row]:
+    """Our storage, sizes and SHA-256 checked, against plain boto3 in turn, on an S3 server of this machine."""
+    rows = []
+    for megabytes, rounds in [(20, 2)] if short else [(64, 5), (400, 5)]:
+        found = transfer_rates(folder / f"{megabytes}", megabytes, rounds)
+        for ours, theirs, what in (("put", "upload_file", "upload"), ("local", "download_file", "download")):
+            size, of = f"{megabytes} MB", f"median of {rounds}"
+            peer = f"boto3 {version('boto3')}, {theirs}, {of}"
+            rows += [
+                row(f"{what} {size}", statistics.median(found[ours]), "MB/s", f"{ours}, SHA-256 checked, {of}"),
+                row(f"  {what} {size} by plain boto3", statistics.median(found[theirs]), "MB/s", peer),
+                row(f"  ratio, {what} {size}", ratio(found, ours, theirs), "times", "turn by turn", at_least=0.9),
+            ]
+        note = "the file's SHA-256 has to be found first"
+        rows.append(row(f"  ratio, upload {megabytes} MB unhashed", ratio(found, HASHED, "upload_file"), "times", note))
+    return rows
+
+
 class Posted(NamedTuple):
     """A graph to post."""
 
@@ -281,6 +300,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "growth": growth,
     "sidecar": sidecar,
     "service": service,
+    "storage": storage,
 }
 
 
