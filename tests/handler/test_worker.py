@@ -89,13 +89,13 @@ class Place:
         names = [found.ref.rpartition("/")[2] for found in self.storage.found(self.prefix)]
         return [name for name in names if name not in claim.NAMES]
 
-    def wait_for_claim(self) -> None:
-        """Until a run has taken the attempt."""
+    def wait_until(self, state: claim.State) -> None:
+        """Until a run has taken the attempt (``held``), or it is closed."""
         for _ in range(1_000):
-            if claim.state(self.storage, self.prefix) == "held":
+            if claim.state(self.storage, self.prefix) == state:
                 return
-            time.sleep(0.01)
-        raise AssertionError("nobody runs the job")
+            time.sleep(0.03)
+        raise AssertionError(f"the attempt is {claim.state(self.storage, self.prefix)}")
 
 
 class Live(NamedTuple):
@@ -252,11 +252,7 @@ def test_a_job_that_the_platform_stops_leaves_nothing_and_is_never_run_again(liv
     live.platform.progress(job)
     before = live.worker.children()
     live.platform.stops.put(job)
-    for _ in range(200):
-        if claim.state(place.storage, place.prefix) == "closed" and not place.objects():
-            break
-        time.sleep(0.02)
-    assert claim.state(place.storage, place.prefix) == "closed"
+    place.wait_until("closed")
     assert place.objects() == []
     assert live.worker.scratch() == []
     killed = [pid for pid in before if pid not in live.worker.children()]
@@ -299,7 +295,7 @@ def test_a_second_delivery_does_nothing_while_the_first_runs_and_answers_the_sam
 ) -> None:
     data = place.input(LARGE)
     job = live.platform.submit(data)
-    place.wait_for_claim()
+    place.wait_until("held")
     assert live.platform.result(live.platform.submit(data)) == {"output": {"taken": True}}
     first = done(live.platform.result(job))
     late = done(live.platform.result(live.platform.submit(data)))
@@ -331,7 +327,7 @@ def test_a_delivery_that_finds_a_closed_attempt_says_why_it_was_closed(
 
 def test_an_attempt_that_is_closed_while_it_runs_publishes_nothing(live: Live, place: Place) -> None:
     job = live.platform.submit(place.input(LARGE))
-    place.wait_for_claim()
+    place.wait_until("held")
     assert not claim.close(place.storage, place.prefix)
     assert claim.close(place.storage, place.prefix, force=True)
     result = live.platform.result(job)
@@ -343,7 +339,7 @@ def test_an_attempt_that_is_closed_while_it_runs_publishes_nothing(live: Live, p
 
 def test_the_platform_hears_of_the_worker_while_a_large_job_runs(live: Live, place: Place) -> None:
     job = live.platform.submit(place.input(LARGE))
-    place.wait_for_claim()
+    place.wait_until("held")
     live.platform.wait_for_requests("/ping")
     live.platform.wait_for_requests("/job-stop")
     assert all("status" in body for body in live.platform.all_of(job))
@@ -461,11 +457,7 @@ def test_a_worker_with_credentials_reads_from_a_bucket_and_publishes_there(s3: S
         job = runpod.submit(stopped.input(LARGE))
         runpod.progress(job)
         runpod.stops.put(job)
-        for _ in range(200):
-            if claim.state(storage, stopped.prefix) == "closed":
-                break
-            time.sleep(0.02)
-        assert claim.state(storage, stopped.prefix) == "closed"
+        stopped.wait_until("closed")
         assert stopped.objects() == []
 
 
