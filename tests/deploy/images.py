@@ -19,6 +19,10 @@ from dockerfile_parse import DockerfileParser
 from processes import REPOSITORY
 
 UV = REPOSITORY / ".cache" / "uv" / "bin" / "uv"
+PYTHON = next(
+    path for path in (Path("/usr/bin/python3.11"), Path(sys.base_prefix, "bin", "python3.11")) if path.exists()
+)
+"""The one that stands in for the image's: the system's, which every user may run, where there is one."""
 PLACES = re.compile(r"(?<![\w.])/(build|wheels|opt)(?=/|\s|$)")
 """Folders of an image that steps write to; run by hand they lie under another root."""
 SLOW = {"UV_NO_CACHE", "UV_LINK_MODE", "UV_COMPILE_BYTECODE"}
@@ -143,7 +147,7 @@ class Replay:
         """The environment of a stage, as it is on this machine."""
         path = f"{UV.parent}:{os.environ['PATH']}"
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PYTHON", "VIRTUAL_"))}
-        mine |= {"PATH": path, "UV_PYTHON": f"{sys.base_prefix}/bin/python3.11"}
+        mine |= {"PATH": path, "UV_PYTHON": str(PYTHON)}
         given = {key: self.here(value).replace("$PATH", path) for key, value in environment(self.image, name).items()}
         return mine | {key: value for key, value in given.items() if key not in SLOW}
 
