@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -129,8 +129,9 @@ class FileStorage:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it went away meanwhile
                     status = file.stat()
                     if stat.S_ISREG(status.st_mode):
-                        found.append(Found(file.as_uri(), status.st_size, max(0.0, time.time() - status.st_mtime)))
-        return sorted(found)
+                        found.append((file.as_uri(), status.st_size, status.st_mtime))
+            now = self._now(path) if found else 0.0
+        return sorted(Found(ref, size, max(0.0, now - written)) for ref, size, written in found)
 
     def delete(self, prefix: str) -> int:
         """Remove a file, or a folder with all in it."""
@@ -149,6 +150,12 @@ class FileStorage:
     def link(self, ref: str, method: Literal["GET", "PUT"], seconds: float) -> str:
         """Files have no links."""
         raise InvalidRef("a file:// ref has no signed URL", field="ref", allowed="s3://")
+
+    def _now(self, path: Path) -> float:
+        """The clock of the file system: those of the machines that share a volume may differ."""
+        root = next(root for root in self._roots if path.is_relative_to(root))
+        with tempfile.TemporaryFile(dir=root) as file:
+            return os.fstat(file.fileno()).st_mtime
 
     def _copy(self, source: Path, target: Path) -> None:
         with _temporary(target) as temporary:

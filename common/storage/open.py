@@ -9,22 +9,29 @@ from typing import Literal
 from common.contract import Links
 from common.errors import InvalidRef
 from common.storage.file import FileStorage
-from common.storage.https import HttpsStorage, Web
-from common.storage.links import LinkStorage
 from common.storage.port import Found, Storage, StorageConfig, Stored
 from common.storage.s3 import S3Storage
 
 
 def open_storage(config: StorageConfig, links: Mapping[str, Links] | None = None) -> Storage:
-    """The storage that ``config`` allows; refs that ``links`` names go over their signed URLs. Connects to nothing."""
-    web = Web(config.fetch_hosts, private=config.fetch_private)
-    https = HttpsStorage(web)
+    """The storage that ``config`` allows; refs that ``links`` names go over their signed URLs.
+
+    Connects to nothing. Raises InvalidRef for links where ``config`` allows no host.
+    """
     schemes: dict[str, Storage] = {"file": FileStorage([Path(root) for root in config.roots])}
+    linked: Storage | None = None
     if config.s3 is not None:
         schemes["s3"] = S3Storage(config.s3)
-    schemes |= {"https": https, "http": https}
-    linked = LinkStorage(links, web) if links else None
-    if linked:
+    if config.fetch_hosts:  # httpx takes a while to import
+        from common.storage.https import HttpsStorage, Web
+        from common.storage.links import LinkStorage
+
+        web = Web(config.fetch_hosts, private=config.fetch_private)
+        schemes["https"] = schemes["http"] = HttpsStorage(web)
+        linked = LinkStorage(links or {}, web)
+    if links:
+        if linked is None:
+            raise InvalidRef("links are given, and no host is allowed that they may name", field="links")
         schemes["s3"] = linked  # no silent way around a link that is missing
     return _ByScheme(schemes, links or {}, linked)
 

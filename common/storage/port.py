@@ -103,6 +103,6 @@ class Storage(Protocol):
         ...
 
     def link(self, ref: str, method: Literal["GET", "PUT"], seconds: float) -> str:
-        """A signed URL with which anyone may read or write the object for so long. Raises InvalidRef where the store
-        has none."""
+        """A signed URL with which anyone may read or write the object for so long (at most 7 days). A PUT sends the
+        headers that its fragment names, where it has one. Raises InvalidRef where the store has no links."""
         ...

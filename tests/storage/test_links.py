@@ -125,8 +125,10 @@ def test_a_writer_whose_first_answer_got_lost_still_knows_that_it_was_first(
 
 def test_links_lead_only_to_hosts_that_are_allowed(s3: S3, owner: Storage, prefix: str, between: Proxy) -> None:
     links = {prefix + "x": Links(get=owner.link(prefix + "x", "GET", 60), put=owner.link(prefix + "x", "PUT", 60))}
+    with pytest.raises(InvalidRef, match="no host is allowed"):
+        open_storage(StorageConfig(roots=[]), links)
     for config, why in (
-        (StorageConfig(roots=[], fetch_hosts=[], fetch_private=True), "is not one that is read from here"),
+        (StorageConfig(roots=[], fetch_hosts=["elsewhere"], fetch_private=True), "is not one that is read from here"),
         (StorageConfig(roots=[], fetch_hosts=["127.0.0.1"]), "URLs are not read here"),
     ):
         storage = open_storage(config, links)
