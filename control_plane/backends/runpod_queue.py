@@ -422,22 +422,20 @@ class RunpodQueue:
         """The platform has nothing more to say: what lies in storage decides."""
         job = tracked.job
         error = _why(answer)
-        try:
-            output = await asyncio.to_thread(self._published, job)
-        except (CapsuleUnreadable, GateFailed) as wrong:
-            output, error = None, GateFailed(wrong.message)
-        if output is not None:
-            if await self._started(tracked, answer):
-                if answer is not None and isinstance(answer.output, dict):
-                    await self._tell(tracked, answer.output.get("progress"))
-                    output = _with_timings(output, answer.output)
-                await self._endings.complete(tracked.job, output)
-                self._tracked.pop(job.id, None)
-            return
         prefix = self._layout.output_prefix(job.id, job.attempt)
-        if not await asyncio.to_thread(claim.close, self._storage, prefix):
-            log.info("a run is alive that the platform does not know", job_id=job.id, attempt=job.attempt)
-            return
+        try:
+            if await self._completed(tracked, answer):
+                return
+            if not await asyncio.to_thread(claim.close, self._storage, prefix):
+                log.info("a run is alive that the platform does not know", job_id=job.id, attempt=job.attempt)
+                return
+            if await self._completed(
+                tracked, answer
+            ):  # Published between the look and the close; now none is any more.
+                return
+        except (CapsuleUnreadable, GateFailed) as wrong:
+            error = GateFailed(wrong.message)
+            await asyncio.to_thread(claim.close, self._storage, prefix, force=True)
         if answer is None and job.runpod_id is not None:
             self._spawn(self._cancel_there(job.id, job.runpod_id))
         closed = await asyncio.to_thread(claim.read, self._storage, prefix)
@@ -446,6 +444,19 @@ class RunpodQueue:
         ran = answer is not None and answer.worker_id is not None
         if not ran or await self._started(tracked, answer):  # A run that failed at once was never seen at work.
             await self._requeue(tracked.job, error)
+
+    async def _completed(self, tracked: _Tracked, answer: JobStatus | None) -> bool:
+        """Complete the job if the attempt has published; CapsuleUnreadable and GateFailed say that it is not whole."""
+        output = await asyncio.to_thread(self._published, tracked.job)
+        if output is None:
+            return False
+        if await self._started(tracked, answer):
+            if answer is not None and isinstance(answer.output, dict):
+                await self._tell(tracked, answer.output.get("progress"))
+                output = _with_timings(output, answer.output)
+            await self._endings.complete(tracked.job, output)
+            self._tracked.pop(tracked.job.id, None)
+        return True
 
     async def _requeue(self, job: JobRecord, error: ExportError) -> None:
         pause = await self._endings.failed(job, error)
