@@ -8,7 +8,7 @@ from runpod_faults import REPLICA_KILLED, kills, storm
 
 
 def test_exports_all_of_whose_servers_fail_at_random_end_once_and_leave_nothing_behind(tmp_path: Path) -> None:
-    result = storm(tmp_path, 12, seed=7, workers=2, gap=3.0, short=True)
+    result = storm(tmp_path, 12, seed=7, workers=2, short=True)
     assert result.broken == []
     assert len(result.outcomes) == 12
     assert "completed" in result.outcomes.values()
