@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 
-import structlog
 import uvicorn
 
 from common.settings import Settings
 from control_plane.app import create_app
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
+from handler.logs import log_as_json
 
 STOP_SECONDS = 10
 """Requests that run at a stop have so long to end; event streams are ended at once."""
@@ -41,7 +40,7 @@ def serve(settings: Settings) -> None:
 
     Raises InvalidSettings where the export root cannot be used.
     """
-    _log_as_json()
+    log_as_json()
     layout = Layout(settings)
     layout.prepare()
     hub = EventHub()
@@ -56,16 +55,3 @@ def serve(settings: Settings) -> None:
         lifespan="on",
     )
     _Server(config, hub).run()
-
-
-def _log_as_json() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

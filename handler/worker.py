@@ -42,6 +42,7 @@ from common.storage import Storage, StorageConfig, open_storage
 from handler import claim
 from handler.child import die_with_parent
 from handler.job import decode_input, published
+from handler.logs import log_as_json
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run, export_error, job_error
@@ -323,7 +324,7 @@ def start(settings: WorkerSettings, test_input: str | None = None) -> None:
 
     Raises WorkerLost where no child process comes up; exits as the runpod package does after a test input.
     """
-    _log_as_json()
+    log_as_json()
     # The package forks a process that pings; it must not tell the platform of a worker that is gone.
     os.register_at_fork(after_in_child=die_with_parent)
     with _own_folder(settings.root / "workers") as scratch, _Loop() as loop:
@@ -366,18 +367,6 @@ def _ending(scratch: Path) -> Callable[..., None]:
         os._exit(0)  # the kernel ends the children
 
     return end
-
-
-def _log_as_json() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 async def _worker(config: ChildConfig, size: int, child: ChildProcess) -> Worker:
