@@ -66,12 +66,16 @@ class RunpodApi:
         )
         self._metrics = metrics
         self._routes = {route: _Route(limit) for route, limit in LIMITS.items()}
+        self._failing_since: float | None = None
+        self._failed_at = 0.0
 
     @property
     def away_seconds(self) -> float:
-        """How long no request has been answered; 0 while they are."""
-        since = min((route.failing_since for route in self._routes.values() if route.failing_since), default=None)
-        return 0.0 if since is None else asyncio.get_running_loop().time() - since
+        """How long no request has been answered; 0 while they are, and where nobody has asked for long."""
+        now = asyncio.get_running_loop().time()
+        if self._failing_since is None or now - self._failed_at > 2 * MAX_PAUSE_SECONDS:
+            return 0.0
+        return now - self._failing_since
 
     async def close(self) -> None:
         """Close all connections."""
@@ -98,29 +102,56 @@ class RunpodApi:
         await turn.wait()
         content = None if body is None else msgspec.json.encode(body)
         try:
-            answer = await self._client.request(
+            async with self._client.stream(
                 method, path, content=content, headers={"Content-Type": "application/json"}
-            )
+            ) as answer:
+                received = await _body(answer)
         except httpx.HTTPError as error:
             self._metrics.runpod.labels(route, "none").inc()
-            turn.failed(None)
+            self._failed(turn)
             raise RunpodAway(f"Runpod cannot be reached: {type(error).__name__}") from error
         code = answer.status_code
         self._metrics.runpod.labels(route, str(code)).inc()
         if code == 429 or code >= 500:
-            turn.failed(answer.headers.get("retry-after"))
+            self._failed(turn, answer.headers.get("retry-after"))
             raise RunpodAway(f"Runpod answers {route} with {code}")
-        turn.worked()
         if code == 404:
+            self._worked(turn)
             return None
         if not answer.is_success:
-            raise RunpodRefused(f"Runpod refuses {route} with {code}: {answer.text[:300]}", status=code)
+            self._worked(turn)
+            said = received[:300].decode(errors="replace")
+            raise RunpodRefused(f"Runpod refuses {route} with {code}: {said}", status=code)
         try:
-            return msgspec.json.decode(answer.content, type=JobStatus)
+            status = msgspec.json.decode(received, type=JobStatus)
         except msgspec.MsgspecError as error:
             if route == "cancel":
+                self._worked(turn)
                 return None
+            self._failed(turn)  # Asked again at once, it would be the same.
             raise RunpodAway(f"Runpod's answer to {route} makes no sense: {error}") from error
+        self._worked(turn)
+        return status
+
+    def _worked(self, turn: _Route) -> None:
+        turn.worked()
+        self._failing_since = None
+
+    def _failed(self, turn: _Route, retry_after: str | None = None) -> None:
+        turn.failed(retry_after)
+        self._failed_at = asyncio.get_running_loop().time()
+        if self._failing_since is None:
+            self._failing_since = self._failed_at
+
+
+async def _body(answer: httpx.Response) -> bytes:
+    """An answer's body. Raises httpx.HTTPError where it is longer than ``MAX_ANSWER_BYTES``."""
+    body = bytearray()
+    async for piece in answer.aiter_bytes():
+        body += piece
+        if len(body) > MAX_ANSWER_BYTES:
+            raise httpx.DecodingError(f"more than {MAX_ANSWER_BYTES:,} bytes", request=answer.request)
+    return bytes(body)
 
 
 class _Route:
@@ -131,7 +162,6 @@ class _Route:
         self._sent: deque[float] = deque()
         self._until = 0.0
         self._failures = 0
-        self.failing_since: float | None = None
 
     async def wait(self) -> None:
         """Until a request may be sent."""
@@ -149,12 +179,10 @@ class _Route:
     def worked(self) -> None:
         """The last request was answered."""
         self._failures = 0
-        self.failing_since = None
 
     def failed(self, retry_after: str | None) -> None:
         """The last request failed: pause, as long as the platform says if it does."""
         self._failures += 1
-        self.failing_since = self.failing_since or asyncio.get_running_loop().time()
         pause = min(0.25 * 2 ** min(self._failures, 10), MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
         if retry_after and retry_after.isdecimal():
             pause = min(max(pause, float(retry_after)), MAX_PAUSE_SECONDS)

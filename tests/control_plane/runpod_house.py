@@ -14,7 +14,6 @@ from live_server import ENDED, Server
 from runpod_local import Platform, local_runpod
 from services import S3
 
-
 __all__ = ["Bucket", "RunpodServer", "bucket_env", "eventually", "real_workers"]
 
 

@@ -1,4 +1,4 @@
-"""A worker with the unmodified runpod package that exports nothing: the project's name in the payload says what it does.
+"""A worker with the unmodified runpod package that exports nothing: the payload's project name says what it does.
 
 ``hang``: until it is stopped; ``crash``; ``nothing``: no output; ``odd``: an output that names files that are not
 there; ``shout``: an error that is no error of ours; ``CODE``: that error; ``CODE once``: at the first attempt, then
@@ -20,21 +20,21 @@ import runpod
 RETRYABLE = {"STORAGE_FAILED", "GATE_FAILED", "WRITER_FAILED"}
 
 
-def _note(what: str, given: dict[str, Any]) -> None:
+def _note(what: str, job: dict[str, Any]) -> None:
     with Path(os.environ["NOTES"]).open("a") as notes:
-        notes.write(json.dumps({"what": what, "worker": os.environ["RUNPOD_POD_ID"], "input": given}) + "\n")
+        notes.write(json.dumps({"what": what, "webhook": job.get("webhook"), "input": job["input"]}) + "\n")
 
 
 async def handler(job: dict[str, Any]) -> Any:
     """Do what the payload says."""
     given = job["input"]
     do = json.loads(Path(unquote(urlsplit(given["payload_ref"]).path)).read_text())["projectName"]
-    _note("started", given)
+    _note("started", job)
     if do == "hang":
         try:
             await asyncio.sleep(600)
         except asyncio.CancelledError:
-            _note("stopped", given)
+            _note("stopped", job)
             raise
     if do == "crash":
         os.kill(os.getpid(), signal.SIGKILL)

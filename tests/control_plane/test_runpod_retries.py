@@ -180,7 +180,7 @@ def test_a_job_that_the_platform_forgets_is_lost_and_tried_once_more(house: Hous
 
 
 def test_a_job_whose_time_to_live_passes_in_the_queue_is_tried_once_more(house: House) -> None:
-    house.platform.fault("no-workers", seconds=60)
+    house.platform.fault("no-workers", match="nobody")
     try:
         job = house.submit("nothing", "brief")
         first = house.server.runpod_id(job)
@@ -219,7 +219,7 @@ def test_a_canceled_job_is_stopped_at_the_platform_and_not_tried_again(house: Ho
 
 
 def test_a_job_canceled_while_it_waits_at_the_platform_never_runs(house: House) -> None:
-    house.platform.fault("no-workers", seconds=60)
+    house.platform.fault("no-workers", match="nobody")
     try:
         job = house.submit("nothing")
         there = house.server.runpod_id(job)
