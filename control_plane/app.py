@@ -22,7 +22,7 @@ from common.settings import Settings
 from common.storage import open_storage
 from control_plane.backends.checker import CHECKERS, PayloadChecker
 from control_plane.backends.legacy_vps import LegacyVps
-from control_plane.backends.port import Backend
+from control_plane.backends.port import Backend, Means
 from control_plane.backends.runpod_queue import RunpodQueue
 from control_plane.dashboard import dashboard_routes
 from control_plane.errors import to_response
@@ -58,13 +58,14 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     storage = open_storage(layout.storage(settings))
     pool = _worker_pool(settings, layout)
     profiles = Profiles.load(settings.profiles_file, settings)
+    means = Means(settings, store, storage, layout, metrics)
     backend: Backend
     hooks: list[HTTPRouteHandler] = []
     if settings.backend_mode == "runpod_queue":
-        queue = RunpodQueue(settings, store, storage, layout, metrics=metrics, pool=pool, profiles=profiles)
+        queue = RunpodQueue(means, pool=pool, profiles=profiles)
         backend, hooks = queue, [hook_route(queue)]
     else:
-        backend = LegacyVps(settings, store, storage, layout, metrics=metrics, pool=pool)
+        backend = LegacyVps(means, pool=pool)
     notifier = Notifier(database, hub, backend.wake)
     retention = Retention(settings, store, storage, layout, backend)
     mcp = mcp_route(

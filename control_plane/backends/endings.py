@@ -12,12 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobOutput, Progress, Report, Stage, Status
 from common.errors import Canceled, DeadlineExceeded, ExportError, StorageFailed, WorkerLost
-from common.settings import Settings
-from common.storage import Storage
-from control_plane.jobs.layout import Layout
+from control_plane.backends.port import Means
 from control_plane.jobs.records import JobRecord, NewEvent
-from control_plane.jobs.store import JobStore, now_ms
-from control_plane.operations.metrics import Metrics
+from control_plane.jobs.store import now_ms
 from handler.claim import NAMES
 from handler.job import read_manifest
 from handler.protocol import job_error
@@ -38,25 +35,19 @@ class Endings:
 
     def __init__(
         self,
-        settings: Settings,
-        store: JobStore,
-        storage: Storage,
-        layout: Layout,
-        metrics: Metrics,
+        means: Means,
         *,
         backend: str,
         lost: int,
         timeouts: int,
     ) -> None:
         """``lost`` and ``timeouts`` are the attempts that may be lost or run out of time before a job fails."""
-        self._settings = settings
-        self._store = store
-        self._storage = storage
-        self._layout = layout
-        self._metrics = metrics
+        self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._backend = backend
         self._lost = lost
         self._timeouts = timeouts
+        self.stopping = False
+        """The server stops: what the database cannot take now is settled by whoever drives the job next."""
 
     async def complete(self, job: JobRecord, output: JobOutput) -> bool:
         """The attempt has published its files; False if the job has ended otherwise."""
@@ -161,6 +152,8 @@ class Endings:
                 moved = await self._store.move(job.id, to, event, attempt=job.attempt, values=values)
             except SQLAlchemyError as error:
                 log.error("the end of a job cannot be recorded", job_id=job.id, status=to, exc_info=error)
+                if self.stopping:
+                    raise
                 await asyncio.sleep(SETTLE_SECONDS)
                 continue
             if moved is not None and to != "queued":

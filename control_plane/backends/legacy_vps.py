@@ -11,14 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobInput, JobOutput, Progress
 from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
-from common.settings import Settings
-from common.storage import Storage
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
-from control_plane.jobs.layout import Layout
+from control_plane.backends.port import Means
+from control_plane.jobs.database import AWAY
 from control_plane.jobs.records import JobRecord, NewEvent, iso
-from control_plane.jobs.store import JobStore
-from control_plane.operations.metrics import Metrics
 from handler.job import published
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
@@ -54,26 +51,16 @@ class LegacyVps:
 
     def __init__(
         self,
-        settings: Settings,
-        store: JobStore,
-        storage: Storage,
-        layout: Layout,
+        means: Means,
         *,
-        metrics: Metrics,
         pool: WorkerPool,
     ) -> None:
-        self._settings = settings
-        self._store = store
-        self._storage = storage
-        self._layout = layout
-        self._metrics = metrics
+        self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._pool = pool
-        self._endings = Endings(
-            settings, store, storage, layout, metrics, backend=self.name, lost=settings.max_attempts, timeouts=1
-        )
-        self._leases = Leases(store, driven=lambda: set(self._children), adopted=self._resume, lost=self._give_up)
-        small = settings.small_job_frames if settings.worker_slots > 1 else None
-        self._free = [_Slot(n, small if n == 0 else None) for n in range(settings.worker_slots)]
+        self._endings = Endings(means, backend=self.name, lost=means.settings.max_attempts, timeouts=1)
+        self._leases = Leases(means.store, driven=lambda: set(self._children), adopted=self._resume, lost=self._give_up)
+        small = means.settings.small_job_frames if means.settings.worker_slots > 1 else None
+        self._free = [_Slot(n, small if n == 0 else None) for n in range(means.settings.worker_slots)]
         self._wake = asyncio.Event()
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._children: dict[str, ChildProcess] = {}
@@ -103,7 +90,7 @@ class LegacyVps:
 
     async def stop(self) -> None:
         """End all runs; their jobs go back to the queue and do not count as lost."""
-        self._stopping = True
+        self._stopping = self._endings.stopping = True
         if self._scheduler is not None:
             self._scheduler.cancel()
             await asyncio.gather(self._scheduler, return_exceptions=True)
@@ -192,7 +179,7 @@ class LegacyVps:
         deadline = loop.call_later(limit, child.kill, too_long)
         started = loop.time()
         last = Progress(stage="transform", progress=0, stage_progress=0, message=job.message)
-        child.kept_job = None
+        child.kept_job, told = None, 0
         try:
             await child.send(Run(job=self._input(job), generated_at=iso(job.created_at)))
             while True:
@@ -201,14 +188,31 @@ class LegacyVps:
                     steps.events.append(heartbeat(last, loop.time() - started))
                 if steps.events:
                     last = next((e.progress for e in reversed(steps.events) if e.type == "stage_progress"), last)
-                    if not await self._store.advance(job.id, job.attempt, steps.events):
+                    if not await self._tell(job, told, steps.events):
                         child.kill(Canceled("the export is over"))
+                    told += len(steps.events)
                 if steps.error is not None:
                     raise steps.error
                 if steps.output is not None:
                     return steps.output
         finally:
             deadline.cancel()
+
+    async def _tell(self, job: JobRecord, told: int, events: list[NewEvent]) -> bool:
+        """Append events to the log; a database that is away makes them late. False if the attempt is over."""
+        while True:
+            try:
+                if await self._store.advance(job.id, job.attempt, events, told=(told, told + len(events))):
+                    return True
+                now = await self._store.get(job.id)
+            except AWAY as error:
+                if self._stopping:
+                    raise WorkerLost("the server is stopping") from error
+                log.warning("events are late", job_id=job.id, again_in_seconds=SETTLE_SECONDS, error=str(error))
+                await asyncio.sleep(SETTLE_SECONDS)
+            else:  # A commit counts whose answer was lost.
+                same = now is not None and now.attempt == job.attempt and now.status == "running"
+                return same and now is not None and now.told == told + len(events)
 
     def _input(self, job: JobRecord) -> JobInput:
         return JobInput(

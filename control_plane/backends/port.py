@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from common.settings import Settings
+from common.storage import Storage
+from control_plane.jobs.layout import Layout
+from control_plane.jobs.store import JobStore
+from control_plane.operations.metrics import Metrics
+
+
+class Means(NamedTuple):
+    """What every backend works with."""
+
+    settings: Settings
+    store: JobStore
+    storage: Storage
+    layout: Layout
+    metrics: Metrics
 
 
 @runtime_checkable

@@ -30,15 +30,12 @@ from common.errors import (
     WorkerLost,
 )
 from common.graph.names import capsule_file_name
-from common.settings import Settings
-from common.storage import Storage
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
+from control_plane.backends.port import Means
 from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, RunpodAway, RunpodRefused
-from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewEvent, iso
-from control_plane.jobs.store import JobStore, now_ms
-from control_plane.operations.metrics import Metrics
+from control_plane.jobs.store import now_ms
 from control_plane.operations.profiles import Profile, Profiles
 from handler import claim
 from handler.job import published, read_manifest, ref_of
@@ -88,34 +85,29 @@ class RunpodQueue:
 
     def __init__(
         self,
-        settings: Settings,
-        store: JobStore,
-        storage: Storage,
-        layout: Layout,
+        means: Means,
         *,
-        metrics: Metrics,
         pool: WorkerPool,
         profiles: Profiles,
     ) -> None:
+        settings = means.settings
         assert settings.runpod_endpoint_id is not None
         assert settings.runpod_api_key is not None
-        self._settings = settings
-        self._store = store
-        self._storage = storage
-        self._layout = layout
-        self._metrics = metrics
+        self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._pool = pool
         self._profiles = profiles
         self._api = RunpodApi(
             settings.runpod_api_base,
             settings.runpod_endpoint_id,
             settings.runpod_api_key.get_secret_value(),
-            metrics,
+            means.metrics,
         )
-        self._endings = Endings(settings, store, storage, layout, metrics, backend=self.name, lost=2, timeouts=2)
-        self._leases = Leases(store, driven=self._driven, adopted=self._adopt, lost=self._forget)
+        self._endings = Endings(means, backend=self.name, lost=2, timeouts=2)
+        self._leases = Leases(means.store, driven=self._driven, adopted=self._adopt, lost=self._forget)
         self._tracked: dict[str, _Tracked] = {}
         self._submitting: set[str] = set()
+        self._hinted: set[str] = set()
+        """Jobs of which there was a hint while they were handed over."""
         self._queue_changed = asyncio.Event()
         self._looks_changed = asyncio.Event()
         self._looks = asyncio.Semaphore(LOOKS)
@@ -151,13 +143,15 @@ class RunpodQueue:
         elif (tracked := self._tracked.get(job_id)) is not None:
             tracked.due = 0.0
             self._looks_changed.set()
+        elif job_id in self._submitting:  # It was quicker than the platform's answer.
+            self._hinted.add(job_id)
 
     async def hook(self, job_id: str, secret: str) -> bool:
         """The platform says that something is new about a job; False if the secret is not that job's."""
         job = await self._store.get(job_id)
         if job is None or not secrets.compare_digest(job.secret.encode(), secret.encode()):
             return False
-        if job_id in self._tracked:
+        if job_id in self._driven():
             self.wake(job_id)
         else:
             await self._store.hint(job_id)
@@ -253,6 +247,9 @@ class RunpodQueue:
             await self._requeue(job, error)
         finally:
             self._submitting.discard(job.id)
+            if job.id in self._hinted:
+                self._hinted.discard(job.id)
+                self.wake(job.id)
             self._queue_changed.set()
 
     async def _still(self, job: JobRecord) -> bool:
