@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import gzip
 import hashlib
 import json
 import os
@@ -360,7 +359,7 @@ def graphs(folder: Path, sizes: Sequence[tuple[int, int, bool]]) -> list[Graph]:
                     on_progress=lambda _: None,
                     should_stop=lambda: None,
                 )
-                made.append(Graph(gzip.compress(body, 1), result.manifest.content_digest))
+                made.append(Graph(body, result.manifest.content_digest))
     return made
 
 
@@ -427,7 +426,6 @@ class Clients:
         headers = {
             "idempotency-key": f"export-{one.number}",
             "content-type": "application/json",
-            "content-encoding": "gzip",
         }
         until, said = time.monotonic() + WAIT, "nothing"
         while time.monotonic() < until and not self._stopped:
