@@ -56,7 +56,7 @@ class Leases:
             await asyncio.sleep(RENEW_SECONDS)
             try:
                 driven = self._driven()
-                for job_id in driven - await self._store.renew():
+                for job_id in driven - await self._store.renew(driven):
                     self._lost(job_id)
                 await self._adopt()
             except SQLAlchemyError as error:

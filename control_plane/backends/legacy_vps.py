@@ -58,7 +58,7 @@ class LegacyVps:
         self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._pool = pool
         self._endings = Endings(means, backend=self.name, lost=means.settings.max_attempts, timeouts=1)
-        self._leases = Leases(means.store, driven=lambda: set(self._children), adopted=self._resume, lost=self._give_up)
+        self._leases = Leases(means.store, driven=lambda: set(self._runs), adopted=self._resume, lost=self._give_up)
         small = means.settings.small_job_frames if means.settings.worker_slots > 1 else None
         self._free = [_Slot(n, small if n == 0 else None) for n in range(means.settings.worker_slots)]
         self._wake = asyncio.Event()

@@ -60,6 +60,8 @@ MARGIN_SECONDS = 2.0
 GRACE_MS = 60_000
 """After its time to live and to run, a job of which nothing can be learned is given up."""
 AWAY_SECONDS = 30.0
+STOPPED_SECONDS = 5.0
+"""A run has ended so long after it was canceled."""
 LINKED_PARTS = 16
 """Parts of a capsule that a worker without credentials gets links for: 2.7 million frames."""
 
@@ -162,9 +164,14 @@ class RunpodQueue:
         self._tracked.pop(job_id, None)
         job = await self._store.get(job_id)
         if job is not None and job.runpod_id is not None:
-            self._spawn(self._cancel_there(job_id, job.runpod_id))
+            self._spawn(self._stop_there(job_id, job.runpod_id))
         # With its claim gone a run that the platform does not reach stops by itself.
         await self._endings.remove_files(job_id)
+
+    async def _stop_there(self, job_id: str, runpod_id: str) -> None:
+        await self._cancel_there(job_id, runpod_id)
+        await asyncio.sleep(STOPPED_SECONDS)
+        await self._endings.remove_files(job_id)  # A run that is stopped closes its claim once more.
 
     async def _cancel_there(self, job_id: str, runpod_id: str) -> None:
         for _ in range(10):
@@ -309,16 +316,15 @@ class RunpodQueue:
         while True:
             now, soonest = loop.time(), TICK_SECONDS if self._tracked else HEARTBEAT_SECONDS
             for tracked in list(self._tracked.values()):
-                if tracked.looking:
-                    continue
-                silent = now - tracked.heard >= HEARTBEAT_SECONDS and tracked.job.status == "running"
-                if tracked.due <= now or silent:
+                if tracked.job.status == "running" and now - tracked.heard >= HEARTBEAT_SECONDS:
+                    tracked.heard = now
+                    self._spawn(self._attend(tracked, self._beat(tracked)))
+                if not tracked.looking and tracked.due <= now:
                     tracked.looking = True
-                    self._spawn(self._attend(tracked, look=tracked.due <= now))
-                else:
+                    tracked.due = now + self._interval()
+                    self._spawn(self._attend(tracked, self._look(tracked)))
+                if not tracked.looking:
                     soonest = min(soonest, tracked.due - now)
-                    if tracked.job.status == "running":
-                        soonest = min(soonest, tracked.heard + HEARTBEAT_SECONDS - now)
             self._looks_changed.clear()
             try:
                 async with asyncio.timeout(max(soonest, 0.01)):
@@ -326,32 +332,29 @@ class RunpodQueue:
             except TimeoutError:
                 pass  # Something is due.
 
-    async def _attend(self, tracked: _Tracked, *, look: bool) -> None:
+    async def _attend(self, tracked: _Tracked, work: Coroutine[Any, Any, None]) -> None:
         try:
-            if look:
-                tracked.due = asyncio.get_running_loop().time() + self._interval()
-                async with self._looks:
-                    await self._look(tracked)
-            else:
-                await self._beat(tracked)
+            await work
         except SQLAlchemyError as error:
             log.error("the database is away", job_id=tracked.job.id, exc_info=error)
-            tracked.due = asyncio.get_running_loop().time() + QUEUE_SECONDS
         except ExportError as error:
             log.warning("the storage cannot be read", job_id=tracked.job.id, code=error.code, reason=error.message)
-        finally:
-            tracked.looking = False
-            if not tracked.due:
-                self._looks_changed.set()
 
     async def _beat(self, tracked: _Tracked) -> None:
-        loop = asyncio.get_running_loop()
-        tracked.heard = loop.time()
-        event = heartbeat(tracked.last, loop.time() - tracked.began)
+        event = heartbeat(tracked.last, tracked.heard - tracked.began)
         if not await self._store.advance(tracked.job.id, tracked.job.attempt, [event]):
             await self._refresh(tracked)
 
     async def _look(self, tracked: _Tracked) -> None:
+        try:
+            async with self._looks:
+                await self._see(tracked)
+        finally:
+            tracked.looking = False
+            if not tracked.due:  # Word came while we looked.
+                self._looks_changed.set()
+
+    async def _see(self, tracked: _Tracked) -> None:
         job = tracked.job
         assert job.runpod_id is not None
         try:

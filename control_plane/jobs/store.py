@@ -209,11 +209,12 @@ class JobStore:
 
     # --- leases -------------------------------------------------------------------------------------
 
-    async def renew(self) -> set[str]:
-        """Renew the leases of all jobs that this replica drives; answers which those are."""
+    async def renew(self, driven: set[str]) -> set[str]:
+        """Renew the leases of jobs that this replica drives; answers those of which it has them. What it owns and does
+        not drive lapses, and is taken over like that of any other."""
         query = (
             update(jobs)
-            .where(jobs.c.owner == self.replica, jobs.c.status.in_(_IN_FLIGHT))
+            .where(jobs.c.owner == self.replica, jobs.c.status.in_(_IN_FLIGHT), jobs.c.id.in_(driven))
             .values(lease_until=db_now() + LEASE_MS)
             .returning(jobs.c.id)
         )
