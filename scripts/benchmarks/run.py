@@ -38,6 +38,7 @@ os.environ.update(MEMVID_TELEMETRY="0", MEMVID_OFFLINE="1", PYTHONPATH=str(ROOT)
 from common.capsule.native import NativeWriter  # noqa: E402
 from common.frames.model import Frame  # noqa: E402
 from common.sidecar.build import SidecarBuilder  # noqa: E402
+from scripts.benchmarks.control_plane import files, overhead, servers  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 
@@ -295,11 +296,41 @@ def _over_http(client: httpx.Client, graph: Posted, *, rounds: int) -> list[Row]
     return rows
 
 
+def control_plane(folder: Path, *, short: bool) -> list[Row]:
+    """What a job on a local Runpod takes beside its run."""
+    jobs = 3 if short else 60
+    places = {"SQLite, files": files} if short else {"SQLite, files": files, "PostgreSQL, S3": servers}
+    rows = []
+    for name, place in places.items():
+        with place(folder / place.__name__) as where:
+            for told, hooks, poll in (("webhooks, polls every 5 s", True, 5.0), ("polls every 1 s", False, 1.0)):
+                found = overhead(folder / "work", where, jobs=jobs, hooks=hooks, poll=poll)
+                note = f"median of {jobs} tiny jobs in turn, a worker that takes no time"
+                rows += [
+                    row(f"POST to submitted: {name}, {told}", statistics.median(found.submitted), "s", note),
+                    row("  p95", _p95(found.submitted), "s"),
+                    row(
+                        "  result to download_ready",
+                        statistics.median(found.ready),
+                        "s",
+                        "as a streaming client sees it",
+                    ),
+                    row("  p95", _p95(found.ready), "s"),
+                    row("  polls per job", found.polls, ""),
+                ]
+    return rows
+
+
+def _p95(values: list[float]) -> float:
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
+
+
 BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "write": write,
     "growth": growth,
     "sidecar": sidecar,
     "service": service,
+    "control-plane": control_plane,
     "storage": storage,
 }
 

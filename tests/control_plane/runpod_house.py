@@ -80,6 +80,14 @@ class Bucket:
         found = [entry["Key"].removeprefix(self._prefix + "/") for page in pages for entry in page.get("Contents", [])]
         return sorted(key for key in found if part in key)
 
+    def wait_until_gone(self, part: str) -> None:
+        """Wait until no key holds ``part``."""
+        for _ in range(600):
+            if not (left := self.keys(part)):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"left in the bucket: {left}")
+
     def read(self, key: str) -> bytes:
         """The bytes of an object."""
         answer = self._client.get_object(Bucket=self._s3.bucket, Key=f"{self._prefix}/{key}")

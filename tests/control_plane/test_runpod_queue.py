@@ -140,7 +140,7 @@ def test_a_client_gets_the_same_of_an_export_whichever_backend_ran_it(
 ) -> None:
     body: dict[str, Any] | bytes = {
         "tiny": lambda: graph(5, name="tiny"),
-        "the example": lambda: EXAMPLE.read_bytes(),
+        "the example": EXAMPLE.read_bytes,
         "with vectors": semantic,
     }[name]()
     here, there = exported(server, body, tmp_path), exported(house.server, body, tmp_path)
@@ -340,7 +340,7 @@ def test_a_cancel_ends_the_run_removes_all_files_and_frees_the_worker(house: Hou
     assert house.server.client.delete(f"/v1/exports/{job}").json()["status"] == "canceled"
     assert house.platform.wait(there)["status"] == "CANCELLED"
     eventually(lambda: house.platform.health()["workers"]["running"] == 0)
-    eventually(lambda: house.files(job) == [])
+    house.bucket.wait_until_gone(job)
     assert house.server.events(job)[-1]["type"] == "job_canceled"
     after = house.server.submit(graph(5, name="after"))
     assert house.server.wait(after)["type"] == "job_completed"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 from live_server import graph
 from runpod_house import RunpodServer, eventually
@@ -22,6 +23,12 @@ ttl_ms = 600000
 [profiles.brief]
 execution_timeout_ms = 5000
 ttl_ms = 10000
+
+[profiles.narrow]
+queue_depth = 2
+
+[profiles.impatient]
+queue_age_seconds = 1
 """
 
 
@@ -101,16 +108,9 @@ def test_an_error_that_may_pass_is_tried_again_under_another_prefix_until_the_at
     assert [run["attempt"] for run in runs] == [1, 2, 3]
     assert [run["output_prefix"].rsplit("/", 2)[1] for run in runs] == ["1", "2", "3"]
     assert len({run["payload_sha256"] for run in runs}) == 1
-    waits = [event for event in house.server.events(job) if event["message"].startswith("Waiting to start again")]
-    assert len(waits) == 2
     assert house.files(job) == []
-
-
-def test_every_attempt_tells_when_it_starts_and_why_it_is_tried_again(house: House) -> None:
-    job = house.submit("WRITER_FAILED")
-    house.server.ended(job)
-    events = house.server.events(job)
-    assert [(event["type"], event["stage"]) for event in events if event["type"] != "stage_heartbeat"] == [
+    events = [event for event in house.server.events(job) if event["type"] != "stage_heartbeat"]
+    assert [(event["type"], event["stage"]) for event in events] == [
         ("stage_progress", "queued"),
         ("job_started", "transform"),
         ("stage_progress", "queued"),
@@ -119,10 +119,8 @@ def test_every_attempt_tells_when_it_starts_and_why_it_is_tried_again(house: Hou
         ("job_started", "transform"),
         ("job_failed", "failed"),
     ]
-    assert [event["message"] for event in events if event["type"] == "stage_progress"][1:] == [
-        "Waiting to start again: WRITER_FAILED as asked"
-    ] * 2
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    waits = [event["message"] for event in events[1:] if event["type"] == "stage_progress"]
+    assert waits == ["Waiting to start again: STORAGE_FAILED as asked"] * 2
 
 
 def test_a_worker_that_dies_is_replaced_once_by_the_platform_and_once_by_us(house: House) -> None:
@@ -246,12 +244,53 @@ def test_a_cancel_gets_through_a_platform_that_answers_with_errors_for_a_while(h
     assert len(house.wait(job, "stopped")) == 1
 
 
-def test_all_that_goes_wrong_is_counted_by_its_kind(house: House) -> None:
-    job = house.submit("GATE_FAILED once")
-    house.server.ended(job)
+def test_all_that_was_tried_again_is_counted_by_its_kind(house: House) -> None:
+    for do in ("GATE_FAILED once", "nothing", "DEADLINE_EXCEEDED"):
+        house.server.ended(house.submit(do))
     text = house.server.client.get("/metrics").text
     for kind in ("retries", "lost", "timeouts"):
         line = next(
             line for line in text.splitlines() if line.startswith(f'memvid_export_retries_total{{kind="{kind}"')
         )
         assert float(line.rpartition(" ")[2]) > 0
+
+
+@pytest.mark.parametrize(("profile", "waiting", "figure"), [("narrow", 2, "depth"), ("impatient", 1, "ageSeconds")])
+def test_a_queue_that_is_too_deep_or_too_old_turns_jobs_away_and_says_when_to_come_again(
+    house: House, profile: str, waiting: int, figure: str
+) -> None:
+    def post(profile: str) -> httpx.Response:
+        body = graph(2)
+        body["options"]["profile"] = profile
+        return house.server.post({**body, "projectName": "PAYLOAD_MISMATCH"})
+
+    house.platform.fault("no-workers", match="nobody")
+    try:
+        jobs = [post(profile).json()["jobId"] for _ in range(waiting)]
+        answer = eventually(
+            lambda: None if (found := post(profile)).status_code == 202 and figure == "depth" else found
+        )
+        while answer.status_code == 202:
+            jobs.append(answer.json()["jobId"])
+            answer = post(profile)
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert error["code"] == "QUEUE_UNAVAILABLE"
+        assert error["details"]["profile"] == profile
+        assert error["details"][figure] >= error["details"]["limit"]
+        assert answer.headers["retry-after"] == str(error["details"]["retryAfterSeconds"])
+        assert 1 <= int(answer.headers["retry-after"]) <= 600
+        jobs.append(post("default").json()["jobId"])
+    finally:
+        house.platform.clear_faults()
+    for job in jobs:
+        assert house.server.ended(job)["error"]["code"] == "PAYLOAD_MISMATCH"
+    assert post(profile).status_code == 202
+
+
+def test_a_profile_that_there_is_not_is_refused_with_those_that_there_are(house: House) -> None:
+    body = graph(2)
+    body["options"]["profile"] = "unheard-of"
+    answer = house.server.post(body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID_EXPORT_REQUEST")
+    assert answer.json()["error"]["details"]["allowed"] == ["brief", "default", "impatient", "narrow", "short"]

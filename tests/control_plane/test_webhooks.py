@@ -84,7 +84,7 @@ def test_a_hint_leads_to_one_look_and_what_it_says_counts_for_nothing(house: Hou
     before = server.requests("status")
     forged = {"id": server.runpod_id(job), "status": "COMPLETED", "output": {"sha256": "0" * 64}}
     answer = httpx.post(hook, json=forged)
-    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.status_code == 200
     eventually(lambda: server.job(job)["status"] == "running")  # that is what the platform says
     assert server.requests("status") == before + 1
     for body in (b"", b"\xff\xfe", b"[" * 1_000, json.dumps({**forged, "status": "FAILED"}).encode()):
