@@ -13,8 +13,8 @@ from control_plane.jobs.store import JobStore
 
 log = structlog.get_logger()
 
-RENEW_SECONDS = 2.0
-"""A lease lasts three times as long (``store.LEASE_MS``), so a job of a dead replica is driven again within 8 s."""
+RENEW_SECONDS = 1.5
+"""A lease lasts longer than three of these (``store.LEASE_MS``), so a job of a dead replica is driven again within 7 s."""
 
 
 class Leases:

@@ -19,7 +19,7 @@ from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, NewJob, ev
 from control_plane.jobs.tables import events, idempotency_keys, jobs
 from control_plane.jobs.transitions import advance, move, open_log
 
-LEASE_MS = 6_000
+LEASE_MS = 5_000
 """A replica that does not renew for so long has lost its jobs to another one."""
 ADOPTED = 200
 """Jobs taken over at a time."""
