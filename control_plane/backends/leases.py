@@ -14,7 +14,7 @@ from control_plane.jobs.store import JobStore
 log = structlog.get_logger()
 
 RENEW_SECONDS = 1.5
-"""A lease lasts longer than three of these (``store.LEASE_MS``), so a job of a dead replica is driven again within 7 s."""
+"""A lease (``store.LEASE_MS``) lasts over three times as long: jobs of a dead replica are driven again within 7 s."""
 
 
 class Leases:
