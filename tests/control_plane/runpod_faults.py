@@ -337,7 +337,7 @@ class Graph:
 
 SIZES = ((3, 5, False), (40, 5, True), (400, 5, False), (400, 2, True), (2_500, 5, False), (12_000, 12, False))
 """Nodes, lines of text for each, and whether vectors are wanted. The last one goes up in parts."""
-WEIGHTS = (25, 25, 20, 10, 16, 4)
+WEIGHTS = (24, 24, 20, 10, 15, 7)
 
 
 def graphs(folder: Path, sizes: Sequence[tuple[int, int, bool]]) -> list[Graph]:
@@ -705,7 +705,7 @@ def _left_running(folder: Path) -> list[str]:
 # --- campaigns --------------------------------------------------------------------------------------
 
 
-def storm(folder: Path, exports: int, seed: int, *, workers: int = 3, gap: float = 3.0, short: bool = False) -> Result:
+def storm(folder: Path, exports: int, seed: int, *, workers: int = 3, gap: float = 1.5, short: bool = False) -> Result:
     """So many exports while everything fails; ``gap`` seconds or twice as many lie between faults of replicas.
 
     ``short``: without the largest graph, and with a time limit that a result that was lost takes less long to reach.
