@@ -25,4 +25,7 @@ def test_the_short_form_of_every_benchmark_gives_its_figures(tmp_path: Path) -> 
     assert figures["ratio"]["value"] > 1
     assert "put_many of 2" in figures["the same through memvid-sdk"]["note"]
     assert figures["growth exponent 1,000 → 4,000"]["goal"] == "≤ 1.05"
+    assert figures["POST to submitted: SQLite, files, polls every 1 s"]["value"] > 0
+    assert figures["result to download_ready"]["value"] > 0
+    assert figures["polls per job"]["value"] >= 1
     assert done.stdout.count("│") > 50
