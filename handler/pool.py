@@ -102,8 +102,8 @@ class WorkerPool:
         while count:
             try:
                 child = await ChildProcess.start(self._config)
-            except WorkerLost as error:
-                log.error("a worker does not start", reason=error.message, again_in_seconds=wait)
+            except (WorkerLost, OSError) as error:  # The machine may be short of processes, files or memory.
+                log.error("a worker does not start", reason=str(error), again_in_seconds=wait)
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, MAX_RESTART_SECONDS)
                 continue

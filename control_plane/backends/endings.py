@@ -11,8 +11,9 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobOutput, Progress, Report, Stage, Status
-from common.errors import Canceled, DeadlineExceeded, ExportError, StorageFailed, WorkerLost
+from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
 from control_plane.backends.port import Means
+from control_plane.jobs.database import db_now
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import now_ms
 from handler.claim import NAMES
@@ -107,7 +108,7 @@ class Endings:
             delay = 0.0
         message = f"Waiting to start again: {error.message}"
         event = NewEvent("stage_progress", step("queued", 0, message, {"attempt": job.attempt}))
-        values = {column: used + counted, "available_at": now_ms() + int(delay * 1000)}
+        values = {column: used + counted, "available_at": db_now() + int(delay * 1000)}
         if not await self._settle(job, "queued", event, **values):
             await self._now_gone(job, "queued")
             return None
@@ -165,7 +166,7 @@ class Endings:
         for ref in refs:
             try:
                 await asyncio.to_thread(self._storage.delete, ref)
-            except StorageFailed as error:
+            except ExportError as error:
                 log.warning("files stay until the next sweep", ref=ref, reason=error.message)
 
     def _clear_attempt(self, job: JobRecord) -> None:
@@ -178,7 +179,7 @@ class Endings:
             for found in self._storage.found(prefix):
                 if found.ref.removeprefix(prefix) not in NAMES:
                     self._storage.delete(found.ref)
-        except StorageFailed as error:
+        except ExportError as error:
             log.warning("files stay until the next sweep", ref=prefix, reason=error.message)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from common.errors import ExportError
 from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore
 
@@ -66,5 +67,8 @@ class Leases:
         while jobs := await self._store.adopt(own=own):
             for job in jobs:
                 log.info("job taken over", job_id=job.id, attempt=job.attempt, status=job.status)
-                await self._adopted(job)
+                try:
+                    await self._adopted(job)
+                except ExportError as error:  # Nobody drives it: its lease lapses, and it is taken over again.
+                    log.warning("a job cannot be taken up yet", job_id=job.id, code=error.code, reason=error.message)
             own = False

@@ -108,6 +108,7 @@ class Database:
             max_overflow=0,
             pool_timeout=POOL_SECONDS,
             pool_pre_ping=self.postgres,
+            hide_parameters=True,  # errors are logged, and the secrets of webhooks are among them
             connect_args=postgres_arguments(self.url) if self.postgres else {},
         )
         event.listen(engine.sync_engine, "connect", self._connected)

@@ -57,7 +57,8 @@ async def move(
         changes["finished_at"] = now
     if event is not None:
         changes |= _told_by([event])
-        if to == "queued":  # Back in the queue nobody drives it.
+        if to == "queued":  # Back in the queue nobody drives it; who finds it there has come too late.
+            guard.append((jobs.c.status != "queued") | jobs.c.owner.is_not(None))
             changes |= {"owner": None, "lease_until": None, "runpod_id": None}
     row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     if row is None:

@@ -1,0 +1,144 @@
+"""Who drives a job: never nobody for long, and nobody for a job that waits in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from common.contract import Progress
+from common.errors import StorageFailed
+from control_plane.backends.leases import Leases
+from control_plane.jobs.database import Database
+from control_plane.jobs.hub import EventHub
+from control_plane.jobs.records import JobRecord, NewEvent, NewJob
+from control_plane.jobs.store import JobStore
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@asynccontextmanager
+async def replicas(url: str) -> AsyncIterator[tuple[JobStore, JobStore]]:
+    """Two replicas that share a database."""
+    database = Database(url)
+    await database.migrate()
+    try:
+        yield tuple(  # type: ignore[misc]
+            JobStore(database, EventHub(), queue_capacity=100, replica=replica) for replica in ("first", "second")
+        )
+    finally:
+        await database.close()
+
+
+def new_job() -> NewJob:
+    """A job whose payload is nowhere."""
+    return NewJob(
+        id=str(uuid.uuid4()),
+        backend="runpod_queue",
+        weight=1,
+        session_id="s",
+        project_name="p",
+        payload_ref="file:///payload",
+        payload_sha256="0" * 64,
+        payload_size=1,
+        message="Queued",
+        meta={},
+    )
+
+
+def back_in_the_queue() -> NewEvent:
+    """What is told of an attempt that failed."""
+    return NewEvent("stage_progress", Progress(stage="queued", progress=0, stage_progress=100, message="Again"))
+
+
+@pytest.mark.parametrize("troubled", [False, True])
+def test_a_job_that_was_taken_without_word_of_it_is_driven_all_the_same(url: str, troubled: bool) -> None:
+    async def inside() -> None:
+        driven: list[str] = []
+        failures = [StorageFailed("the bucket is away")] if troubled else []
+
+        async def adopted(job: JobRecord) -> None:
+            if failures:
+                raise failures.pop()
+            driven.append(job.id)
+
+        async with replicas(url) as (store, _):
+            leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
+            await leases.start()
+            job, _new = await store.create(new_job())
+            # The database has committed, and its answer is lost on the way.
+            assert await store.hand_over() is not None
+            async with asyncio.timeout(20):
+                while not driven:
+                    await asyncio.sleep(0.05)
+            await leases.stop()
+            assert driven == [job.id]
+
+    asyncio.run(inside())
+
+
+def test_a_replica_starts_although_a_job_that_it_drove_cannot_be_taken_up_yet(url: str) -> None:
+    async def inside() -> None:
+        driven: list[str] = []
+        failures = [StorageFailed("the bucket is away")]
+
+        async def adopted(job: JobRecord) -> None:
+            if failures:
+                raise failures.pop()
+            driven.append(job.id)
+
+        async with replicas(url) as (store, _):
+            jobs = {(await store.create(new_job()))[0].id for _n in range(3)}
+            for _n in jobs:
+                await store.hand_over()
+            leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
+            await leases.start()
+            assert len(driven) == 2
+            async with asyncio.timeout(20):
+                while set(driven) != jobs:
+                    await asyncio.sleep(0.05)
+            await leases.stop()
+            assert len(driven) == 3
+
+    asyncio.run(inside())
+
+
+def test_an_attempt_that_two_replicas_saw_fail_goes_back_to_the_queue_once(url: str) -> None:
+    async def inside() -> None:
+        async with replicas(url) as (first, second):
+            job, _ = await first.create(new_job())
+            assert await first.hand_over() is not None
+            assert await first.start(job.id, 1, at=0) is not None
+            moves = [await store.move(job.id, "queued", back_in_the_queue(), attempt=1) for store in (first, second)]
+            assert [move is not None for move in moves] == [True, False]
+            assert [event.message for event in await first.events(job.id, 0, 100)] == [
+                "Queued",
+                "Export started",
+                "Again",
+            ]
+
+    asyncio.run(inside())
+
+
+def test_an_error_of_the_database_does_not_tell_the_secret_of_a_webhook(url: str) -> None:
+    async def inside() -> None:
+        async with replicas(url) as (store, _):
+            given = new_job()
+            job, _new = await store.create(given)
+            with pytest.raises(IntegrityError) as told:
+                await store.create(given)
+            assert "INSERT INTO jobs" in str(told.value)
+            assert job.payload_sha256 not in str(told.value).partition("INSERT INTO jobs")[2]
+
+    asyncio.run(inside())
