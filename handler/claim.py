@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from common.contract import JobError
-from common.errors import ObjectMissing, StorageFailed
+from common.errors import ObjectMissing
 from common.storage import Storage
 
 CLAIM_NAME = "claim.json"
@@ -94,8 +94,8 @@ def read(storage: Storage, prefix: str) -> Claim | None:
         return None
     try:
         return msgspec.json.decode(data, type=Claim)
-    except msgspec.MsgspecError as error:
-        raise StorageFailed(f"{CLAIM_NAME} is damaged: {error}") from error
+    except msgspec.MsgspecError:
+        return Claim()  # Damaged: nobody holds it, and it can be closed.
 
 
 def _encoded(claim: Claim) -> bytes:

@@ -107,3 +107,15 @@ def test_what_a_run_ended_in_is_kept_however_long_it_is(place: Place) -> None:
     assert found is not None
     assert found.error is not None
     assert (found.error.code, found.error.message[:3]) == ("INVALID_EXPORT_REQUEST", "ééé")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_damaged_claim_is_held_by_nobody_and_can_be_closed(place: Place, taken: bool) -> None:
+    if taken:
+        assert claim.take(place.storage, place.prefix, "run")
+    place.storage.write(place.prefix + claim.CLAIM_NAME, b"?".ljust(4_096))
+    assert not claim.renew(place.storage, place.prefix, "run")
+    assert not claim.take(place.storage, place.prefix, "another")
+    place.age(claim.STALE_SECONDS + 1)
+    assert claim.close(place.storage, place.prefix)
+    assert claim.state(place.storage, place.prefix) == "closed"
