@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from common.errors import (
     AccessDenied,
@@ -120,16 +120,18 @@ class FileStorage:
 
     def found(self, prefix: str) -> list[Found]:
         """The files under ``prefix``; temporary files of a writer at work are not among them."""
-        path = self._path(prefix)
+        whole = prefix.endswith("/")
+        path = self._path(prefix, root=whole)
         found = []
         with _failing_as(f"cannot list {path.name}"):
-            for file in path.rglob("*") if prefix.endswith("/") else [path]:
+            for file in path.rglob("*") if whole else [path]:
                 if file.name.startswith(TEMPORARY):
                     continue
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it went away meanwhile
                     status = file.stat()
                     if stat.S_ISREG(status.st_mode):
-                        found.append((file.as_uri(), status.st_size, status.st_mtime))
+                        below = quote(os.fsencode(file.relative_to(path))) if whole else ""
+                        found.append((prefix + below, status.st_size, status.st_mtime))
             now = self._now(path) if found else 0.0
         return sorted(Found(ref, size, max(0.0, now - written)) for ref, size, written in found)
 
@@ -163,21 +165,25 @@ class FileStorage:
             _fsync_file(temporary)
             temporary.replace(target)
 
-    def _path(self, ref: str) -> Path:
-        parts = urlsplit(ref)
-        if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-            raise InvalidRef(f"not a file:// ref of this machine: {parts.scheme}://…", field="ref", allowed="file:///")
+    def _path(self, ref: str, *, root: bool = False) -> Path:
+        """The path that a ref names; with ``root`` it may be a root itself."""
+        scheme, _, rest = ref.partition("://")
+        host, slash, encoded = rest.partition("/")
+        if scheme.lower() != "file" or host not in ("", "localhost"):
+            raise InvalidRef(f"not a file:// ref of this machine: {ref[:200]!a}", field="ref", allowed="file:///")
+        if any(sign in "?#" or ord(sign) < 32 for sign in encoded):
+            raise InvalidRef(f"not a file:// ref, which would quote that: {ref[:200]!a}", field="ref")
         try:
-            text = unquote(parts.path, errors="strict")
-            os.fsencode(text)
+            text = unquote(slash + encoded, errors="strict")
+            text.encode()
         except UnicodeError as error:
             raise InvalidRef("a file:// ref that is not UTF-8", field="ref") from error
         if "\0" in text:
             raise InvalidRef("a file:// ref with a NUL in it", field="ref")
         path = Path(os.path.normpath(text))
         with _failing_as(f"cannot find {path.name}"):
-            resolved = path.parent.resolve() / path.name
-        if not any(resolved.is_relative_to(root) and resolved != root for root in self._roots):
+            resolved = path.resolve() if root else path.parent.resolve() / path.name
+        if not any(resolved.is_relative_to(known) and (root or resolved != known) for known in self._roots):
             raise InvalidRef("a file:// ref outside the storage root", field="ref")
         return resolved
 

@@ -94,7 +94,8 @@ class Storage(Protocol):
         ...
 
     def found(self, prefix: str) -> list[Found]:
-        """All objects under ``prefix``, or the one at a ref, sorted by ref."""
+        """All objects under ``prefix``, or the one at a ref, sorted by ref; refs begin with the prefix as it is given,
+        however it is written."""
         ...
 
     def delete(self, prefix: str) -> int:

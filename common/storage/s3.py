@@ -113,13 +113,13 @@ class S3Storage:
             with contextlib.suppress(ObjectMissing), contextlib.closing(Stream(self._object(prefix), 0, 1)) as stream:
                 return [Found(prefix, stream.size or 0, stream.age)]
             return []
-        found = []
+        found, key = [], self._key(prefix, prefix=True)
         with _failing_as(prefix):
-            for page in self._pages("list_objects_v2", Prefix=self._key(prefix, prefix=True)):
+            for page in self._pages("list_objects_v2", Prefix=key):
                 for item in page.get("Contents", []):
                     if not item["Key"].endswith("/"):  # a folder's marker, made by other programs
                         age = age_of(item["LastModified"], page["ResponseMetadata"]["HTTPHeaders"].get("date"))
-                        found.append(Found(self._ref(item["Key"]), item["Size"], age))
+                        found.append(Found(prefix + quote(item["Key"].removeprefix(key)), item["Size"], age))
         return sorted(found)
 
     def delete(self, prefix: str) -> int:

@@ -37,6 +37,27 @@ def test_no_ref_leaves_the_roots(tmp_path: Path, root: Path) -> None:
             storage.write(ref, b"")
 
 
+def test_a_ref_that_is_not_written_as_one_names_nothing_else_by_mistake(tmp_path: Path, root: Path) -> None:
+    storage, folder = FileStorage([root]), root.as_uri()
+    storage.write(f"{folder}/x", b"kept")
+    odd = ["file://[::1", "file://\u2100/x", f"{folder}/x?y", f"{folder}/x#y", f"{folder}/\nx", f"{folder}/\tx"]
+    for ref in [*odd, f"{folder}/x\ud800", f"{folder}/x\udc80"]:
+        for use in (storage.size, storage.delete, storage.found, lambda ref: storage.local(ref, tmp_path)):
+            with pytest.raises(InvalidRef) as refused:
+                use(ref)
+            assert refused.value.message.encode()
+    assert storage.size(f"{folder}/x") == 4
+
+
+def test_a_whole_root_is_listed_under_the_name_that_it_was_given_and_never_deleted(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "link").symlink_to(root)
+    storage, prefix = FileStorage([tmp_path / "link"]), (tmp_path / "link").as_uri() + "/"
+    storage.write(prefix + "job/x", b"1")
+    assert [at.ref for at in storage.found(prefix)] == [prefix + "job/x"]
+    with pytest.raises(InvalidRef):
+        storage.delete(prefix)
+
+
 def test_what_another_writer_has_not_finished_is_not_found_but_deleted(root: Path) -> None:
     storage, prefix = FileStorage([root]), (root / "job").as_uri() + "/"
     storage.write(prefix + "whole", b"1")

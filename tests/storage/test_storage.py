@@ -155,6 +155,16 @@ def test_a_prefix_lists_only_what_is_under_it_in_order(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("opened", ["files", "bucket"], indirect=True)
+@pytest.mark.parametrize("folder", ["env=prod", "a+b", "team:a@b", "(1)~", "%65nv", "with%20space", "é"])
+def test_what_is_found_begins_with_the_prefix_that_was_asked_however_that_is_written(opened: Open, folder: str) -> None:
+    storage, prefix = opened()
+    prefix += f"{folder}/"
+    storage.write(prefix + "job/x%20y", b"1")
+    assert [at.ref for at in storage.found(prefix)] == [prefix + "job/x%20y"]
+    assert storage.delete(storage.found(prefix)[0].ref) == 1
+
+
+@pytest.mark.parametrize("opened", ["files", "bucket"], indirect=True)
 def test_a_prefix_is_deleted_with_all_in_it_and_twice_is_no_error(opened: Open) -> None:
     storage, prefix = opened()
     for name in ("job/1/x", "job/1/y", "job/10/x", "other/z"):
