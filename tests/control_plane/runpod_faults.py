@@ -517,7 +517,10 @@ class Look:
         completed = {job_id: job for job_id, job in jobs.items() if job["status"] == "completed"}
         chosen = set(self._house.chance.sample(sorted(completed), min(sample, len(completed))))
         for job_id, job in completed.items():
-            self._files(job_id, job, whole=job_id in chosen)
+            try:
+                self._files(job_id, job, whole=job_id in chosen)
+            except httpx.HTTPStatusError as error:
+                self.broken.append(f"{job_id}: completed, but {error.response.status_code} {error.response.text[:200]}")
         self._publications(completed)
         self._bucket(completed)
         self._scratch()
