@@ -781,7 +781,7 @@ def kills(folder: Path, times: int, seed: int) -> tuple[Result, list[float]]:
     taken: list[float] = []
     broken: list[str] = []
     with house(folder, workers=3, seed=seed) as running:
-        posting = Clients(running, endless(), count=10, pause=2.0)
+        posting = Clients(running, endless(), count=8, pause=4.0)
         try:
             for number in range(1, times + 1):
                 found = _kill(running, broken)
