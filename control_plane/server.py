@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+import threading
 
+import structlog
 import uvicorn
 
 from common.settings import Settings
@@ -13,8 +16,12 @@ from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from handler.logs import log_as_json
 
+log = structlog.get_logger()
+
 STOP_SECONDS = 10
 """Requests that run at a stop have so long to end; event streams are ended at once."""
+LAST_SECONDS = 15
+"""So long after it began a stop is over, whatever hangs: a database, say. Jobs are then driven on as after a crash."""
 
 
 class _Server(uvicorn.Server):
@@ -31,8 +38,16 @@ class _Server(uvicorn.Server):
                 print(f"memvid-export listens on http://{name}:{port}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        last = threading.Timer(LAST_SECONDS, _end)
+        last.daemon = True
+        last.start()
         self._hub.close()
         await super().shutdown(sockets)
+
+
+def _end() -> None:
+    log.error("the server could not stop in order", seconds=LAST_SECONDS)
+    os._exit(1)  # its children end with it
 
 
 def serve(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from control_plane.backends.leases import Leases
 from control_plane.backends.port import Means
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.records import JobRecord, NewEvent, iso
+from control_plane.jobs.store import now_ms
 from handler.job import published
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
@@ -79,10 +80,12 @@ class LegacyVps:
         """A job whose server is gone, and with it the child that ran it."""
         prefix = self._layout.output_prefix(job.id, job.attempt)
         output = await asyncio.to_thread(published, self._storage, prefix, job.id)
-        if output is not None:
-            await self._endings.complete(job, output)
-        else:
+        if output is None:
             await self._over(job, WorkerLost("the server stopped while the export was running"))
+            return
+        if job.status == "queued":  # Handed to a platform, which nobody has asked since.
+            await self._store.start(job.id, job.attempt, at=now_ms())
+        await self._endings.complete(job, output)
 
     def _give_up(self, job_id: str) -> None:
         if (child := self._children.get(job_id)) is not None:

@@ -360,17 +360,25 @@ class RunpodQueue:
         try:
             answer = await self._api.status(job.runpod_id)
         except (RunpodAway, RunpodRefused) as error:
-            profile = self._profile(job)
-            until = (job.submitted_at or job.created_at) + profile.ttl_ms + 2 * profile.execution_timeout_ms + GRACE_MS
-            if now_ms() > until:
+            if self._past(job):
                 await self._over(tracked, None)
             elif isinstance(error, RunpodRefused):
                 log.error("Runpod refuses to tell of a job", job_id=job.id, reason=error.message)
             return
         if answer is None or answer.status in ENDED:
             await self._over(tracked, answer)
+        elif self._past(job):  # What it says now it would say for ever.
+            await self._over(tracked, None, WorkerLost("Runpod has not ended the export in its time"))
         elif answer.status in RUNNING and await self._started(tracked, answer):
             await self._tell(tracked, answer.output)
+
+    def _past(self, job: JobRecord) -> bool:
+        """Whether the platform should have ended the attempt long ago: by its time to run, or to live and to run."""
+        profile = self._profile(job)
+        since = job.started_at if job.status == "running" else None
+        if since is None:
+            since = (job.submitted_at or job.created_at) + profile.ttl_ms
+        return now_ms() > since + 2 * profile.execution_timeout_ms + GRACE_MS
 
     async def _started(self, tracked: _Tracked, answer: JobStatus | None) -> bool:
         """Tell that the run has begun, once; False if the attempt is over."""
@@ -411,17 +419,17 @@ class RunpodQueue:
         """See what became of a job that somebody else has changed; False if this attempt is over."""
         now = await self._store.get(tracked.job.id)
         if now is None or now.attempt != tracked.job.attempt or now.status not in ("queued", "running"):
-            self._tracked.pop(tracked.job.id, None)
+            self._untrack(tracked)
             return False
         tracked.job = now
         return True
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    async def _over(self, tracked: _Tracked, answer: JobStatus | None) -> None:
+    async def _over(self, tracked: _Tracked, answer: JobStatus | None, error: ExportError | None = None) -> None:
         """The platform has nothing more to say: what lies in storage decides."""
         job = tracked.job
-        error = _why(answer)
+        error = error or _why(answer)
         prefix = self._layout.output_prefix(job.id, job.attempt)
         try:
             if await self._completed(tracked, answer):
@@ -444,6 +452,12 @@ class RunpodQueue:
         ran = answer is not None and answer.worker_id is not None
         if not ran or await self._started(tracked, answer):  # A run that failed at once was never seen at work.
             await self._requeue(tracked.job, error)
+            self._untrack(tracked)
+
+    def _untrack(self, tracked: _Tracked) -> None:
+        """Follow an attempt no more; the next one may be followed already."""
+        if self._tracked.get(tracked.job.id) is tracked:
+            del self._tracked[tracked.job.id]
 
     async def _completed(self, tracked: _Tracked, answer: JobStatus | None) -> bool:
         """Complete the job if the attempt has published; CapsuleUnreadable and GateFailed say that it is not whole."""
@@ -455,12 +469,11 @@ class RunpodQueue:
                 await self._tell(tracked, answer.output.get("progress"))
                 output = _with_timings(output, answer.output)
             await self._endings.complete(tracked.job, output)
-            self._tracked.pop(tracked.job.id, None)
+            self._untrack(tracked)
         return True
 
     async def _requeue(self, job: JobRecord, error: ExportError) -> None:
         pause = await self._endings.failed(job, error)
-        self._tracked.pop(job.id, None)
         if pause is not None:
             asyncio.get_running_loop().call_later(pause, self.wake)
 
