@@ -35,6 +35,7 @@ from common.storage import Storage
 
 MANIFEST_ENDING = ".manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_ATTEMPT = 1_000_000
 
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -52,6 +53,12 @@ def decode_input(data: Any) -> JobInput:
         inside = path.rstrip("`").lstrip(".")
         field = ".".join(filter(None, (inside, missing[1] if missing else ""))) or "input"
         raise InvalidRequest(f"{field}: {what[:1].lower()}{what[1:]}", field=field) from error
+    for field in job.__struct_fields__:
+        try:
+            msgspec.json.encode(getattr(job, field))
+        except (UnicodeEncodeError, OverflowError, RecursionError) as error:
+            message = f"{field} must be JSON of whole characters, numbers of at most 64 bits and few levels"
+            raise InvalidRequest(message, field=field) from error
     check_input(job)
     return job
 
@@ -73,7 +80,7 @@ def check_input(job: JobInput) -> None:
             raise InvalidRequest(f"{field} {value[:100]!r} is not known here", field=field, allowed=known)
     for field, right, shape in (
         ("job_id", _JOB_ID.fullmatch(job.job_id), "letters, digits, dots, - and _, at most 128"),
-        ("attempt", job.attempt >= 1, "1 or more"),
+        ("attempt", 1 <= job.attempt <= MAX_ATTEMPT, f"a number from 1 to {MAX_ATTEMPT:,}"),
         ("output_prefix", job.output_prefix.endswith("/"), "a ref that ends in /"),
         ("payload_size", (job.payload_size or 0) >= 0, "a number of bytes"),
         ("payload_sha256", job.payload_sha256 is None or _SHA256.fullmatch(job.payload_sha256), "64 hex digits"),

@@ -99,7 +99,7 @@ class Web:
             answer.close()
             if request.method != "GET":
                 raise InvalidRef(f"{name} is redirected, which is not followed for {request.method}", field="ref")
-            target = self._checked(str(at.join(answer.headers.get("location", ""))), name)
+            target = self._checked(_joined(at, answer.headers.get("location", ""), name), name)
             if (target.scheme, target.host, target.port) != (at.scheme, at.host, at.port):
                 raise InvalidRef(f"{name} is redirected to another host, {target.host[:80]!r}", field="ref")
             at = target
@@ -169,6 +169,7 @@ class Web:
     def _checked(self, url: str, name: str) -> httpx.URL:
         schemes = ("https", "http") if self._private else ("https",)
         try:
+            url.encode()
             parsed = httpx.URL(url)
             host = parsed.raw_host.decode("ascii").rstrip(".")
         except (httpx.InvalidURL, ValueError) as error:
@@ -179,7 +180,7 @@ class Web:
             )
         if parsed.userinfo:
             raise InvalidRef(f"{name}: a URL must not hold credentials", field="ref")
-        if not _HOST.fullmatch(host) or (parsed.port or 1) > 65_535:
+        if not _HOST.fullmatch(host) or not 0 < (1 if parsed.port is None else parsed.port) <= 65_535:
             raise InvalidRef(f"{name}: not the name of a host", field="ref")
         if not any(host == known or (known[:2] == "*." and host.endswith(known[1:])) for known in self._hosts):
             raise InvalidRef(
@@ -338,6 +339,13 @@ def _shown(ref: str) -> str:
     """A URL without what may be a secret in it: credentials, query, fragment."""
     scheme, _, rest = re.split(r"[?#]", ref, maxsplit=1)[0].partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}"[:200]
+
+
+def _joined(at: httpx.URL, location: str, name: str) -> str:
+    try:
+        return str(at.join(location))
+    except (httpx.InvalidURL, ValueError) as error:
+        raise InvalidRef(f"{name} is redirected to what is no URL: {error}", field="ref") from error
 
 
 def _read_only() -> NoReturn:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from common.contract import Links
 from common.errors import InvalidRef, PayloadTooLarge, StorageFailed
@@ -99,7 +99,7 @@ class LinkStorage:
         headers = {
             "Content-Length": str(size),
             "Content-MD5": base64.b64encode(md5).decode(),
-            **dict(parse_qsl(urlsplit(url).fragment)),  # part of what was signed; see S3Storage.link
+            **_signed_headers(url, ref),
         }
         if only_new is not None:
             headers["If-None-Match"] = "*"
@@ -132,6 +132,15 @@ class LinkStorage:
         if not url:
             raise InvalidRef(f"there is no link to {'read' if method == 'GET' else 'write'} {ref[:200]}", field="ref")
         return url
+
+
+def _signed_headers(url: str, ref: str) -> dict[str, str]:
+    """Those that are part of what was signed; see S3Storage.link. Others are none of a link's business."""
+    headers = dict(parse_qsl(url.partition("#")[2]))
+    for name, value in headers.items():
+        if not (name.startswith("x-amz-") and name.isascii() and value.isascii() and (name + value).isprintable()):
+            raise InvalidRef(f"the link to write {ref[:200]} asks for a header that is none of S3's", field="links")
+    return headers
 
 
 def _read_through(path: Path) -> tuple[int, bytes, str]:

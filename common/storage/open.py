@@ -69,6 +69,10 @@ class _ByScheme:
         return self._of(ref).link(ref, method, seconds)
 
     def _of(self, ref: str) -> Storage:
+        try:
+            ref.encode()
+        except UnicodeEncodeError as error:  # half a character, which no store and no message can hold
+            raise InvalidRef(f"not a ref: {ref[:200]!a}", field="ref") from error
         if self._linked is not None and ref in self._links:
             return self._linked
         scheme = ref.partition("://")[0].lower()

@@ -53,11 +53,16 @@ class Opened(NamedTuple):
 
 
 def age_of(written: str | datetime | None, now: str | None) -> float:
-    """Seconds from when an object was written to the ``Date`` of the answer that says so; 0 where one is missing."""
+    """Seconds from when an object was written to the ``Date`` of the answer that says so; 0 where one is missing or is
+    no time."""
     if not written or not now:
         return 0.0
-    since = parsedate_to_datetime(written) if isinstance(written, str) else written
-    return max(0.0, (parsedate_to_datetime(now) - since).total_seconds())
+    try:
+        since = parsedate_to_datetime(written) if isinstance(written, str) else written
+        # A date "-0000" has no time zone, and is one of UTC.
+        return max(0.0, parsedate_to_datetime(now).timestamp() - since.timestamp())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 class Source(Protocol):

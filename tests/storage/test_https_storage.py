@@ -177,6 +177,28 @@ def test_redirects_are_followed_on_the_same_host_only_and_not_forever(
     assert len(web.seen) == 4
 
 
+def test_a_redirect_to_what_is_no_url_is_refused(web: Site, storage: Storage, tmp_path: Path) -> None:
+    for location in ("http://[", "http://127.0.0.1:99999/", "https://exa mple/", "http://127.0.0.1:x/"):
+        web.pages["/x"] = page(b"", status=302, Location=location)
+        with pytest.raises(InvalidRef):
+            storage.local(f"{web.url}/x", tmp_path)
+
+
+def test_dates_that_are_none_do_not_keep_an_object_from_being_read(web: Site, storage: Storage, tmp_path: Path) -> None:
+    for date in ("yesterday", "Sat, 21 Nov 2026 10:00:00 -0000", "Sat, 99 Nov 99999 10:00:00 GMT", "0"):
+        web.pages["/x"] = page(DATA, **{"Last-Modified": date})
+        assert storage.local(f"{web.url}/x", tmp_path).read_bytes() == DATA
+        web.pages["/x"] = page(DATA, **{"Last-Modified": "Sat, 21 Nov 2026 10:00:00 GMT", "Date": date})
+        assert storage.size(f"{web.url}/x") == len(DATA)
+
+
+def test_what_is_no_url_of_a_host_is_refused_with_a_message_that_can_be_sent(storage: Storage, tmp_path: Path) -> None:
+    for ref in ("http://127.0.0.1:0/", "http://127.0.0.1:-1/", "http://127.0.0.1/\ud800", "http://[", "http://\ud800/"):
+        with pytest.raises(InvalidRef) as refused:
+            storage.local(ref, tmp_path)
+        assert refused.value.message.encode()
+
+
 @pytest.mark.parametrize(
     ("status", "error", "times"),
     [

@@ -138,6 +138,21 @@ def test_links_lead_only_to_hosts_that_are_allowed(s3: S3, owner: Storage, prefi
     assert between.seen == []
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://[", "http://127.0.0.1/\ud800", "{put}#Content-Length=0", "{put}#x-amz-a=1%0d%0aX:2", "{put}#x-amz-%E9=1"],
+)
+def test_a_link_that_is_none_is_refused_and_not_tried_again(
+    s3: S3, owner: Storage, prefix: str, between: Proxy, url: str
+) -> None:
+    ref = prefix + "x"
+    storage = open_storage(s3.config(links=True), {ref: Links(put=url.format(put=owner.link(ref, "PUT", 60)))})
+    with pytest.raises(InvalidRef) as refused:
+        storage.write(ref, b"x")
+    assert refused.value.message.encode()
+    assert between.seen == []
+
+
 def test_the_encryption_that_a_link_was_signed_for_is_asked_for(s3: S3, between: Proxy, prefix: str) -> None:
     config = S3Config(bucket=s3.bucket, addressing="path", encryption="AES256")
     owner = open_storage(StorageConfig(roots=[], s3=config))
