@@ -106,9 +106,10 @@ class LegacyVps:
         await self._leases.stop()
 
     @property
-    def ready(self) -> bool:
-        """A child is up and jobs are taken."""
-        return self._pool.ready and self._scheduler is not None and not self._scheduler.done()
+    def trouble(self) -> str | None:
+        """No child is up, or no jobs are taken."""
+        taking = self._scheduler is not None and not self._scheduler.done()
+        return None if self._pool.ready and taking else "no worker is up"
 
     def wake(self, job_id: str | None = None) -> None:
         """Look into the queue; a running job speaks for itself."""

@@ -36,8 +36,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def ready(self) -> bool:
-        """A worker can take a job now or as soon as the running ones end."""
+    def trouble(self) -> str | None:
+        """Why no job can be run now; None where a worker takes one now, or as soon as the running ones end."""
         ...
 
     def wake(self, job_id: str | None = None) -> None:

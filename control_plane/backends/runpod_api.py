@@ -29,14 +29,15 @@ ENDED: frozenset[Word] = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_O
 
 
 class RunpodAway(ExportError):
-    """The platform cannot be reached, is overloaded, or answers nonsense; the same request may work later."""
+    """The platform cannot be reached, is overloaded, answers nonsense, or does not know the key or the endpoint; the
+    same request may work later."""
 
     code: ClassVar[str] = "BACKEND_AWAY"
     retryable: ClassVar[bool] = True
 
 
 class RunpodRefused(ExportError):
-    """The platform does not take the request: a wrong key, endpoint or message."""
+    """The platform does not take what the request says, and never will."""
 
     code: ClassVar[str] = "BACKEND_REFUSED"
 
@@ -68,6 +69,8 @@ class RunpodApi:
         self._routes = {route: _Route(limit) for route, limit in LIMITS.items()}
         self._failing_since: float | None = None
         self._failed_at = 0.0
+        self.reason = ""
+        """Why the last request failed that did."""
 
     @property
     def away_seconds(self) -> float:
@@ -86,7 +89,7 @@ class RunpodApi:
         message = {"input": job, "policy": policy, **({"webhook": webhook} if webhook else {})}
         answer = await self._send("run", "POST", "run", message)
         if answer is None:
-            raise RunpodRefused("Runpod knows no such endpoint (404)")
+            raise self._away(self._routes["run"], "Runpod knows no such endpoint (404); see RUNPOD_ENDPOINT_ID")
         return answer
 
     async def status(self, runpod_id: str) -> JobStatus | None:
@@ -108,13 +111,13 @@ class RunpodApi:
                 received = await _body(answer)
         except httpx.HTTPError as error:
             self._metrics.runpod.labels(route, "none").inc()
-            self._failed(turn)
-            raise RunpodAway(f"Runpod cannot be reached: {type(error).__name__}") from error
+            raise self._away(turn, f"Runpod cannot be reached: {type(error).__name__}") from error
         code = answer.status_code
         self._metrics.runpod.labels(route, str(code)).inc()
         if code == 429 or code >= 500:
-            self._failed(turn, answer.headers.get("retry-after"))
-            raise RunpodAway(f"Runpod answers {route} with {code}")
+            raise self._away(turn, f"Runpod answers {route} with {code}", answer.headers.get("retry-after"))
+        if code in (401, 403):  # The operator's mistake, not the job's: it waits until that is mended.
+            raise self._away(turn, f"Runpod refuses RUNPOD_API_KEY ({code})")
         if code == 404:
             self._worked(turn)
             return None
@@ -128,8 +131,7 @@ class RunpodApi:
             if route == "cancel":
                 self._worked(turn)
                 return None
-            self._failed(turn)  # Asked again at once, it would be the same.
-            raise RunpodAway(f"Runpod's answer to {route} makes no sense: {error}") from error
+            raise self._away(turn, f"Runpod's answer to {route} makes no sense: {error}") from error
         self._worked(turn)
         return status
 
@@ -137,11 +139,13 @@ class RunpodApi:
         turn.worked()
         self._failing_since = None
 
-    def _failed(self, turn: _Route, retry_after: str | None = None) -> None:
+    def _away(self, turn: _Route, reason: str, retry_after: str | None = None) -> RunpodAway:
         turn.failed(retry_after)
+        self.reason = reason
         self._failed_at = asyncio.get_running_loop().time()
         if self._failing_since is None:
             self._failing_since = self._failed_at
+        return RunpodAway(reason)
 
 
 async def _body(answer: httpx.Response) -> bytes:

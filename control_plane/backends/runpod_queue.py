@@ -133,10 +133,13 @@ class RunpodQueue:
         await self._api.close()
 
     @property
-    def ready(self) -> bool:
-        """Payloads can be checked, and the platform answers."""
-        working = bool(self._loops) and not any(loop.done() for loop in self._loops)
-        return self._pool.ready and working and self._api.away_seconds < AWAY_SECONDS
+    def trouble(self) -> str | None:
+        """Payloads cannot be checked, or the platform does not answer."""
+        if not self._pool.ready:
+            return "no process that checks payloads is up"
+        if not self._loops or any(loop.done() for loop in self._loops):
+            return "no jobs are followed"
+        return self._api.reason if self._api.away_seconds >= AWAY_SECONDS else None
 
     def wake(self, job_id: str | None = None) -> None:
         """There is a new job in the queue, or something may be new about a job."""

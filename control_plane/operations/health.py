@@ -69,7 +69,7 @@ class HealthController(Controller):
             "database": await _database(store),
             "root": await asyncio.to_thread(_root, layout),
             "storage": await asyncio.to_thread(_storage, storage, layout),
-            "worker": "ok" if backend.ready else "no worker is up",
+            "worker": backend.trouble or "ok",
         }
         if any(value != "ok" for value in checks.values()):
             raise QueueUnavailable("The server cannot take jobs now.", checks=checks)

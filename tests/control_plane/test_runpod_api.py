@@ -204,7 +204,7 @@ def test_the_pause_grows_while_requests_fail_and_is_short_again_after_one_that_w
     asyncio.run(inside())
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 413])
+@pytest.mark.parametrize("code", [400, 413, 422])
 @pytest.mark.parametrize("route", LIMITS)
 def test_a_refusal_is_told_with_its_reason_and_is_no_outage(route: str, code: int) -> None:
     async def inside() -> None:
@@ -217,13 +217,26 @@ def test_a_refusal_is_told_with_its_reason_and_is_no_outage(route: str, code: in
     asyncio.run(inside())
 
 
-def test_a_job_that_is_not_known_is_none_and_an_endpoint_that_is_not_known_is_a_refusal() -> None:
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_wrong_key_is_an_outage_that_jobs_wait_for(code: int) -> None:
+    async def inside() -> None:
+        async with site() as (found, api):
+            found.answers = [said(code, {"error": "because"})]
+            with pytest.raises(RunpodAway, match="RUNPOD_API_KEY"):
+                await api.run({}, {}, None)
+            assert "RUNPOD_API_KEY" in api.reason
+            assert api.away_seconds > 0
+
+    asyncio.run(inside())
+
+
+def test_a_job_that_is_not_known_is_none_and_an_endpoint_that_is_not_known_is_an_outage() -> None:
     async def inside() -> None:
         async with site() as (found, api):
             found.usual = said(404, {"error": "not found"})
             assert await api.status("job-1") is None
             await api.cancel("job-1")
-            with pytest.raises(RunpodRefused, match="no such endpoint"):
+            with pytest.raises(RunpodAway, match="no such endpoint"):
                 await api.run({}, {}, None)
 
     asyncio.run(inside())
@@ -276,7 +289,7 @@ def test_it_follows_a_job_of_a_local_runpod() -> None:
             await api.run({}, {"executionTimeout": 1}, None)
         await api.close()
         for wrong in (RunpodApi(base, endpoint, "wrong", Metrics()), RunpodApi(base, "wrong", key, Metrics())):
-            with pytest.raises(RunpodRefused):
+            with pytest.raises(RunpodAway):
                 await wrong.run({}, {}, None)
             await wrong.close()
 
