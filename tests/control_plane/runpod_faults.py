@@ -166,7 +166,7 @@ class StoreWeather(Weather):
     def __init__(self, url: str, chance: random.Random, struck: Struck) -> None:
         super().__init__(url, STORE_FAULTS, chance, struck)
         self.published: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-        """By job and attempt, the SHA-256 of what was put as its manifest: it holds timings, so each run's is another."""
+        """By job and attempt, the SHA-256 of each manifest that was put: it holds timings, so every run has its own."""
 
     def passed(self, seen: Seen, body: bytes, status: int, answer: bytes) -> None:
         """Note a manifest that the bucket took."""
