@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.errors import InvalidSettings
@@ -104,26 +104,30 @@ class Layout:
                 removed += _remove(self.artifacts / job_id, keep={str(attempt)})
         return removed
 
-    def strays(
-        self, storage: Storage, *, in_flight: Mapping[str, int], completed: Mapping[str, int], age: float
-    ) -> list[str]:
-        """Refs of all objects that no job speaks for and that nobody wrote for ``age`` seconds.
+    def aged(self, storage: Storage, age: float) -> list[str]:
+        """Refs of all payloads and artifacts that nobody wrote for ``age`` seconds."""
+        prefixes = (self.payload_prefix, self.artifact_prefix)
+        return [found.ref for prefix in prefixes for found in storage.found(prefix) if found.age >= age]
 
-        ``in_flight`` and ``completed`` map job ids to their attempt. A job speaks for its payload until it ends, for
-        the artifacts of its attempt, and until it ends for every claim: a closed one keeps a late run from starting.
+    def strays(self, refs: Iterable[str], *, in_flight: Mapping[str, int], completed: Mapping[str, int]) -> list[str]:
+        """Those of ``refs`` that no job speaks for.
+
+        ``in_flight`` and ``completed`` map job ids to their attempt, as it is after the refs were listed: a job that
+        was made meanwhile speaks too. A job speaks for its payload until it ends, for the artifacts of its attempt,
+        and until it ends for every claim: a closed one keeps a late run from starting.
         """
-        gone = [
-            found.ref
-            for found in storage.found(self.payload_prefix)
-            if found.age >= age and found.ref.removeprefix(self.payload_prefix) not in in_flight
-        ]
+        gone = []
         attempts = {**completed, **in_flight}
-        for found in storage.found(self.artifact_prefix):
-            job_id, _, rest = found.ref.removeprefix(self.artifact_prefix).partition("/")
-            attempt, _, name = rest.partition("/")
-            wanted = attempt == str(attempts.get(job_id)) and not (job_id in completed and name in NAMES)
-            if found.age >= age and not wanted and not (job_id in in_flight and name in NAMES):
-                gone.append(found.ref)
+        for ref in refs:
+            if ref.startswith(self.payload_prefix):
+                wanted = ref.removeprefix(self.payload_prefix) in in_flight
+            else:
+                job_id, _, rest = ref.removeprefix(self.artifact_prefix).partition("/")
+                attempt, _, name = rest.partition("/")
+                wanted = attempt == str(attempts.get(job_id)) and not (job_id in completed and name in NAMES)
+                wanted = wanted or (job_id in in_flight and name in NAMES)
+            if not wanted:
+                gone.append(ref)
         return gone
 
 

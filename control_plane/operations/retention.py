@@ -73,13 +73,10 @@ class Retention:
         await self._store.forget(now - self._history_ms)
 
     async def _remove_strays(self) -> None:
-        strays = await asyncio.to_thread(
-            self._layout.strays,
-            self._storage,
-            in_flight=await self._store.in_flight(),
-            completed=await self._store.completed(),
-            age=self._stray_seconds,
-        )
+        aged = await asyncio.to_thread(self._layout.aged, self._storage, self._stray_seconds)
+        # In this order: a job that ends meanwhile is in both.
+        in_flight = await self._store.in_flight()
+        strays = self._layout.strays(aged, in_flight=in_flight, completed=await self._store.completed())
         for ref in strays:
             await asyncio.to_thread(self._storage.delete, ref)
         if strays:
