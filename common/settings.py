@@ -19,6 +19,8 @@ from common.errors import InvalidSettings
 from common.storage.port import S3Config, StorageConfig
 
 GIB = 1 << 30
+MAX_PREFIX_BYTES = 512
+"""Of the path in the storage URL: what is put below it has names of up to 500 bytes, and a key has 1,024."""
 _BIND = re.compile(r"^(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>\d{1,5})$")
 
 
@@ -80,7 +82,13 @@ class WorkerSettings(BaseModel):
     def _check_storage(cls, value: str) -> str:
         if value and not re.match(r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?|file:///[^?#]+)$", value):
             raise ValueError("not a place that is known here")
-        return value.rstrip("/")
+        value = value.rstrip("/")
+        folder = unquote(value.partition("://")[2].partition("/")[2])
+        if folder and any(part in ("", ".", "..") for part in folder.split("/")):
+            raise ValueError("a part of the path is empty or dots")
+        if not folder.isprintable() or len(folder.encode()) > MAX_PREFIX_BYTES:
+            raise ValueError("a path that no object could lie under")
+        return value
 
     @field_validator("fetch_hosts", mode="before")
     @classmethod
@@ -291,6 +299,24 @@ class Settings(WorkerSettings):
     def _check_database(cls, value: str) -> str:
         if value and not value.startswith(("sqlite+aiosqlite:///", "postgresql+psycopg://")):
             raise ValueError("not a database that this version uses")
+        return value
+
+    @field_validator("runpod_api_base", "runpod_rest_base", "public_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        try:
+            whole = value is None or (urlsplit(value).hostname and urlsplit(value).port != 0)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError("not a URL of a host")
+        return value
+
+    @field_validator("runpod_api_key")
+    @classmethod
+    def _check_runpod_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("a key is printable ASCII without spaces")
         return value
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlencode
 
-from common.errors import AccessDenied, ExportError, InvalidRef, ObjectMissing, StorageFailed
+from common.errors import AccessDenied, ExportError, InvalidRef, InvalidSettings, ObjectMissing, StorageFailed
 from common.storage.file import sha256_of
 from common.storage.port import Found, S3Config, Stored
 from common.storage.ranges import Broken, Opened, Stream, age_of, download, patiently, read_range
@@ -276,25 +276,26 @@ class S3Storage:
             if self._made is None:
                 import boto3
                 from botocore.config import Config
+                from botocore.exceptions import BotoCoreError
 
-                session = boto3.Session()
-                self._made = session.client(
-                    "s3",
-                    region_name=session.region_name or "us-east-1",
-                    config=Config(
-                        signature_version="s3v4",
-                        # The SHA-256 of what we send is among the headers that are signed; no need for a second one.
-                        s3={"addressing_style": self._config.addressing, "payload_signing_enabled": False},
-                        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-                        connect_timeout=_CONNECT_SECONDS,
-                        read_timeout=_READ_SECONDS,
-                        max_pool_connections=2 * WINDOW,
-                        # We send SHA-256 sums of our own; other stores than Amazon's may not know the CRCs that boto3
-                        # would add, and signed URLs would ask for them.
-                        request_checksum_calculation="when_required",
-                        response_checksum_validation="when_required",
-                    ),
+                config = Config(
+                    signature_version="s3v4",
+                    # The SHA-256 of what we send is among the headers that are signed; no need for a second one.
+                    s3={"addressing_style": self._config.addressing, "payload_signing_enabled": False},
+                    retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                    connect_timeout=_CONNECT_SECONDS,
+                    read_timeout=_READ_SECONDS,
+                    max_pool_connections=2 * WINDOW,
+                    # We send SHA-256 sums of our own; other stores than Amazon's may not know the CRCs that boto3
+                    # would add, and signed URLs would ask for them.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
                 )
+                try:
+                    session = boto3.Session()
+                    self._made = session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+                except (BotoCoreError, ValueError) as error:  # no profile of that name, an endpoint that is no URL, …
+                    raise InvalidSettings(f"the AWS_ settings are wrong: {error}", field="AWS_") from error
             return self._made
 
 

@@ -14,7 +14,7 @@ import pytest
 from services import S3
 from storage.faulty import Proxy, proxy
 
-from common.errors import AccessDenied, InvalidRef, StorageFailed
+from common.errors import AccessDenied, InvalidRef, InvalidSettings, StorageFailed
 from common.storage import S3Config, Storage, StorageConfig, open_storage
 
 SIZE = 20_000_000
@@ -197,6 +197,21 @@ def test_wrong_credentials_are_denied_once(
             use()
         assert not denied.value.retryable
         assert len(between.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_ENDPOINT_URL_S3", "garbage"), ("AWS_DEFAULT_REGION", "not a region!"), ("AWS_PROFILE", "nobody")],
+)
+def test_wrong_settings_of_the_store_are_named_and_no_matter_of_trying_again(
+    s3: S3, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    storage, ref = open_storage(s3.config()), f"{s3.url}/x"
+    for use in (storage.size, storage.delete, storage.found, lambda ref: storage.link(ref, "GET", 60)):
+        with pytest.raises(InvalidSettings, match="AWS_ settings") as wrong:
+            use(ref)
+        assert not wrong.value.retryable
 
 
 def test_a_store_that_is_away_may_come_back(s3: S3, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
