@@ -332,12 +332,22 @@ def local_runpod(
         "seed": seed,
     }
     if worker_command is not None:
-        given["worker_command"] = shlex.split(worker_command)
+        given["worker_command"] = _words(worker_command)
     try:
         config = msgspec.convert(given, LocalConfig, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidSettings(f"local-runpod: {error}") from error
     serve(config)
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InvalidSettings(f"--worker-command: {error}", field="--worker-command") from error
+    if not words:
+        raise InvalidSettings("--worker-command: give a command", field="--worker-command")
+    return words
 
 
 def _pair(given: str, option: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ class LocalConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
     """0: a free one."""
-    endpoint: str = "local"
+    endpoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "local"
     key: str | None = None
     """Without one, public requests need none."""
 

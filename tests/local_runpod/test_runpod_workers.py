@@ -199,6 +199,9 @@ def test_the_command_line_starts_one(tmp_path: Path) -> None:
         (["--fault", "nothing=0.5"], "no such fault"),
         (["--fault", "no-output=1.5"], "no such fault"),
         (["--env", "NAME"], "NAME=VALUE"),
+        (["--worker-command", "'half"], "--worker-command"),
+        (["--worker-command", ""], "--worker-command"),
+        (["--endpoint", "a/b"], "$.endpoint"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(arguments: list[str], says: str) -> None:
