@@ -33,6 +33,7 @@ from common.errors import (
     DeadlineExceeded,
     ExportError,
     InvalidRef,
+    InvalidRequest,
     InvalidSettings,
     WorkerLost,
 )
@@ -151,7 +152,7 @@ class JobRun:
                 )
                 deadline = asyncio.get_running_loop().call_later(limit, self.stop, too_long)
             storage = await asyncio.to_thread(opened, job.links)
-            if not await asyncio.to_thread(_take, storage, job.output_prefix, self._id):
+            if not await asyncio.to_thread(_take, storage, job, self._id):
                 return await asyncio.to_thread(_late_answer, storage, job)
             log.info("export started", job_id=job.job_id, attempt=job.attempt)
             seconds = cold_start()
@@ -281,12 +282,19 @@ class _Steps:
         self._tell(self.all())
 
 
-def _take(storage: Storage, prefix: str, run: str) -> bool:
+def _take(storage: Storage, job: JobInput, run: str) -> bool:
+    prefix = job.output_prefix
     try:
-        return claim.take(storage, prefix, run)
-    except (InvalidRef, AccessDenied) as error:
+        if not claim.take(storage, prefix, run):
+            return False
+        # All under the prefix goes when the run fails: it must not be a place of others. Links remove nothing.
+        if not job.links and any(found.ref.removeprefix(prefix) not in claim.NAMES for found in storage.found(prefix)):
+            storage.delete(prefix + claim.CLAIM_NAME)
+            raise InvalidRequest("output_prefix must be of this attempt alone; other objects lie under it")
+    except (InvalidRef, InvalidRequest, AccessDenied) as error:
         error.details["field"] = "output_prefix"
         raise
+    return True
 
 
 def _late_answer(storage: Storage, job: JobInput) -> dict[str, Any]:

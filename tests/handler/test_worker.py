@@ -243,6 +243,15 @@ def test_a_payload_that_cannot_be_exported_is_not_to_be_tried_again(
     assert place.objects() == []
 
 
+def test_a_failed_job_takes_nothing_along_that_others_have_under_its_prefix(live: Live, place: Place) -> None:
+    place.storage.write(f"{place.ref}/another-job/1/x.mv2", b"1")
+    job = live.platform.submit(place.input(output_prefix=f"{place.ref}/", payload_sha256="0" * 64))
+    error = failure(live.platform.result(job))
+    assert (error.code, error.details["field"], error.retryable) == ("INVALID_EXPORT_REQUEST", "output_prefix", False)
+    names = [found.ref.removeprefix(f"{place.ref}/") for found in place.storage.found(f"{place.ref}/")]
+    assert names == ["another-job/1/x.mv2", "payload"]
+
+
 @pytest.mark.parametrize("data", [None, [], "job", 7])
 def test_an_input_that_is_no_object_is_refused(live: Live, data: object) -> None:
     assert failure(live.platform.result(live.platform.submit(data))).code == "INVALID_EXPORT_REQUEST"
