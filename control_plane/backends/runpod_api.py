@@ -105,11 +105,14 @@ class RunpodApi:
         await turn.wait()
         content = None if body is None else msgspec.json.encode(body)
         try:
-            async with self._client.stream(
-                method, path, content=content, headers={"Content-Type": "application/json"}
-            ) as answer:
+            async with (
+                asyncio.timeout(TIMEOUT_SECONDS),  # httpx's own holds for each piece, and pieces may come for ever
+                self._client.stream(
+                    method, path, content=content, headers={"Content-Type": "application/json"}
+                ) as answer,
+            ):
                 received = await _body(answer)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             self._metrics.runpod.labels(route, "none").inc()
             raise self._away(turn, f"Runpod cannot be reached: {type(error).__name__}") from error
         code = answer.status_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,14 @@ from processes import free_port
 from runpod_house import RunpodServer, eventually
 from runpod_local import local_runpod
 
-from control_plane.backends.runpod_api import LIMITS, MAX_ANSWER_BYTES, RunpodApi, RunpodAway, RunpodRefused
+from control_plane.backends.runpod_api import (
+    LIMITS,
+    MAX_ANSWER_BYTES,
+    TIMEOUT_SECONDS,
+    RunpodApi,
+    RunpodAway,
+    RunpodRefused,
+)
 from control_plane.operations.metrics import Metrics
 
 QUEUED = {"id": "job-1", "status": "IN_QUEUE"}
@@ -168,6 +176,32 @@ def test_an_answer_without_end_is_given_up() -> None:
             found.answers = [said(200, b" " * (MAX_ANSWER_BYTES + 1))]
             with pytest.raises(RunpodAway, match="cannot be reached"):
                 await api.status("job-1")
+
+    asyncio.run(inside())
+
+
+def test_an_answer_that_drips_is_given_up() -> None:
+    gone = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 As-Told\r\nContent-Length: 1000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not writer.transport.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.2)
+        writer.close()
+        gone.set()
+
+    async def inside() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        api = RunpodApi(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v2", "ep", "secret-key", Metrics())
+        async with server, asyncio.timeout(2 * TIMEOUT_SECONDS):
+            with pytest.raises(RunpodAway, match="cannot be reached"):
+                await api.status("job-1")
+            await gone.wait()
+        await api.close()
 
     asyncio.run(inside())
 
