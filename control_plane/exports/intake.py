@@ -9,9 +9,19 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import structlog
 from litestar.exceptions import HTTPException
 
-from common.errors import InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
+from common.errors import (
+    AccessDenied,
+    ExportError,
+    InvalidRef,
+    InvalidRequest,
+    ObjectMissing,
+    PayloadTooLarge,
+    StorageFailed,
+    UnsupportedMediaType,
+)
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
@@ -23,6 +33,8 @@ from control_plane.jobs.store import JobStore
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.profiles import Profiles
 from handler.protocol import Checked
+
+log = structlog.get_logger()
 
 CONTENT_TYPES = ("application/json", "application/x-ndjson", "application/ndjson", "application/octet-stream")
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
@@ -88,7 +100,7 @@ class Intake:
                 return first, False
             checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size)
             await self._admission.check(self._profiles.get(checked.profile))
-            staged = await asyncio.to_thread(self._storage.put, path, ref, sha256=sha256)
+            staged = await self._put(path, ref, sha256)
             record, new = await self._store.create(self._new_job(job_id, staged, checked), key)
         except BaseException:
             await asyncio.shield(self._give_up(job_id, ref))
@@ -101,6 +113,14 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    async def _put(self, path: Path, ref: str, sha256: str) -> Stored:
+        try:
+            return await asyncio.to_thread(self._storage.put, path, ref, sha256=sha256)
+        except (AccessDenied, InvalidRef, ObjectMissing) as error:
+            # Our own credentials or bucket: not the client's fault.
+            log.error("the storage does not take a payload", code=error.code, reason=error.message)
+            raise StorageFailed("The storage does not take the payload now. Try again later.") from error
 
     def _new_job(self, job_id: str, staged: Stored, checked: Checked) -> NewJob:
         counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
@@ -122,7 +142,10 @@ class Intake:
     async def _give_up(self, job_id: str, ref: str) -> None:
         # A request that was cut off while its job was being recorded may have made it all the same.
         if await self._store.get(job_id) is None:
-            await asyncio.to_thread(self._storage.delete, ref)
+            try:
+                await asyncio.to_thread(self._storage.delete, ref)
+            except ExportError as error:
+                log.warning("a payload stays until the next sweep", ref=ref, reason=error.message)
 
     async def _staged(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
         try:

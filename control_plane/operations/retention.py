@@ -78,6 +78,9 @@ class Retention:
         in_flight = await self._store.in_flight()
         strays = self._layout.strays(aged, in_flight=in_flight, completed=await self._store.completed())
         for ref in strays:
-            await asyncio.to_thread(self._storage.delete, ref)
+            try:
+                await asyncio.to_thread(self._storage.delete, ref)
+            except ExportError as error:  # An odd name that somebody else put there is no reason to stop.
+                log.warning("a stray stays", ref=ref, code=error.code, reason=error.message)
         if strays:
             log.info("strays removed", count=len(strays), first=strays[0])
