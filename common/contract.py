@@ -5,7 +5,7 @@ JSON keys are camelCase on the wire (``docs/contract.md`` shows them); times are
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -38,6 +38,9 @@ EventType = Literal[
     "job_expired",
 ]
 WriterName = Literal["native", "sdk", "cli"]
+
+
+Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True, omit_defaults=False):
@@ -76,8 +79,8 @@ class Progress(Wire, kw_only=True):
     """One step of a running export, as the pipeline reports it (0–100 for both figures)."""
 
     stage: Stage
-    progress: int
-    stage_progress: int
+    progress: Percent
+    stage_progress: Percent
     message: str
     meta: dict[str, Any] = msgspec.field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import httpx
 import msgspec
@@ -45,7 +45,7 @@ class RunpodRefused(ExportError):
 class JobStatus(msgspec.Struct, rename="camel", kw_only=True):
     """The answer of ``/run`` and ``/status``; times in milliseconds."""
 
-    id: str
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     status: Word
     output: Any = None
     error: Any = None

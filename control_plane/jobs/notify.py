@@ -31,9 +31,10 @@ from collections.abc import Callable
 import psycopg
 import structlog
 from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from control_plane.jobs.database import AWAY, Database, postgres_arguments, tell_others
+from control_plane.jobs.database import Database, postgres_arguments, tell_others
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.tables import jobs
 
@@ -130,7 +131,7 @@ class Notifier:
             try:
                 async with self._database.write.begin() as connection:
                     await connection.execute(query, {"channel": CHANNEL, "payloads": payloads})
-            except AWAY as error:  # The others look for themselves.
+            except SQLAlchemyError as error:  # The others look for themselves.
                 log.warning("other replicas could not be told", notices=len(payloads), error=str(error))
 
     async def _look(self) -> None:
@@ -144,7 +145,7 @@ class Notifier:
             self._missed.clear()
             try:
                 await self._look_once()
-            except AWAY as error:
+            except SQLAlchemyError as error:
                 if not away:
                     log.warning("the database is away", error=str(error))
                 away = True
