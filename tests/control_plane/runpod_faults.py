@@ -794,7 +794,7 @@ def kills(folder: Path, times: int, seed: int) -> tuple[Result, list[float]]:
         over.set()
         posting.join()
         look = Look(running, posting)
-        look.everything(sample=20)
+        look.everything(sample=max(3, times // 3))
     look.broken += broken
     return _result(look, folder, running, started, len(posting.done)), taken
 
@@ -802,10 +802,10 @@ def kills(folder: Path, times: int, seed: int) -> tuple[Result, list[float]]:
 def _kill(running: House, broken: list[str]) -> list[float]:
     victim, other = running.chance.sample(running.replicas, 2)
     until = time.monotonic() + 30
-    while not running.driven_by(victim) and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(running.chance.uniform(0, 1.5))
-    driven = running.driven_by(victim)
+    while True:
+        time.sleep(running.chance.uniform(0, 1.5))
+        if (driven := running.driven_by(victim)) or time.monotonic() > until:
+            break
     killed = time.monotonic()
     victim.server.kill()
     running.struck.note(REPLICA_KILLED, *driven)
