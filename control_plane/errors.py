@@ -162,8 +162,13 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[E
 
 
 def _known(error: Exception) -> ExportError | None:
+    from control_plane.jobs.database import AWAY  # commands that need these classes need no database
+
     if isinstance(error, ExportError):
         return error
+    if isinstance(error, AWAY):
+        log.error("the database is away", error=str(error))
+        return QueueUnavailable("The database does not answer now. Try again later.")
     if not isinstance(error, HTTPException) or error.status_code >= HTTP_500_INTERNAL_SERVER_ERROR:
         return None
     if kind := _FRAMEWORK.get(error.status_code):

@@ -118,7 +118,7 @@ class FileStorage:
                 length -= len(piece)
                 yield piece
 
-    def found(self, prefix: str) -> list[Found]:
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
         """The files under ``prefix``; temporary files of a writer at work are not among them."""
         whole = prefix.endswith("/")
         path = self._path(prefix, root=whole)

@@ -244,7 +244,7 @@ class HttpsStorage:
         """Pieces of at most 1 MiB; goes on where it was when a connection breaks."""
         return read_range(self._at(ref), start, length)
 
-    def found(self, prefix: str) -> list[Found]:
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
         """The one at a ref; there is no listing."""
         return found_at(self._at(prefix), prefix)
 

@@ -71,7 +71,7 @@ class LinkStorage:
         """Pieces of at most 1 MiB; goes on where it was when a connection breaks."""
         return read_range(self._at(ref), start, length)
 
-    def found(self, prefix: str) -> list[Found]:
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
         """Those objects under ``prefix`` that have a link to read them, one request each."""
         if not prefix.endswith("/"):
             return found_at(self._at(prefix), prefix)

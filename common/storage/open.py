@@ -59,8 +59,8 @@ class _ByScheme:
     def read(self, ref: str, start: int, length: int) -> Iterator[bytes]:
         return self._of(ref).read(ref, start, length)
 
-    def found(self, prefix: str) -> list[Found]:
-        return self._of(prefix).found(prefix)
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
+        return self._of(prefix).found(prefix, uploads=uploads)
 
     def delete(self, prefix: str) -> int:
         return self._of(prefix).delete(prefix)

@@ -93,9 +93,9 @@ class Storage(Protocol):
         """``length`` bytes from ``start`` on in pieces of at most 1 MiB; raises StorageFailed where fewer are there."""
         ...
 
-    def found(self, prefix: str) -> list[Found]:
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
         """All objects under ``prefix``, or the one at a ref, sorted by ref; refs begin with the prefix as it is given,
-        however it is written."""
+        however it is written. With ``uploads`` also what is only half put under the prefix, with a size of 0."""
         ...
 
     def delete(self, prefix: str) -> int:

@@ -107,8 +107,8 @@ class S3Storage:
         """Pieces of at most 1 MiB; goes on where it was when a connection breaks."""
         return read_range(self._object(ref), start, length)
 
-    def found(self, prefix: str) -> list[Found]:
-        """The objects under ``prefix``, or the one at a ref."""
+    def found(self, prefix: str, *, uploads: bool = False) -> list[Found]:
+        """The objects under ``prefix``, or the one at a ref; with ``uploads`` unfinished uploads under the prefix."""
         if not prefix.endswith("/"):
             with contextlib.suppress(ObjectMissing), contextlib.closing(Stream(self._object(prefix), 0, 1)) as stream:
                 return [Found(prefix, stream.size or 0, stream.age)]
@@ -120,6 +120,10 @@ class S3Storage:
                     if not item["Key"].endswith("/"):  # a folder's marker, made by other programs
                         age = age_of(item["LastModified"], page["ResponseMetadata"]["HTTPHeaders"].get("date"))
                         found.append(Found(prefix + quote(item["Key"].removeprefix(key)), item["Size"], age))
+            for page in self._pages("list_multipart_uploads", Prefix=key) if uploads else ():
+                for upload in page.get("Uploads", []):
+                    age = age_of(upload["Initiated"], page["ResponseMetadata"]["HTTPHeaders"].get("date"))
+                    found.append(Found(prefix + quote(upload["Key"].removeprefix(key)), 0, age))
         return sorted(found)
 
     def delete(self, prefix: str) -> int:

@@ -12,7 +12,7 @@ from alembic.config import Config
 from psycopg.abc import Buffer
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
@@ -36,7 +36,7 @@ MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 
 NOTICES, COMMITTED = "notices", "committed notices"
 
-AWAY = (OperationalError, InterfaceError, PoolTimeout)
+AWAY = (OperationalError, InterfaceError, PendingRollbackError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
 
 POSTGRES_OPTIONS = (

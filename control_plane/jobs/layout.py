@@ -105,9 +105,9 @@ class Layout:
         return removed
 
     def aged(self, storage: Storage, age: float) -> list[str]:
-        """Refs of all payloads and artifacts that nobody wrote for ``age`` seconds."""
+        """Refs of all payloads and artifacts, half put ones too, that nobody wrote for ``age`` seconds."""
         prefixes = (self.payload_prefix, self.artifact_prefix)
-        return [found.ref for prefix in prefixes for found in storage.found(prefix) if found.age >= age]
+        return [found.ref for prefix in prefixes for found in storage.found(prefix, uploads=True) if found.age >= age]
 
     def strays(self, refs: Iterable[str], *, in_flight: Mapping[str, int], completed: Mapping[str, int]) -> list[str]:
         """Those of ``refs`` that no job speaks for.
