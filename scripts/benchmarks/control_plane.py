@@ -126,3 +126,22 @@ def _submitted(database: str) -> dict[str, float]:
         rows = connection.execute(sqlalchemy.text("SELECT id, submitted_at FROM jobs")).all()
     engine.dispose()
     return {row.id: row.submitted_at / 1000 for row in rows}
+
+
+def cold_start(folder: Path) -> float:
+    """Seconds from a job in the queue of an endpoint without workers until a worker has taken it."""
+    payload = folder / "shared" / "payloads" / "job"
+    payload.parent.mkdir(parents=True)
+    payload.write_text(json.dumps(graph(3)))
+    storage = (folder / "shared").as_uri()
+    env = {"MEMVID_EXPORT_ROOT": str(folder / "worker"), "MEMVID_EXPORT_STORAGE_URL": storage}
+    job = {"job_id": "job", "payload_ref": payload.as_uri(), "output_prefix": f"{storage}/artifacts/job/1/"}
+    with local_runpod(workers="0:1", env=env) as platform:
+        sent = time.perf_counter()
+        runpod_id = platform.run(job)
+        while platform.status(runpod_id)["status"] == "IN_QUEUE":
+            time.sleep(0.02)
+        taken = time.perf_counter() - sent
+        platform.wait(runpod_id, "COMPLETED")
+    shutil.rmtree(folder)
+    return taken

@@ -38,7 +38,7 @@ os.environ.update(MEMVID_TELEMETRY="0", MEMVID_OFFLINE="1", PYTHONPATH=str(ROOT)
 from common.capsule.native import NativeWriter  # noqa: E402
 from common.frames.model import Frame  # noqa: E402
 from common.sidecar.build import SidecarBuilder  # noqa: E402
-from scripts.benchmarks.control_plane import files, overhead, servers  # noqa: E402
+from scripts.benchmarks.control_plane import cold_start, files, overhead, servers  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 
@@ -318,7 +318,9 @@ def control_plane(folder: Path, *, short: bool) -> list[Row]:
                     row("  p95", _p95(found.ready), "s"),
                     row("  polls per job", found.polls, ""),
                 ]
-    return rows
+    times = [cold_start(folder / f"cold{number}") for number in range(1 if short else 5)]
+    note = f"median of {len(times)}, a worker of a local Runpod without a GPU"
+    return [*rows, row("cold start of a worker to its first job", statistics.median(times), "s", note, at_most=5)]
 
 
 def _p95(values: list[float]) -> float:
