@@ -41,7 +41,7 @@ def test_a_job_that_the_platform_says_runs_for_ever_is_lost_and_tried_once_more(
             eventually(lambda: attempts("started") == [1, 2])
             eventually(lambda: attempts("stopped") == [1])
             assert server.runpod_id(job) != platform_id
-            assert [event["type"] for event in server.events(job)].count("job_started") == 2
+            eventually(lambda: [event["type"] for event in server.events(job)].count("job_started") == 2)
             server.client.delete(f"/v1/exports/{job}")
         finally:
             server.close()
