@@ -83,7 +83,8 @@ class QueueUnavailable(ExportError):
 
 
 class PlatformUnavailable(ExportError):
-    """Runpod does not answer for now, or not as its documentation says."""
+    """Runpod cannot be reached, is overloaded, does not answer as its documentation says, or does not know the key or
+    the endpoint; the same request may work later."""
 
     code = "PLATFORM_UNAVAILABLE"
     retryable = True

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -201,7 +201,14 @@ def run_job(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def published(storage: Storage, prefix: str, job_id: str) -> JobOutput | None:
+class Published(NamedTuple):
+    """What an attempt left."""
+
+    output: JobOutput
+    manifest: Manifest
+
+
+def published(storage: Storage, prefix: str, job_id: str) -> Published | None:
     """What an attempt published under a prefix: None unless a manifest lies there with all that it names."""
     sizes = {unquote(found.ref.rpartition("/")[2]): found.size for found in storage.found(prefix)}
     manifests = [name for name in sizes if name.endswith(MANIFEST_ENDING)]
@@ -213,7 +220,7 @@ def published(storage: Storage, prefix: str, job_id: str) -> JobOutput | None:
     if any(sizes.get(name) != size for name, size in named.items()):
         return None
     manifest.report.job_id = job_id
-    return _output(prefix, manifests[0], manifest, manifest.report)
+    return Published(_output(prefix, manifests[0], manifest, manifest.report), manifest)
 
 
 def read_manifest(storage: Storage, ref: str) -> Manifest:

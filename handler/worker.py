@@ -299,14 +299,14 @@ def _take(storage: Storage, job: JobInput, run: str) -> bool:
 
 def _late_answer(storage: Storage, job: JobInput) -> dict[str, Any]:
     """What a run answers that found the attempt claimed. Raises the error that the first one ended in."""
-    output = published(storage, job.output_prefix, job.job_id)
-    if output is not None:
-        return dict(msgspec.to_builtins(output))
+    found = published(storage, job.output_prefix, job.job_id)
+    if found is not None:
+        return dict(msgspec.to_builtins(found.output))
     if claim.state(storage, job.output_prefix) == "held":
         return {"taken": True}
-    found = claim.read(storage, job.output_prefix)
-    if found is not None and found.closed:
-        raise export_error(found.error) if found.error else Canceled("the attempt was closed before it could run")
+    holder = claim.read(storage, job.output_prefix)
+    if holder is not None and holder.closed:
+        raise export_error(holder.error) if holder.error else Canceled("the attempt was closed before it could run")
     raise WorkerLost("an earlier run of this attempt ended without an answer")
 
 
@@ -316,8 +316,8 @@ def _withdraw(storage: Storage, job: JobInput, error: ExportError) -> JobOutput 
     there = claim.read(storage, prefix) is not None  # else all was removed together with the job
     if there:
         claim.close(storage, prefix, force=True, error=job_error(error))
-    if (output := published(storage, prefix, job.job_id)) is not None:
-        return output
+    if (found := published(storage, prefix, job.job_id)) is not None:
+        return found.output
     storage.delete(prefix)
     if there:
         claim.close(storage, prefix, force=True, error=job_error(error))

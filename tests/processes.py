@@ -43,7 +43,7 @@ def serving(root: Path, *, key: str | None = None) -> Iterator[str]:
         env["MEMVID_EXPORT_API_KEY"] = key
     arguments = [COMMAND, "serve"] + ([] if key else ["--dev"])
     url = f"http://127.0.0.1:{port}"
-    with _running(arguments, root.with_name(root.name + ".log"), _env(env), f"{url}/readyz"):
+    with running(arguments, root.with_name(root.name + ".log"), _env(env), f"{url}/readyz"):
         yield url
 
 
@@ -64,7 +64,7 @@ def gitnexus(repository: Path, home: Path, name: str) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = [GITNEXUS, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    with _running(arguments, home / "serve.log", env, f"{url}/api/health"):
+    with running(arguments, home / "serve.log", env, f"{url}/api/health"):
         yield url
 
 
@@ -82,7 +82,10 @@ def _env(more: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _running(arguments: Sequence[object], log: Path, env: Mapping[str, str], health: str) -> Iterator[None]:
+def running(
+    arguments: Sequence[object], log: Path, env: Mapping[str, str], url: str, *, well: bool = True
+) -> Iterator[None]:
+    """A program from when it answers at ``url``, with a success if it is to be ``well``, until it is ended here."""
     with log.open("wb") as output:
         process = subprocess.Popen([*map(str, arguments)], stdout=output, stderr=subprocess.STDOUT, env=dict(env))
     try:
@@ -90,7 +93,7 @@ def _running(arguments: Sequence[object], log: Path, env: Mapping[str, str], hea
             if process.poll() is not None:
                 break
             try:
-                if httpx.get(health, timeout=2).is_success:
+                if httpx.get(url, timeout=2).is_success or not well:
                     yield
                     return
             except httpx.TransportError:

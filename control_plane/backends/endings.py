@@ -10,14 +10,13 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import JobOutput, Progress, Report, Stage, Status
+from common.contract import JobOutput, Manifest, Progress, Report, Stage, Status
 from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
 from control_plane.backends.port import Means
 from control_plane.jobs.database import db_now
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import now_ms
 from handler.claim import NAMES
-from handler.job import read_manifest
 from handler.protocol import job_error
 
 log = structlog.get_logger()
@@ -27,8 +26,6 @@ SETTLE_SECONDS = 1.0
 BACK_OFF_SECONDS = 1.0
 """Before the second attempt after an error that may pass; doubled for each further one, up to the maximum."""
 MAX_BACK_OFF_SECONDS = 60.0
-TIMEOUTS = 2
-"""Attempts that may run out of time; the second one gets twice as long."""
 
 
 class Endings:
@@ -50,9 +47,8 @@ class Endings:
         self.stopping = False
         """The server stops: what the database cannot take now is settled by whoever drives the job next."""
 
-    async def complete(self, job: JobRecord, output: JobOutput) -> bool:
+    async def complete(self, job: JobRecord, output: JobOutput, manifest: Manifest) -> bool:
         """The attempt has published its files; False if the job has ended otherwise."""
-        manifest = await asyncio.to_thread(read_manifest, self._storage, output.manifest_ref)
         now = now_ms()
         report = msgspec.convert(output.metrics, Report)
         report.backend, report.attempts = self._backend, job.attempt
@@ -173,12 +169,10 @@ class Endings:
         """All but the claim, which keeps a late run of this attempt from starting."""
         prefix = self._layout.output_prefix(job.id, job.attempt)
         try:
-            if not any(found.ref.removeprefix(prefix) in NAMES for found in self._storage.found(prefix)):
-                self._storage.delete(prefix)
-                return
-            for found in self._storage.found(prefix):
-                if found.ref.removeprefix(prefix) not in NAMES:
-                    self._storage.delete(found.ref)
+            left = [found.ref for found in self._storage.found(prefix)]
+            files = [ref for ref in left if ref.removeprefix(prefix) not in NAMES]
+            for ref in files if len(files) < len(left) else [prefix]:
+                self._storage.delete(ref)
         except ExportError as error:
             log.warning("files stay until the next sweep", ref=prefix, reason=error.message)
 

@@ -17,7 +17,7 @@ from control_plane.backends.port import Means
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
-from handler.job import published
+from handler.job import published, read_manifest
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import Done, Message, Reported, Run
@@ -79,13 +79,13 @@ class LegacyVps:
     async def _resume(self, job: JobRecord) -> None:
         """A job whose server is gone, and with it the child that ran it."""
         prefix = self._layout.output_prefix(job.id, job.attempt)
-        output = await asyncio.to_thread(published, self._storage, prefix, job.id)
-        if output is None:
+        found = await asyncio.to_thread(published, self._storage, prefix, job.id)
+        if found is None:
             await self._over(job, WorkerLost("the server stopped while the export was running"))
             return
         if job.status == "queued":  # Handed to a platform, which nobody has asked since.
             await self._store.start(job.id, job.attempt, at=now_ms())
-        await self._endings.complete(job, output)
+        await self._endings.complete(job, found.output, found.manifest)
 
     def _give_up(self, job_id: str) -> None:
         if (child := self._children.get(job_id)) is not None:
@@ -149,7 +149,9 @@ class LegacyVps:
             child = await self._pool.acquire(job.id)
             self._children[job.id] = child
             try:
-                await self._endings.complete(job, await self._drive(child, job))
+                output = await self._drive(child, job)
+                manifest = await asyncio.to_thread(read_manifest, self._storage, output.manifest_ref)
+                await self._endings.complete(job, output, manifest)
             except ExportError as error:
                 await self._over(job, error)
             except Exception as error:

@@ -14,6 +14,7 @@ import httpx
 import msgspec
 
 from common.errors import ExportError
+from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
 
 WINDOW_SECONDS = 10.0
@@ -26,14 +27,6 @@ MAX_ANSWER_BYTES = 20 << 20
 Word = Literal["IN_QUEUE", "IN_PROGRESS", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 RUNNING: frozenset[Word] = frozenset({"IN_PROGRESS", "RUNNING"})
 ENDED: frozenset[Word] = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
-
-
-class RunpodAway(ExportError):
-    """The platform cannot be reached, is overloaded, answers nonsense, or does not know the key or the endpoint; the
-    same request may work later."""
-
-    code: ClassVar[str] = "BACKEND_AWAY"
-    retryable: ClassVar[bool] = True
 
 
 class RunpodRefused(ExportError):
@@ -142,13 +135,13 @@ class RunpodApi:
         turn.worked()
         self._failing_since = None
 
-    def _away(self, turn: _Route, reason: str, retry_after: str | None = None) -> RunpodAway:
+    def _away(self, turn: _Route, reason: str, retry_after: str | None = None) -> PlatformUnavailable:
         turn.failed(retry_after)
         self.reason = reason
         self._failed_at = asyncio.get_running_loop().time()
         if self._failing_since is None:
             self._failing_since = self._failed_at
-        return RunpodAway(reason)
+        return PlatformUnavailable(reason)
 
 
 async def _body(answer: httpx.Response) -> bytes:

@@ -33,12 +33,13 @@ from common.graph.names import capsule_file_name
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
 from control_plane.backends.port import Means
-from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, RunpodAway, RunpodRefused
+from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, RunpodRefused
+from control_plane.errors import PlatformUnavailable
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
 from control_plane.operations.profiles import Profile, Profiles
 from handler import claim
-from handler.job import published, read_manifest, ref_of
+from handler.job import Published, published, ref_of
 from handler.pool import WorkerPool
 from handler.protocol import export_error
 
@@ -180,7 +181,7 @@ class RunpodQueue:
         for _ in range(10):
             try:
                 await self._api.cancel(runpod_id)
-            except RunpodAway:
+            except PlatformUnavailable:
                 continue  # The route itself pauses.
             except RunpodRefused as error:
                 log.warning("a canceled job goes on at Runpod", job_id=job_id, reason=error.message)
@@ -244,7 +245,7 @@ class RunpodQueue:
                     body = msgspec.to_builtins(await asyncio.to_thread(self._input, job, timeout_ms, profile.ttl_ms))
                     answer = await self._api.run(body, policy, self._webhook(job))
                     break
-                except (RunpodAway, StorageFailed) as error:
+                except (PlatformUnavailable, StorageFailed) as error:
                     log.warning("a job cannot be handed over yet", job_id=job.id, reason=error.message)
                     if not await self._still(job):
                         return
@@ -362,7 +363,7 @@ class RunpodQueue:
         assert job.runpod_id is not None
         try:
             answer = await self._api.status(job.runpod_id)
-        except (RunpodAway, RunpodRefused) as error:
+        except (PlatformUnavailable, RunpodRefused) as error:
             if self._past(job):
                 await self._over(tracked, None)
             elif isinstance(error, RunpodRefused):
@@ -464,14 +465,15 @@ class RunpodQueue:
 
     async def _completed(self, tracked: _Tracked, answer: JobStatus | None) -> bool:
         """Complete the job if the attempt has published; CapsuleUnreadable and GateFailed say that it is not whole."""
-        output = await asyncio.to_thread(self._published, tracked.job)
-        if output is None:
+        found = await asyncio.to_thread(self._published, tracked.job)
+        if found is None:
             return False
+        output, manifest = found
         if await self._started(tracked, answer):
             if answer is not None and isinstance(answer.output, dict):
                 await self._tell(tracked, answer.output.get("progress"))
                 output = _with_timings(output, answer.output)
-            await self._endings.complete(tracked.job, output)
+            await self._endings.complete(tracked.job, output, manifest)
             self._untrack(tracked)
         return True
 
@@ -480,13 +482,13 @@ class RunpodQueue:
         if pause is not None:
             asyncio.get_running_loop().call_later(pause, self.wake)
 
-    def _published(self, job: JobRecord) -> JobOutput | None:
+    def _published(self, job: JobRecord) -> Published | None:
         """What the attempt published, every byte compared with its manifest. Raises GateFailed where they differ."""
         prefix = self._layout.output_prefix(job.id, job.attempt)
-        output = published(self._storage, prefix, job.id)
-        if output is None:
+        found = published(self._storage, prefix, job.id)
+        if found is None:
             return None
-        manifest = read_manifest(self._storage, output.manifest_ref)
+        manifest = found.manifest
         if manifest.report.input.sha256 != job.payload_sha256:
             raise GateFailed("the worker exported another payload", probe="payload_sha256")
         files = [(part.file_name, part.size_bytes, part.sha256) for part in manifest.parts]
@@ -497,7 +499,7 @@ class RunpodQueue:
                 digest.update(piece)
             if digest.hexdigest() != sha256:
                 raise GateFailed(f"{name} in storage is not what its manifest says (SHA-256)", probe="sha256")
-        return output
+        return found
 
     async def _kept(self, ask: Any, *arguments: object) -> Any:
         """Ask the store until it answers."""

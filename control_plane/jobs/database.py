@@ -12,7 +12,7 @@ from alembic.config import Config
 from psycopg.abc import Buffer
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
-from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
@@ -36,7 +36,7 @@ MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 
 NOTICES, COMMITTED = "notices", "committed notices"
 
-AWAY = (OperationalError, InterfaceError, PendingRollbackError, PoolTimeout)
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
 
 POSTGRES_OPTIONS = (
@@ -164,7 +164,8 @@ def _commits(connection: Connection) -> None:
 
 
 def _rolls_back(connection: Connection) -> None:
-    connection.info.pop(NOTICES, None)
+    if not connection.invalidated:  # asking one that was lost raises, in place of why it was lost or of a cancellation
+        connection.info.pop(NOTICES, None)
 
 
 def postgres_arguments(url: URL) -> dict[str, Any]:

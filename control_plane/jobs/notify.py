@@ -2,12 +2,12 @@
 
 Inside the transaction that appends events of a job, the store calls
 
-    await announce(connection, job_id, last_seq)
+    announce(connection, job_id, last_seq)
 
 and wherever there is work for whoever drives jobs (a job was queued, a webhook gave a hint),
 
-    await announce_wake(connection)            # look into the queue
-    await announce_wake(connection, job_id)    # look at this job
+    announce_wake(connection)            # look into the queue
+    announce_wake(connection, job_id)    # look at this job
 
 On PostgreSQL the other replicas hear of both soon after the commit, and of neither after a rollback. On SQLite, where
 one process is alone, they do nothing. A replica does not hear itself: it calls its own hub and backend directly.
@@ -47,15 +47,16 @@ LOOKED_AT = 500
 """Jobs asked for in one query."""
 PROBE_SECONDS = 10.0
 """After so long without word the connection is tried."""
+CANCEL_SECONDS = 1.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 5.0
 
 
-async def announce(connection: AsyncConnection, job_id: str, last_seq: int) -> None:
+def announce(connection: AsyncConnection, job_id: str, last_seq: int) -> None:
     """Tell the other replicas, once this transaction is committed, that a job has events up to ``last_seq``."""
     tell_others(connection, f"events {job_id}", last_seq)
 
 
-async def announce_wake(connection: AsyncConnection, job_id: str | None = None) -> None:
+def announce_wake(connection: AsyncConnection, job_id: str | None = None) -> None:
     """Tell the other replicas, once this transaction is committed, to look at a job, or into the queue."""
     tell_others(connection, f"wake {job_id or '-'}")
 
@@ -81,9 +82,11 @@ class Notifier:
 
     async def stop(self) -> None:
         """Listen no more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = set(self._tasks)
+        while left:  # again, as a connection that breaks meanwhile raises in place of the cancellation
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=CANCEL_SECONDS)
 
     async def _listen(self) -> None:
         wait = FIRST_WAIT_SECONDS

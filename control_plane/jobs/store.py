@@ -104,7 +104,7 @@ class JobStore:
             if queued is not None and queued > self._capacity:
                 raise self._full()
             record = JobRecord.of(row)
-            await announce_wake(connection)
+            announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
 
     def _full(self) -> QueueUnavailable:
@@ -195,7 +195,7 @@ class JobStore:
     async def hint(self, job_id: str) -> None:
         """Let the replica that drives a job look at it."""
         async with self._database.write.begin() as connection:
-            await announce_wake(connection, job_id)
+            announce_wake(connection, job_id)
 
     async def submitted(self, job_id: str, attempt: int, runpod_id: str) -> JobRecord | None:
         """Note what the platform calls an attempt; None if that attempt is over."""

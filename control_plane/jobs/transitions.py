@@ -146,5 +146,5 @@ async def _append(connection: AsyncConnection, record: JobRecord, new: Sequence[
             for event in told
         ],
     )
-    await announce(connection, record.id, record.last_seq)
+    announce(connection, record.id, record.last_seq)
     return told

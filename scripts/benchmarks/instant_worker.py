@@ -31,7 +31,7 @@ def _publish(given: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for path in FILES:  # a store of files takes what it is given away
             STORAGE.put(Path(shutil.copy(path, folder)), given["output_prefix"] + path.name)
-    output = msgspec.to_builtins(published(STORAGE, given["output_prefix"], given["job_id"]))
+    output = msgspec.to_builtins(published(STORAGE, given["output_prefix"], given["job_id"]).output)
     with Path(os.environ["DONE"]).open("a") as done:
         done.write(f"{given['job_id']} {time.time()}\n")
     return output

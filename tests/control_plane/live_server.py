@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 from processes import COMMAND, free_port
+
+from control_plane.jobs.records import NewJob
 
 KEY = "test-key"
 TERMINAL = {"job_completed", "job_failed", "job_canceled", "job_expired"}
@@ -61,6 +64,22 @@ def graph(nodes: int = 3, *, name: str = "tiny", lines: int = 0, **more: Any) ->
 def large_graph(name: str = "large", nodes: int = 20_000) -> bytes:
     """A gzipped request that takes seconds to export."""
     return gzip.compress(json.dumps(graph(nodes, name=name, lines=12)).encode(), 1)
+
+
+def new_job(*, backend: str = "legacy_vps", weight: int = 1, sha256: str = "0" * 64) -> NewJob:
+    """A job for a store, whose payload is nowhere."""
+    return NewJob(
+        id=str(uuid.uuid4()),
+        backend=backend,
+        weight=weight,
+        session_id="s",
+        project_name="p",
+        payload_ref="file:///payload",
+        payload_sha256=sha256,
+        payload_size=1,
+        message="Queued",
+        meta={},
+    )
 
 
 class Server:

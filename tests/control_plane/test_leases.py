@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from live_server import new_job
 from sqlalchemy.exc import IntegrityError
 
 from common.contract import Progress
@@ -16,7 +16,7 @@ from common.errors import StorageFailed
 from control_plane.backends.leases import Leases
 from control_plane.jobs.database import Database
 from control_plane.jobs.hub import EventHub
-from control_plane.jobs.records import JobRecord, NewEvent, NewJob
+from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import JobStore
 
 
@@ -41,22 +41,6 @@ async def replicas(url: str) -> AsyncIterator[tuple[JobStore, JobStore]]:
         await database.close()
 
 
-def new_job() -> NewJob:
-    """A job whose payload is nowhere."""
-    return NewJob(
-        id=str(uuid.uuid4()),
-        backend="runpod_queue",
-        weight=1,
-        session_id="s",
-        project_name="p",
-        payload_ref="file:///payload",
-        payload_sha256="0" * 64,
-        payload_size=1,
-        message="Queued",
-        meta={},
-    )
-
-
 def back_in_the_queue() -> NewEvent:
     """What is told of an attempt that failed."""
     return NewEvent("stage_progress", Progress(stage="queued", progress=0, stage_progress=100, message="Again"))
@@ -76,7 +60,7 @@ def test_a_job_that_was_taken_without_word_of_it_is_driven_all_the_same(url: str
         async with replicas(url) as (store, _):
             leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
             await leases.start()
-            job, _new = await store.create(new_job())
+            job, _new = await store.create(new_job(backend="runpod_queue"))
             # The database has committed, and its answer is lost on the way.
             assert await store.hand_over() is not None
             async with asyncio.timeout(20):
@@ -99,7 +83,7 @@ def test_a_replica_starts_although_a_job_that_it_drove_cannot_be_taken_up_yet(ur
             driven.append(job.id)
 
         async with replicas(url) as (store, _):
-            jobs = {(await store.create(new_job()))[0].id for _n in range(3)}
+            jobs = {(await store.create(new_job(backend="runpod_queue")))[0].id for _n in range(3)}
             for _n in jobs:
                 await store.hand_over()
             leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
@@ -117,7 +101,7 @@ def test_a_replica_starts_although_a_job_that_it_drove_cannot_be_taken_up_yet(ur
 def test_an_attempt_that_two_replicas_saw_fail_goes_back_to_the_queue_once(url: str) -> None:
     async def inside() -> None:
         async with replicas(url) as (first, second):
-            job, _ = await first.create(new_job())
+            job, _ = await first.create(new_job(backend="runpod_queue"))
             assert await first.hand_over() is not None
             assert await first.start(job.id, 1, at=0) is not None
             moves = [await store.move(job.id, "queued", back_in_the_queue(), attempt=1) for store in (first, second)]
@@ -134,7 +118,7 @@ def test_an_attempt_that_two_replicas_saw_fail_goes_back_to_the_queue_once(url: 
 def test_an_error_of_the_database_does_not_tell_the_secret_of_a_webhook(url: str) -> None:
     async def inside() -> None:
         async with replicas(url) as (store, _):
-            given = new_job()
+            given = new_job(backend="runpod_queue")
             job, _new = await store.create(given)
             with pytest.raises(IntegrityError) as told:
                 await store.create(given)

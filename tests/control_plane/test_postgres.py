@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from live_server import Server, graph, large_graph
+from live_server import Server, graph, large_graph, new_job
 from postgres import Postgres
 from sqlalchemy import func, select, text
-from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError, ProgrammingError, SQLAlchemyError
 
 from common.contract import Progress
 from control_plane.exports.stream import PING, lines, with_pings
-from control_plane.jobs.database import AWAY, Database
+from control_plane.jobs.database import AWAY, POSTGRES_WRITERS, Database
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.notify import Notifier, announce, announce_wake
-from control_plane.jobs.records import JobRecord, NewEvent, NewJob
+from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import JobStore
 from control_plane.jobs.tables import jobs
 
@@ -44,7 +43,7 @@ class Replica:
 
     async def wake_others(self, job_id: str | None = None) -> None:
         async with self.database.write.begin() as connection:
-            await announce_wake(connection, job_id)
+            announce_wake(connection, job_id)
 
     async def follow(self, job: JobRecord) -> bytes:
         """The whole event stream of a job."""
@@ -93,19 +92,7 @@ def _failed() -> NewEvent:
 
 
 async def _queued(store: JobStore) -> str:
-    new = NewJob(
-        id=str(uuid.uuid4()),
-        backend="legacy_vps",
-        weight=1,
-        session_id="s",
-        project_name="p",
-        payload_ref="file:///payload",
-        payload_sha256="0" * 64,
-        payload_size=1,
-        message="Queued",
-        meta={},
-    )
-    return (await store.create(new))[0].id
+    return (await store.create(new_job()))[0].id
 
 
 async def _running(store: JobStore) -> JobRecord:
@@ -191,12 +178,12 @@ def test_word_comes_with_the_commit_to_the_others_and_to_nobody_after_a_rollback
             second.hub.listen("some-job") as other,
         ):
             async with first.database.write.connect() as connection:
-                await announce(connection, "some-job", 9)
-                await announce_wake(connection, "never")
+                announce(connection, "some-job", 9)
+                announce_wake(connection, "never")
                 await connection.rollback()
             async with first.database.write.begin() as connection:
-                await announce(connection, "some-job", 7)
-                await announce_wake(connection, "hint")
+                announce(connection, "some-job", 7)
+                announce_wake(connection, "hint")
             assert await second.heard("hint") == []
             assert other.known == 7
             await second.wake_others("back")
@@ -225,6 +212,46 @@ def test_a_replica_whose_connections_were_cut_hears_again_and_its_streams_miss_n
             end = await writer.store.move(job.id, "failed", _failed())
             assert end is not None
             assert await stream == list(range(1, end.last_seq + 1))
+
+    asyncio.run(inside())
+
+
+def test_a_connection_that_is_cut_inside_a_transaction_says_so_and_leaves_its_place_in_the_pool(
+    postgres_url: str, postgres_server: Postgres
+) -> None:
+    async def inside() -> None:
+        database = Database(postgres_url)
+
+        async def cut() -> None:
+            async with database.write.begin() as connection:
+                await connection.execute(text("SELECT 1"))
+                await asyncio.to_thread(postgres_server.cut, postgres_url)
+                await connection.execute(text("SELECT 2"))
+
+        for _ in range(POSTGRES_WRITERS + 1):
+            with pytest.raises(OperationalError):
+                await cut()
+        async with database.write.begin() as connection:
+            assert await connection.scalar(text("SELECT 3")) == 3
+        await database.close()
+
+    asyncio.run(inside())
+
+
+def test_a_statement_that_is_cancelled_raises_nothing_else(postgres_url: str) -> None:
+    async def inside() -> None:
+        database = Database(postgres_url)
+
+        async def sleep() -> None:
+            async with database.write.begin() as connection:
+                await connection.execute(text("SELECT pg_sleep(60)"))
+
+        sleeps = asyncio.create_task(sleep())
+        await asyncio.sleep(0.5)
+        sleeps.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sleeps
+        await database.close()
 
     asyncio.run(inside())
 

@@ -21,9 +21,9 @@ from control_plane.backends.runpod_api import (
     MAX_ANSWER_BYTES,
     TIMEOUT_SECONDS,
     RunpodApi,
-    RunpodAway,
     RunpodRefused,
 )
+from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
 
 QUEUED = {"id": "job-1", "status": "IN_QUEUE"}
@@ -142,7 +142,7 @@ def test_a_platform_that_is_away_is_asked_again_after_a_pause(route: str, answer
     async def inside() -> None:
         async with site() as (found, api):
             found.answers = [answer]
-            with pytest.raises(RunpodAway, match=reason):
+            with pytest.raises(PlatformUnavailable, match=reason):
                 await call(api, route)
             assert api.away_seconds > 0
             await call(api, route)
@@ -161,7 +161,7 @@ def test_an_answer_that_makes_no_sense_is_no_answer(route: str, body: object) ->
     async def inside() -> None:
         async with site() as (found, api):
             found.answers = [said(200, body)]
-            with pytest.raises(RunpodAway, match="makes no sense"):
+            with pytest.raises(PlatformUnavailable, match="makes no sense"):
                 await call(api, route)
             assert api.away_seconds > 0
             await call(api, route)
@@ -174,7 +174,7 @@ def test_an_answer_without_end_is_given_up() -> None:
     async def inside() -> None:
         async with site() as (found, api):
             found.answers = [said(200, b" " * (MAX_ANSWER_BYTES + 1))]
-            with pytest.raises(RunpodAway, match="cannot be reached"):
+            with pytest.raises(PlatformUnavailable, match="cannot be reached"):
                 await api.status("job-1")
 
     asyncio.run(inside())
@@ -198,7 +198,7 @@ def test_an_answer_that_drips_is_given_up() -> None:
         server = await asyncio.start_server(drip, "127.0.0.1", 0)
         api = RunpodApi(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v2", "ep", "secret-key", Metrics())
         async with server, asyncio.timeout(2 * TIMEOUT_SECONDS):
-            with pytest.raises(RunpodAway, match="cannot be reached"):
+            with pytest.raises(PlatformUnavailable, match="cannot be reached"):
                 await api.status("job-1")
             await gone.wait()
         await api.close()
@@ -210,7 +210,7 @@ def test_the_pause_is_as_long_as_the_platform_asks_and_holds_for_all_who_ask_the
     async def inside() -> None:
         async with site() as (found, api):
             found.answers = [said(429, b"", Retry_After="2")]
-            with pytest.raises(RunpodAway):
+            with pytest.raises(PlatformUnavailable):
                 await api.status("job-1")
             await asyncio.gather(*(api.status("job-1") for _ in range(3)), api.cancel("job-1"))
             asked = [path.split("/")[3] for _, path, _, _ in found.came]
@@ -225,10 +225,10 @@ def test_the_pause_grows_while_requests_fail_and_is_short_again_after_one_that_w
         async with site() as (found, api):
             found.answers = [said(500)] * 4 + [said(200, QUEUED), said(500)]
             for _ in range(4):
-                with pytest.raises(RunpodAway):
+                with pytest.raises(PlatformUnavailable):
                     await api.run({}, {}, None)
             await api.run({}, {}, None)
-            with pytest.raises(RunpodAway):
+            with pytest.raises(PlatformUnavailable):
                 await api.run({}, {}, None)
             await api.run({}, {}, None)
             gaps = [after - before for before, after in zip(found.at, found.at[1:], strict=False)]
@@ -256,7 +256,7 @@ def test_a_wrong_key_is_an_outage_that_jobs_wait_for(code: int) -> None:
     async def inside() -> None:
         async with site() as (found, api):
             found.answers = [said(code, {"error": "because"})]
-            with pytest.raises(RunpodAway, match="RUNPOD_API_KEY"):
+            with pytest.raises(PlatformUnavailable, match="RUNPOD_API_KEY"):
                 await api.run({}, {}, None)
             assert "RUNPOD_API_KEY" in api.reason
             assert api.away_seconds > 0
@@ -270,7 +270,7 @@ def test_a_job_that_is_not_known_is_none_and_an_endpoint_that_is_not_known_is_an
             found.usual = said(404, {"error": "not found"})
             assert await api.status("job-1") is None
             await api.cancel("job-1")
-            with pytest.raises(RunpodAway, match="no such endpoint"):
+            with pytest.raises(PlatformUnavailable, match="no such endpoint"):
                 await api.run({}, {}, None)
 
     asyncio.run(inside())
@@ -323,7 +323,7 @@ def test_it_follows_a_job_of_a_local_runpod() -> None:
             await api.run({}, {"executionTimeout": 1}, None)
         await api.close()
         for wrong in (RunpodApi(base, endpoint, "wrong", Metrics()), RunpodApi(base, "wrong", key, Metrics())):
-            with pytest.raises(RunpodAway):
+            with pytest.raises(PlatformUnavailable):
                 await wrong.run({}, {}, None)
             await wrong.close()
 

@@ -7,12 +7,12 @@ import dataclasses
 import random
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from live_server import new_job
 from sqlalchemy import inspect, select
 
 from common.contract import Event, Progress, Stage
@@ -21,7 +21,7 @@ from control_plane.errors import QueueUnavailable
 from control_plane.exports.stream import lines
 from control_plane.jobs.database import Database, db_now
 from control_plane.jobs.hub import EventHub
-from control_plane.jobs.records import TERMINAL_EVENTS, JobRecord, NewEvent, NewJob
+from control_plane.jobs.records import TERMINAL_EVENTS, JobRecord, NewEvent
 from control_plane.jobs.store import JobStore
 from control_plane.jobs.tables import metadata
 from control_plane.jobs.transitions import ALLOWED
@@ -51,21 +51,6 @@ def _run(url: str, scenario: Callable[[JobStore], Awaitable[None]], capacity: in
             await scenario(store)
 
     asyncio.run(inside())
-
-
-def _new(weight: int = 1, sha256: str = "0" * 64) -> NewJob:
-    return NewJob(
-        id=str(uuid.uuid4()),
-        backend="legacy_vps",
-        weight=weight,
-        session_id="s",
-        project_name="p",
-        payload_ref="file:///payload",
-        payload_sha256=sha256,
-        payload_size=1,
-        message="Queued",
-        meta={},
-    )
 
 
 def _step(progress: int, stage: Stage = "write_capsule") -> NewEvent:
@@ -109,7 +94,7 @@ def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(url: str, seed: i
     chance = random.Random(seed)
 
     async def scenario(store: JobStore) -> None:
-        record, _ = await store.create(_new())
+        record, _ = await store.create(new_job())
         job = await store.claim(max_weight=None)
         assert job is not None
         assert job.id == record.id
@@ -136,7 +121,7 @@ def test_whoever_writes_at_once_the_log_has_no_gap_and_one_end(url: str, seed: i
 
 def test_of_fifty_writers_at_once_each_is_heard_once_and_one_ends_the_job(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        await store.create(_new())
+        await store.create(new_job())
         job = await store.claim(max_weight=None)
         assert job is not None
         end = NewEvent("job_failed", Progress(stage="failed", progress=0, stage_progress=0, message="failed"))
@@ -155,7 +140,7 @@ def test_of_fifty_writers_at_once_each_is_heard_once_and_one_ends_the_job(url: s
 
 def test_steps_that_two_replicas_have_read_are_told_once(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        await store.create(_new())
+        await store.create(new_job())
         job = await store.claim(max_weight=None)
         assert job is not None
         steps = [_step(10), _step(20)]
@@ -170,7 +155,7 @@ def test_steps_that_two_replicas_have_read_are_told_once(url: str) -> None:
 def test_names_hold_any_character_but_that_of_which_a_database_knows_nothing(url: str) -> None:
     async def scenario(store: JobStore) -> None:
         names = "a\x00b", "\u2028 ' \" % :x \\ \U0001f600"
-        jobs = [(await store.create(dataclasses.replace(_new(), project_name=name)))[0] for name in names]
+        jobs = [(await store.create(dataclasses.replace(new_job(), project_name=name)))[0] for name in names]
         assert [job.project_name for job in jobs][1] == names[1]
         assert jobs[0].project_name in ("a\x00b", "a\ufffdb")
         for text in ("\x00", "a\x00", "' OR 1=1 --"):
@@ -199,7 +184,7 @@ def test_a_stream_gives_each_event_once_and_in_order_whatever_it_was_told(url: s
     chance = random.Random(seed)
 
     async def scenario(store: JobStore) -> None:
-        await store.create(_new())
+        await store.create(new_job())
         job = await store.claim(max_weight=None)
         assert job is not None
         hub = EventHub()
@@ -246,7 +231,7 @@ def test_what_may_follow_what_is_held_by_the_database(url: str) -> None:
         event = NewEvent("stage_progress", Progress(stage="queued", progress=0, stage_progress=0, message="x"))
         for source, targets in ALLOWED.items():
             for target in ALLOWED:
-                job, _ = await store.create(_new())
+                job, _ = await store.create(new_job())
                 for step in paths[source]:
                     assert await store.move(job.id, step, event) is not None  # type: ignore[arg-type]
                 if source == target == "queued":  # One that nobody drives is there already.
@@ -259,7 +244,7 @@ def test_what_may_follow_what_is_held_by_the_database(url: str) -> None:
 
 def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        await store.create(_new())
+        await store.create(new_job())
         first = await store.claim(max_weight=None)
         assert first is not None
         assert await store.advance(first.id, 1, [_step(30), _step(70)])
@@ -280,8 +265,8 @@ def test_progress_of_a_second_attempt_never_shows_less_than_the_first_reached(ur
 
 def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        large = (await store.create(_new(weight=1_000)))[0].id
-        small = [(await store.create(_new(weight=10)))[0].id for _ in range(5)]
+        large = (await store.create(new_job(weight=1_000)))[0].id
+        small = [(await store.create(new_job(weight=10)))[0].id for _ in range(5)]
         first = await store.claim(max_weight=100)
         assert first is not None
         assert first.id == small[0]
@@ -295,7 +280,7 @@ def test_each_job_is_claimed_once_the_oldest_first_and_by_its_size(url: str) -> 
 
 def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        results = await asyncio.gather(*(store.create(_new()) for _ in range(10)), return_exceptions=True)
+        results = await asyncio.gather(*(store.create(new_job()) for _ in range(10)), return_exceptions=True)
         assert sum(isinstance(result, QueueUnavailable) for result in results) == 7
         assert await store.counts() == {"queued": 3}
         assert (await store.queued(None))[0] == 3
@@ -305,11 +290,11 @@ def test_the_queue_takes_no_more_than_its_capacity_even_in_parallel(url: str) ->
 
 def test_a_key_stands_for_one_body(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        results = await asyncio.gather(*(store.create(_new(), "key") for _ in range(6)))
+        results = await asyncio.gather(*(store.create(new_job(), "key") for _ in range(6)))
         assert len({job.id for job, _ in results}) == 1
         assert sum(new for _, new in results) == 1
         with pytest.raises(InvalidRequest):
-            await store.create(_new(sha256="1" * 64), "key")
+            await store.create(new_job(sha256="1" * 64), "key")
         assert await store.counts() == {"queued": 1}
 
     _run(url, scenario)
@@ -317,8 +302,8 @@ def test_a_key_stands_for_one_body(url: str) -> None:
 
 def test_old_records_are_forgotten_with_all_that_belongs_to_them(url: str) -> None:
     async def scenario(store: JobStore) -> None:
-        job, _ = await store.create(_new(), "key")
-        waiting, _ = await store.create(_new())
+        job, _ = await store.create(new_job(), "key")
+        waiting, _ = await store.create(new_job())
         await store.move(job.id, "canceled", NewEvent("job_canceled", _step(0, "canceled").progress))
         assert await store.forget(0) == 0
         assert await store.forget(2**62) == 1

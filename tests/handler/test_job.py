@@ -58,8 +58,9 @@ def test_a_published_attempt_is_recognised_and_says_the_same(tmp_path: Path) -> 
     found = published(FileStorage([tmp_path]), (tmp_path / "out" / "1").as_uri() + "/", "job")
     assert found is not None
     names = ("artifact_ref", "sidecar_ref", "manifest_ref", "sha256", "size_bytes")
-    assert [getattr(found, name) for name in names] == [getattr(output, name) for name in names]
-    assert found.metrics["jobId"] == "job"
+    assert [getattr(found.output, name) for name in names] == [getattr(output, name) for name in names]
+    assert found.output.metrics["jobId"] == "job"
+    assert found.manifest.capsule_sha256 == output.sha256
     assert not (tmp_path / "scratch").exists()
 
 

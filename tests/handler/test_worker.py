@@ -461,7 +461,7 @@ def test_a_worker_with_credentials_reads_from_a_bucket_and_publishes_there(s3: S
         assert good.objects() == [CAPSULE, f"{CAPSULE}.index.v1.sqlite", f"{CAPSULE}.manifest.json"]
         found = published(storage, good.prefix, "good")
         assert found is not None
-        assert found.sha256 == output.sha256 == _sha256(storage, output.artifact_ref)
+        assert found.output.sha256 == output.sha256 == _sha256(storage, output.artifact_ref)
 
         wrong = Place(tmp_path / "root", "wrong", storage, f"{s3.url}/with-keys")
         error = failure(runpod.result(runpod.submit(wrong.input(payload_sha256="0" * 64))))

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 from services import S3
-from storage.faulty import Proxy, proxy
+from storage.faulty import Proxy
 
 from common.contract import Links
 from common.errors import AccessDenied, InvalidRef, StorageFailed
 from common.storage import S3Config, Storage, StorageConfig, open_storage
-
-
-@pytest.fixture
-def prefix(s3: S3) -> str:
-    return f"{s3.url}/{uuid.uuid4()}/"
-
-
-@pytest.fixture
-def between(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that links lead through."""
-    with proxy(s3.endpoint) as faulty:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", faulty.url)
-        yield faulty
 
 
 @pytest.fixture

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import boto3
 import pytest
 from services import S3
-from storage.faulty import Proxy, proxy
+from storage.faulty import Proxy
 
 from common.errors import AccessDenied, InvalidRef, InvalidSettings, StorageFailed
 from common.storage import S3Config, Storage, StorageConfig, open_storage
@@ -26,22 +24,9 @@ def data() -> bytes:
 
 
 @pytest.fixture
-def between(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy through which this process reaches the S3 server."""
-    with proxy(s3.endpoint) as faulty:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", faulty.url)
-        yield faulty
-
-
-@pytest.fixture
 def storage(s3: S3, between: Proxy) -> Storage:
     """A storage that goes through the proxy."""
     return open_storage(s3.config())
-
-
-@pytest.fixture
-def prefix(s3: S3) -> str:
-    return f"{s3.url}/{uuid.uuid4()}/"
 
 
 @pytest.fixture
