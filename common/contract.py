@@ -214,6 +214,13 @@ class JobInput(msgspec.Struct, kw_only=True):
     embedding_mode: str | None = None
     embedding_provider: str | None = None
     embedding_model: str | None = None
+    embedding_dimension: int | None = None
+    embedding_layout: str | None = None
+    embedding_what: list[str] | None = None
+    """``nodes``, ``files``, ``communities``, ``processes``, ``relations``; None: all but the last."""
+    embedding_max_tokens: int | None = None
+    embedding_max_usd: float | None = None
+    """Ceilings: a job whose estimate passes one is refused before the first call."""
     ollama_host: str | None = None
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     attempt: int = 1
@@ -302,15 +309,19 @@ class Timings(Wire, kw_only=True):
 
 
 class EmbeddingReport(Wire, kw_only=True):
-    """What the embedding engine did; ``cost_estimate`` in US dollars."""
+    """What the embedding engine did; ``tokens`` and ``cost_estimate`` (US dollars) without what a cache had."""
 
     provider: str | None = None
     model: str | None = None
+    revision: str | None = None
+    precision: str | None = None
+    layout: str | None = None
     texts: int = 0
     tokens: int = 0
     cache_hits: int = 0
     truncated: int = 0
     batches: int = 0
+    retries: int = 0
     cost_estimate: float = 0.0
 
 
@@ -392,7 +403,9 @@ class Manifest(Wire, kw_only=True):
     relation_frames: int
     vectors: int
     dimension: int | None
+    embedding_provider: str | None = None
     embedding_model: str | None
+    embedding_revision: str | None = None
     embedding_layout: str | None
     writer: WriterName
     readers: str

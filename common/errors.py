@@ -93,6 +93,26 @@ class EmbeddingFailed(ExportError):
     retryable = True
 
 
+class EmbeddingRefused(ExportError):
+    """Embedding would pass the ceiling of tokens or of money; ``details`` has the estimate and the ceiling."""
+
+    code = "EMBEDDING_REFUSED"
+    exit_code = 2
+
+
+class ProviderRejected(ExportError):
+    """A provider refuses for good (a key that is wrong or expired, a model it lacks), or its answers are of no use."""
+
+    code = "PROVIDER_REJECTED"
+
+
+class DeviceFailed(ExportError):
+    """A GPU is in a state that only a new process, or another machine, gets out of."""
+
+    code = "DEVICE_FAILED"
+    retryable = True
+
+
 class StorageFailed(ExportError):
     """Reading or writing staged bytes failed for now (disk full, peer gone, peer overloaded)."""
 

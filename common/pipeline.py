@@ -43,7 +43,7 @@ from common.contract import (
     Versions,
     WriterName,
 )
-from common.embedding.port import Embedder
+from common.embedding.port import Embedder, Model
 from common.errors import (
     CapacityExceeded,
     InvalidRequest,
@@ -293,8 +293,8 @@ class _Export:
             parts = plan(
                 self._graph,
                 generated_at=self._day,
-                layout=self._embedder.layout if self._embedder else None,
-                dimension=self._embedder.dimension if self._embedder else None,
+                layout=self._embedder.model.layout if self._embedder else None,
+                dimension=self._embedder.model.dimension if self._embedder else None,
                 capacity=self._capacity,
                 share=share,
             ).parts
@@ -312,7 +312,7 @@ class _Export:
         embedder = self._embedder
         self._report.embedding = EmbeddingReport()
         if embedder:
-            self._report.embedding = EmbeddingReport(provider=embedder.provider, model=embedder.model)
+            self._report.embedding = _about(embedder.model)
         for left_over in work.iterdir():
             left_over.unlink()
         sidecar = _SidecarThread(work / f"{name}.index.v1.sqlite", self._timings)
@@ -329,8 +329,8 @@ class _Export:
                     part = writer.open(
                         path,
                         timestamp=int(datetime.fromisoformat(self._day).timestamp()),
-                        model=embedder.model if embedder else None,
-                        dimension=embedder.dimension if embedder else None,
+                        model=embedder.model.name if embedder else None,
+                        dimension=embedder.model.dimension if embedder else None,
                         expected_frames=size,
                         capacity=self._capacity,
                         should_stop=self._should_stop,
@@ -370,7 +370,7 @@ class _Export:
 
     def _parts(self, parts: list[int], batch_frames: int) -> Iterator[tuple[int, Iterator[list[Frame]]]]:
         """Frames in batches, cut into parts; every part begins with the meta frames, so that each explains itself."""
-        layout = self._embedder.layout if self._embedder else None
+        layout = self._embedder.model.layout if self._embedder else None
         stream = frames(self._graph, generated_at=self._day, layout=layout)
         meta = list(islice(stream, META_FRAMES))
         done = len(meta)
@@ -424,14 +424,16 @@ class _Export:
         if self._embedder is None or not texts:
             return None
         with _Stage(self._timings, "embed"):
-            vectors, tokens, truncated = self._embedder.embed(texts)
+            embedded = self._embedder.embed(texts)
         totals = self._report.embedding
         totals.texts += len(texts)
-        totals.tokens += tokens
-        totals.truncated += truncated
-        totals.batches += 1
-        totals.cost_estimate = round(totals.tokens * self._embedder.price_per_million_tokens / 1e6, 6)
-        return vectors
+        totals.tokens += embedded.tokens
+        totals.cache_hits += embedded.cache_hits
+        totals.truncated += len(embedded.truncated)
+        totals.batches += embedded.batches
+        totals.retries += embedded.retries
+        totals.cost_estimate = round(totals.tokens * self._embedder.model.price_per_million_tokens / 1e6, 6)
+        return embedded.vectors
 
     def _counts(self, written: _Written) -> CapsuleReport:
         embedder = self._embedder
@@ -441,8 +443,8 @@ class _Export:
             node_frames=len(self._graph.nodes),
             relation_frames=len(self._graph.relations),
             vectors=sum(plan.vectors for plan in written.plans),
-            dimension=embedder.dimension if embedder else None,
-            model=embedder.model if embedder else None,
+            dimension=embedder.model.dimension if embedder else None,
+            model=embedder.model.name if embedder else None,
             parts=len(written.paths),
         )
 
@@ -540,13 +542,25 @@ class _Export:
             relation_frames=capsule.relation_frames,
             vectors=capsule.vectors,
             dimension=capsule.dimension,
+            embedding_provider=embedder.model.provider if embedder else None,
             embedding_model=capsule.model,
-            embedding_layout=embedder.layout if embedder else None,
+            embedding_revision=embedder.model.revision if embedder else None,
+            embedding_layout=embedder.model.layout if embedder else None,
             writer=writer.name,
             readers=writer.readers,
             versions=report.versions,
             report=report,
         )
+
+
+def _about(model: Model) -> EmbeddingReport:
+    return EmbeddingReport(
+        provider=model.provider,
+        model=model.name,
+        revision=model.revision,
+        precision=model.precision,
+        layout=model.layout,
+    )
 
 
 def _shown(path: Path) -> str:

@@ -73,8 +73,8 @@ def check_input(job: JobInput) -> None:
         )
     for field, value, known in (
         ("embedding_mode", job.embedding_mode, "local_cpu"),
-        ("embedding_provider", job.embedding_provider, StaticEmbedder.provider),
-        ("embedding_model", job.embedding_model, StaticEmbedder.model),
+        ("embedding_provider", job.embedding_provider, StaticEmbedder.model.provider),
+        ("embedding_model", job.embedding_model, StaticEmbedder.model.name),
     ):
         if value not in (None, known):
             raise InvalidRequest(f"{field} {value[:100]!r} is not known here", field=field, allowed=known)

@@ -300,7 +300,7 @@ def test_an_error_of_whom_progress_is_told_leaves_nothing(
 
 def test_a_failing_embedder_ends_the_export_with_its_own_error(example: Path, tmp_path: Path, gate: Gate) -> None:
     class Failing(StaticEmbedder):
-        def embed(self, texts: Any) -> Any:
+        def embed(self, texts: Any, **_: Any) -> Any:
             raise InvalidRequest("no model")
 
     with nothing_left(), pytest.raises(InvalidRequest, match="no model"):

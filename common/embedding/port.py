@@ -1,29 +1,76 @@
-"""The embedding port."""
+"""The embedding port: texts in, unit vectors out, and what that took."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+Purpose = Literal["document", "query"]
+"""Some models read a question differently from what it is to find."""
 
-class Embedder(Protocol):
-    """Turns texts into unit vectors; the same text gives the same vector in any batch."""
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides a vector beside its text: two engines of equal ``Model`` give the same vectors."""
 
     provider: str
-    model: str
+    name: str
+    revision: str
+    """Which weights: a hash of the files, a commit, or what the provider calls this version."""
     dimension: int
-    max_tokens: int
-    price_per_million_tokens: float
+    precision: str
+    """Of the arithmetic: ``float32``, ``bfloat16``, ``float16``, or the number format a provider answers in."""
     layout: str
-    """Name of the text layout that it wants (``frames.embed_text``); part of every cache key."""
+    """Name of the text layout that it wants (``frames.embed_text``)."""
+    max_tokens: int
+    """What a text has beyond is cut off."""
+    price_per_million_tokens: float = 0.0
+    """US dollars."""
 
-    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], int, int]:
-        """Answer ``(vectors, tokens, truncated)``: a float32 matrix of shape (len(texts), dimension) with rows of
-        unit length, the tokens read, and how many texts were cut at ``max_tokens``.
 
-        Raises EmbeddingFailed.
+class Embedded(NamedTuple):
+    """The answer to one call."""
+
+    vectors: NDArray[np.float32]
+    """Shape (texts, dimension), rows of unit length, in the order of the texts."""
+    tokens: int
+    """What the engine read; texts that came from a cache count nothing."""
+    truncated: list[int]
+    """Which texts were cut at the model's maximum, as far as the engine can tell."""
+    batches: int = 1
+    """Runs of the model, or requests to the provider that were answered."""
+    cache_hits: int = 0
+    retries: int = 0
+
+
+class Embedder(Protocol):
+    """Turns texts into unit vectors; the same text gives the same vector in any batch. Threads may share one."""
+
+    model: Model
+    group: int
+    """So many texts in one call fill the engine; more are fine."""
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        purpose: Purpose = "document",
+        should_stop: Callable[[], None] = lambda: None,
+    ) -> Embedded:
+        """Embed texts. ``should_stop`` is called ten times a second while this waits for anything slow (on the thread
+        that calls); what it raises ends the call.
+
+        Raises EmbeddingFailed, ProviderRejected, DeviceFailed.
         """
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens ``embed`` would read and pay for: exact for models that run here, else rather too many."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory, threads and connections; nothing is embedded afterwards."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from common.embedding.port import Embedded, Model, Purpose
 from common.errors import EmbeddingFailed
 
 _WEIGHTS = "weights/l2_supercat_256.safetensors"
@@ -36,26 +37,48 @@ def _load() -> tuple[NDArray[np.float32], Tokenizer]:
 class StaticEmbedder:
     """WordLlama ``l2_supercat`` in 256 dimensions; same vectors as ``WordLlama.embed(norm=True)``, in any batch."""
 
-    provider = "static"
-    model = "wordllama-l2-supercat-256"
-    dimension = 256
-    max_tokens = 4_096
-    price_per_million_tokens = 0.0
-    layout = "static-v1"
+    model = Model(
+        provider="static",
+        name="wordllama-l2-supercat-256",
+        revision="0.4.0",
+        dimension=256,
+        precision="float32",
+        layout="static-v1",
+        max_tokens=4_096,
+    )
+    group = _BATCH
 
-    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], int, int]:
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        purpose: Purpose = "document",
+        should_stop: Callable[[], None] = lambda: None,
+    ) -> Embedded:
         """See the port. A text without a single token gets the first axis, as there is no direction to normalise."""
-        weights, tokenizer = _load()
-        out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        tokens = truncated = 0
+        weights, _ = _load()
+        out = np.empty((len(texts), self.model.dimension), dtype=np.float32)
+        tokens, truncated = 0, []
         for start in range(0, len(texts), _BATCH):
-            chunk = list(texts[start : start + _BATCH])
-            ids = [encoded.ids for encoded in tokenizer.encode_batch_fast(chunk, add_special_tokens=False)]
-            truncated += sum(len(row) > self.max_tokens for row in ids)
-            ids = [row[: self.max_tokens] for row in ids]
+            should_stop()
+            ids = _ids(texts[start : start + _BATCH])
+            truncated += [start + row for row, found in enumerate(ids) if len(found) > self.model.max_tokens]
+            ids = [row[: self.model.max_tokens] for row in ids]
             tokens += sum(map(len, ids))
-            out[start : start + len(chunk)] = _pool(weights, ids)
-        return out, tokens, truncated
+            out[start : start + len(ids)] = _pool(weights, ids)
+        return Embedded(out, tokens, truncated, batches=-(-len(texts) // _BATCH))
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """See the port."""
+        return sum(min(len(row), self.model.max_tokens) for row in _ids(texts))
+
+    def close(self) -> None:
+        """Nothing: the weights stay for the next one."""
+
+
+def _ids(texts: Sequence[str]) -> list[list[int]]:
+    _, tokenizer = _load()
+    return [encoded.ids for encoded in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _pool(weights: NDArray[np.float32], ids: list[list[int]]) -> NDArray[np.float32]:

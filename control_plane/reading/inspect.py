@@ -114,8 +114,9 @@ def vectors(files: Files, sidecar: Sidecar) -> Vectors | None:
             model = reader.model
         if found is None:
             continue
-        if model != embedder.model:
-            raise InvalidRequest(f"The vectors are of model {model}; this machine has {embedder.model}", field="mode")
+        if model != embedder.model.name:
+            message = f"The vectors are of model {model}; this machine has {embedder.model.name}"
+            raise InvalidRequest(message, field="mode")
         positions.append(found[0] + sidecar.position(part, 0))
         matrices.append(found[1])
     return Vectors(np.concatenate(positions), np.concatenate(matrices), embedder) if positions else None

@@ -70,7 +70,7 @@ class Vectors:
         """(position, cosine) of the nearest frames, best first, equal ones by position. Raises EmbeddingFailed."""
         if not len(self.positions):
             return []
-        vectors, _, _ = self.embedder.embed([query])
+        vectors = self.embedder.embed([query], purpose="query").vectors
         # Rounded, so that the last bits of a sum, which depend on the machine, decide no order.
         scores = np.round(self.matrix @ vectors[0], 5)
         if allowed is not None:

@@ -28,7 +28,7 @@ def frames_of(path: Path, layout: str | None = "static-v1") -> list[Frame]:
 
 def vectors_of(given: list[Frame]) -> NDArray[np.float32]:
     """A vector for each frame that wants one."""
-    return StaticEmbedder().embed([frame.embed_text for frame in given if frame.embed_text is not None])[0]
+    return StaticEmbedder().embed([frame.embed_text for frame in given if frame.embed_text is not None]).vectors
 
 
 @pytest.fixture(scope="session")

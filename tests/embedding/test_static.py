@@ -42,7 +42,7 @@ def wordllama() -> Any:
 
 def test_vectors_equal_those_of_wordllama(texts: list[str], wordllama: Any) -> None:
     texts = [text for text in texts if text.strip("\0 \n\t")]  # of no token it makes no vector
-    ours, tokens, truncated = StaticEmbedder().embed(texts)
+    ours, tokens, truncated, *_ = StaticEmbedder().embed(texts)
     theirs = np.concatenate([wordllama.embed([text], norm=True) for text in texts])
     assert ours.shape == theirs.shape == (len(texts), 256)
     far = np.abs(ours - theirs).max(axis=1)
@@ -50,44 +50,44 @@ def test_vectors_equal_those_of_wordllama(texts: list[str], wordllama: Any) -> N
     assert far[[len(text) < 4_000 for text in texts]].max() < 1e-6
     assert far.max() < 1e-4
     assert tokens > 10 * len(texts)
-    assert truncated == 1
+    assert [texts[place] for place in truncated] == [max(texts, key=len)]
 
 
 def test_a_vector_depends_on_its_own_text_alone(texts: list[str]) -> None:
     embedder = StaticEmbedder()
-    together, tokens, _ = embedder.embed(texts)
+    together, tokens, *_ = embedder.embed(texts)
     order = list(range(len(texts)))
     random.Random(5).shuffle(order)
-    shuffled, same_tokens, _ = embedder.embed([texts[place] for place in order])
+    shuffled, same_tokens, *_ = embedder.embed([texts[place] for place in order])
     assert shuffled.tobytes() == together[order].tobytes()
     assert tokens == same_tokens
     for size in (1, 7, 512):
-        parts = [embedder.embed(texts[start : start + size])[0] for start in range(0, len(texts), size)]
+        parts = [embedder.embed(texts[start : start + size]).vectors for start in range(0, len(texts), size)]
         assert np.concatenate(parts).tobytes() == together.tobytes()
 
 
 def test_every_text_has_a_vector_of_unit_length(texts: list[str]) -> None:
-    vectors, _, _ = StaticEmbedder().embed(texts)
+    vectors = StaticEmbedder().embed(texts).vectors
     assert vectors.dtype == np.float32
     assert np.isfinite(vectors).all()
     assert np.allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=1e-6)
 
 
 def test_a_text_without_a_token_points_along_the_first_axis() -> None:
-    vectors, tokens, truncated = StaticEmbedder().embed([""])
+    vectors, tokens, truncated, *_ = StaticEmbedder().embed([""])
     assert vectors[0].tolist() == [1.0] + [0.0] * 255
-    assert (tokens, truncated) == (0, 0)
+    assert (tokens, truncated) == (0, [])
 
 
 def test_no_texts_give_an_empty_matrix() -> None:
-    vectors, tokens, truncated = StaticEmbedder().embed([])
+    vectors, tokens, truncated, *_ = StaticEmbedder().embed([])
     assert vectors.shape == (0, 256)
-    assert (tokens, truncated) == (0, 0)
+    assert (tokens, truncated) == (0, [])
 
 
-def test_what_is_longer_than_the_maximum_is_counted() -> None:
+def test_what_is_longer_than_the_maximum_is_named() -> None:
     embedder = StaticEmbedder()
-    vectors, tokens, truncated = embedder.embed(["word " * 5_000, "word"])
-    assert truncated == 1
+    vectors, tokens, truncated, *_ = embedder.embed(["word " * 5_000, "word"])
+    assert truncated == [0]
     assert tokens < 5_000
     assert vectors[0] @ vectors[1] > 0.9

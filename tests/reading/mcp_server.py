@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import uvicorn
 from litestar import Litestar
 from mcp.client import Client
@@ -52,8 +51,8 @@ def write_capsule(graph: Path, capsule: Path, *, vectors: bool) -> Path:
     writer = NativeWriter().open(
         capsule,
         timestamp=1,
-        model=embedder.model if embedder else None,
-        dimension=embedder.dimension if embedder else None,
+        model=embedder.model.name if embedder else None,
+        dimension=embedder.model.dimension if embedder else None,
         expected_frames=len(given),
     )
     for start in range(0, len(given), 1000):
@@ -61,7 +60,7 @@ def write_capsule(graph: Path, capsule: Path, *, vectors: bool) -> Path:
         matrix = None
         if embedder:
             texts = [frame.embed_text for frame in some if frame.embed_text is not None]
-            matrix = embedder.embed(texts)[0] if texts else np.empty((0, embedder.dimension), dtype=np.float32)
+            matrix = embedder.embed(texts).vectors
         writer.add(some, matrix)
     writer.finish()
     rebuild([capsule], capsule.with_name(f"{capsule.name}.index.v1.sqlite"))

@@ -40,7 +40,7 @@ def opened(real_graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     builder.finish("ab" * 32)
     embedded = [(at, frame.embed_text) for at, frame in enumerate(all_frames) if frame.embed_text is not None]
     embedder = StaticEmbedder()
-    matrix, _, _ = embedder.embed([text for _, text in embedded])
+    matrix = embedder.embed([text for _, text in embedded]).vectors
     with closing(Sidecar.open(path)) as sidecar:
         yield Opened(sidecar, Vectors(np.array([at for at, _ in embedded]), matrix, embedder))
 
