@@ -43,9 +43,12 @@ from common.contract import (
     Versions,
     WriterName,
 )
+from common.embedding.choice import Choice
 from common.embedding.port import Embedder, Model
 from common.errors import (
+    Canceled,
     CapacityExceeded,
+    EmbeddingRefused,
     InvalidRequest,
     StorageFailed,
     WriterFailed,
@@ -61,7 +64,7 @@ from common.progress import ProgressReporter
 from common.sidecar.build import SidecarBuilder
 
 AHEAD = 2
-"""Batches that are being embedded while the frames of the next one are made."""
+"""Groups of batches that are being embedded at once, while the frames of the next one are made."""
 SIDECAR_QUEUE = 16
 """Batches that may wait for the sidecar's thread."""
 PLANS = 4
@@ -90,6 +93,7 @@ def export(
     generated_at: str,
     writer: WriterName | None = None,
     embedder: Embedder | None = None,
+    choice: Choice = Choice(),  # noqa: B008 - immutable
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], None],
     capacity: int = CAPACITY_BYTES,
@@ -99,12 +103,14 @@ def export(
 
     ``generated_at`` is an ISO 8601 time in UTC; its day names the files and stamps the frames, so that the same graph
     gives the same bytes all day long. ``writer`` None takes the first of ``writers`` that works, and the report says
-    so when it is not the native one. ``embedder`` None exports without vectors. ``should_stop`` is called at least once
-    per batch of frames and ten times a second while waiting; what it raises ends the export, with nothing left behind.
+    so when it is not the native one. ``embedder`` None exports without vectors; of ``choice`` counts what is embedded,
+    and the ceilings. ``should_stop`` is called, also by other threads, at least once per batch of frames and ten times
+    a second while waiting; what it raises ends the export, with nothing left behind.
     A graph that passes ``capacity`` (bytes of one file before its indexes) becomes several parts.
 
     Raises InvalidRequest (also for vectors with a writer that takes none), WriterFailed, WriterUnavailable, GateFailed,
-    StorageFailed, EmbeddingFailed, and CapacityExceeded where no plan of parts holds the frames.
+    StorageFailed, EmbeddingRefused before the first text is embedded, what the embedder raises, and CapacityExceeded
+    where no plan of parts holds the frames.
     """
     started = time.perf_counter()
     run = _Export(
@@ -113,6 +119,7 @@ def export(
         gate=gate,
         generated_at=generated_at,
         embedder=embedder,
+        choice=choice,
         progress=ProgressReporter(on_progress),
         should_stop=should_stop,
         capacity=capacity,
@@ -134,6 +141,28 @@ class _Stage:
     def __exit__(self, *_: object) -> None:
         spent = getattr(self._timings, self._name) + time.perf_counter() - self._from
         setattr(self._timings, self._name, round(spent, 4))
+
+
+class _Shared:
+    """Adds to one of the timings the seconds in which at least one thread is in the block."""
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings, self._name = timings, name
+        self.lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self._inside:
+                self._from = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self._inside -= 1
+            if not self._inside:
+                spent = getattr(self._timings, self._name) + time.perf_counter() - self._from
+                setattr(self._timings, self._name, round(spent, 4))
 
 
 class _SidecarThread:
@@ -204,6 +233,7 @@ class _Export:
         gate: Gate,
         generated_at: str,
         embedder: Embedder | None,
+        choice: Choice,
         progress: ProgressReporter,
         should_stop: Callable[[], None],
         capacity: int,
@@ -214,12 +244,16 @@ class _Export:
         self._generated_at = generated_at
         self._day = f"{generated_at[:10]}T00:00:00.000Z"
         self._embedder = embedder
+        self._choice = choice
         self._progress = progress
         self._should_stop = should_stop
         self._report = Report(profile=request.options.profile)
         self._extra_warnings = WarningCounter()
         self._timings = self._report.timings
         self._request = request
+        if embedder:
+            self._report.embedding = _about(embedder.model)
+        self._embedding = _Shared(self._timings, "embed")
 
     def run(self, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]) -> ExportResult:
         self._progress.report("transform", 0.0, f"Reading the graph of {_one_line(self._request.project_name)}")
@@ -227,6 +261,7 @@ class _Export:
             self._graph = canonical(self._request)
             self._digest = content_digest(self._graph)
         self._total = frame_count(self._graph)
+        self._hold_ceilings()
         self._progress.report(
             "transform",
             1.0,
@@ -261,6 +296,40 @@ class _Export:
         self._progress.report("finalize", 0.9, f"{probes} probes held; publishing", probes=probes)
         return self._publish(work, writer, written, hashes, capsule_sha256)
 
+    def _hold_ceilings(self) -> None:
+        """Refuse what would read or cost too much, before anything is paid for."""
+        embedder, choice = self._embedder, self._choice
+        if embedder is None or (choice.max_tokens is None and choice.max_usd is None):
+            return
+        tokens = 0
+        texts = (frame.embed_text for frame in self._frames() if frame.embed_text is not None)
+        while some := list(islice(texts, embedder.group)):
+            self._should_stop()
+            tokens += embedder.count_tokens(some)
+        self._refuse_above(tokens, "would read about")
+
+    def _refuse_above(self, tokens: int, verb: str) -> None:
+        embedder, choice = self._embedder, self._choice
+        assert embedder is not None
+        cost = tokens * embedder.model.price_per_million_tokens / 1e6
+        for value, most, shown in (
+            (tokens, choice.max_tokens, "{:,} tokens"),
+            (cost, choice.max_usd, "{:,.4f} US dollars"),
+        ):
+            if most is not None and value > most:
+                raise EmbeddingRefused(
+                    f"{embedder.model.provider} {embedder.model.name} {verb} {tokens:,} tokens ({cost:,.4f} US dollars)"
+                    f"; at most {shown.format(most)} are allowed",
+                    tokens=tokens,
+                    costEstimate=round(cost, 6),
+                    maxTokens=choice.max_tokens,
+                    maxUsd=choice.max_usd,
+                )
+
+    def _frames(self) -> Iterator[Frame]:
+        layout = self._embedder.model.layout if self._embedder else None
+        return frames(self._graph, generated_at=self._day, layout=layout, what=self._choice.what)
+
     # --- writing ----------------------------------------------------------------------------------
 
     def _write_with_any(
@@ -294,6 +363,7 @@ class _Export:
                 self._graph,
                 generated_at=self._day,
                 layout=self._embedder.model.layout if self._embedder else None,
+                what=self._choice.what,
                 dimension=self._embedder.model.dimension if self._embedder else None,
                 capacity=self._capacity,
                 share=share,
@@ -310,9 +380,8 @@ class _Export:
     def _write(self, work: Path, writer: CapsuleWriter, parts: list[int]) -> _Written:
         name = capsule_file_name(self._graph.source.base_name, self._generated_at)
         embedder = self._embedder
-        self._report.embedding = EmbeddingReport()
-        if embedder:
-            self._report.embedding = _about(embedder.model)
+        totals = self._report.embedding  # what was paid for stays, where a second writer begins again
+        totals.texts = totals.truncated = totals.cache_hits = 0
         for left_over in work.iterdir():
             left_over.unlink()
         sidecar = _SidecarThread(work / f"{name}.index.v1.sqlite", self._timings)
@@ -320,8 +389,10 @@ class _Export:
         with ExitStack() as undo:
             undo.callback(sidecar.abort)
             # Undone from last to first: parts, embedding, sidecar.
-            ahead = ThreadPoolExecutor(1, thread_name_prefix="embed")
+            ahead = ThreadPoolExecutor(AHEAD, thread_name_prefix="embed")
             undo.callback(ahead.shutdown, cancel_futures=True)
+            abandoned = threading.Event()
+            undo.callback(abandoned.set)
             for number, (size, batches) in enumerate(self._parts(parts, writer.batch), start=1):
                 path = work / (name if len(parts) == 1 else f"{name[:-4]}.part{number:03}.mv2")
                 probes = Probes(f"{self._digest}:{number}", size, writer)
@@ -336,7 +407,7 @@ class _Export:
                         should_stop=self._should_stop,
                     )
                 undo.callback(part.abort)
-                self._write_part(part, self._embedded(batches, ahead), sidecar, probes, number - 1)
+                self._write_part(part, self._embedded(batches, ahead, abandoned), sidecar, probes, number - 1)
                 doing = f"Writing {self._total:,} frames"
                 self._progress.report("write_capsule", (number - 0.7) / len(parts), doing, frames=self._total)
                 with _Stage(self._timings, "write"):
@@ -370,8 +441,7 @@ class _Export:
 
     def _parts(self, parts: list[int], batch_frames: int) -> Iterator[tuple[int, Iterator[list[Frame]]]]:
         """Frames in batches, cut into parts; every part begins with the meta frames, so that each explains itself."""
-        layout = self._embedder.model.layout if self._embedder else None
-        stream = frames(self._graph, generated_at=self._day, layout=layout)
+        stream = self._frames()
         meta = list(islice(stream, META_FRAMES))
         done = len(meta)
 
@@ -396,43 +466,59 @@ class _Export:
         next(stream, None)  # runs the generator to its end, where it counts its warnings
 
     def _embedded(
-        self, batches: Iterator[list[Frame]], ahead: ThreadPoolExecutor
+        self, batches: Iterator[list[Frame]], ahead: ThreadPoolExecutor, abandoned: threading.Event
     ) -> Iterator[tuple[list[Frame], NDArray[np.float32] | None]]:
-        """Batches with their vectors, which a thread makes while the next batches' frames are made here."""
+        """Batches with their vectors, which threads make while the next batches' frames are made here."""
         if self._embedder is None:
             for batch in batches:
                 yield batch, None
             return
-        waiting: deque[tuple[list[Frame], Future[NDArray[np.float32] | None]]] = deque()
-        for batch in batches:
-            waiting.append((batch, ahead.submit(self._vectors, batch)))
-            if len(waiting) > AHEAD:
-                yield self._waited(*waiting.popleft())
-        while waiting:
-            yield self._waited(*waiting.popleft())
 
-    def _waited(
-        self, batch: list[Frame], vectors: Future[NDArray[np.float32] | None]
-    ) -> tuple[list[Frame], NDArray[np.float32] | None]:
-        while True:
-            with suppress(TimeoutError):
-                return batch, vectors.result(POLL_SECONDS)
+        def stop() -> None:
+            if abandoned.is_set():
+                raise Canceled("the export has ended")
             self._should_stop()
 
-    def _vectors(self, batch: Sequence[Frame]) -> NDArray[np.float32] | None:
-        texts = [frame.embed_text for frame in batch if frame.embed_text is not None]
-        if self._embedder is None or not texts:
-            return None
-        with _Stage(self._timings, "embed"):
-            embedded = self._embedder.embed(texts)
-        totals = self._report.embedding
-        totals.texts += len(texts)
-        totals.tokens += embedded.tokens
-        totals.cache_hits += embedded.cache_hits
-        totals.truncated += len(embedded.truncated)
-        totals.batches += embedded.batches
-        totals.retries += embedded.retries
-        totals.cost_estimate = round(totals.tokens * self._embedder.model.price_per_million_tokens / 1e6, 6)
+        waiting: deque[tuple[list[list[Frame]], Future[NDArray[np.float32]]]] = deque()
+        for group in _groups(batches, self._embedder.group):
+            waiting.append((group, ahead.submit(self._vectors, group, stop)))
+            if len(waiting) > AHEAD:
+                yield from self._waited(*waiting.popleft())
+        while waiting:
+            yield from self._waited(*waiting.popleft())
+
+    def _waited(
+        self, group: list[list[Frame]], future: Future[NDArray[np.float32]]
+    ) -> Iterator[tuple[list[Frame], NDArray[np.float32] | None]]:
+        while True:
+            with suppress(TimeoutError):
+                vectors = future.result(POLL_SECONDS)
+                break
+            self._should_stop()
+        done = 0
+        for batch in group:
+            texts = _texts(batch)
+            yield batch, vectors[done : done + texts] if texts else None
+            done += texts
+
+    def _vectors(self, group: list[list[Frame]], stop: Callable[[], None]) -> NDArray[np.float32]:
+        """The vectors of a group's texts, shape (texts, dimension)."""
+        assert self._embedder is not None
+        model, totals = self._embedder.model, self._report.embedding
+        texts = [frame.embed_text for batch in group for frame in batch if frame.embed_text is not None]
+        if not texts:
+            return np.empty((0, model.dimension), dtype=np.float32)
+        with self._embedding:
+            embedded = self._embedder.embed(texts, should_stop=stop)
+        with self._embedding.lock:
+            totals.texts += len(texts)
+            totals.tokens += embedded.tokens
+            totals.cache_hits += embedded.cache_hits
+            totals.truncated += len(embedded.truncated)
+            totals.batches += embedded.batches
+            totals.retries += embedded.retries
+            totals.cost_estimate = round(totals.tokens * model.price_per_million_tokens / 1e6, 6)
+        self._refuse_above(totals.tokens, "has read")
         return embedded.vectors
 
     def _counts(self, written: _Written) -> CapsuleReport:
@@ -551,6 +637,25 @@ class _Export:
             versions=report.versions,
             report=report,
         )
+
+
+def _groups(batches: Iterator[list[Frame]], texts: int) -> Iterator[list[list[Frame]]]:
+    """Batches together until they have so many texts; one that has none goes on at once."""
+    group: list[list[Frame]] = []
+    found = 0
+    for batch in batches:
+        own = _texts(batch)
+        group.append(batch)
+        found += own
+        if found >= texts or not own:
+            yield group
+            group, found = [], 0
+    if group:
+        yield group
+
+
+def _texts(batch: Sequence[Frame]) -> int:
+    return sum(frame.embed_text is not None for frame in batch)
 
 
 def _about(model: Model) -> EmbeddingReport:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import islice
 
 import msgspec
 import zstandard
 
 from common.capsule.port import CAPACITY_BYTES, MAX_INDEX_BYTES
+from common.embedding.choice import WHAT, What
 from common.errors import CapacityExceeded
 from common.frames.build import META_FRAMES, frames
 from common.frames.model import Frame
@@ -53,6 +55,7 @@ def plan(
     *,
     generated_at: str,
     layout: str | None = None,
+    what: Collection[What] = WHAT,
     dimension: int | None = None,
     capacity: int = CAPACITY_BYTES,
     share: float = SHARE,
@@ -62,15 +65,14 @@ def plan(
     Looks at a sample, spread evenly. Every part also holds the meta frames. Raises CapacityExceeded where a part could
     hold nothing else.
     """
-    arguments = (graph, generated_at, layout, dimension, capacity)
-    coarse = _plan(*arguments, share=share * ROOMY, sample=COARSE)
-    return coarse if len(coarse.parts) == 1 else _plan(*arguments, share=share, sample=FINE)
+    frames_of = partial(frames, generated_at=generated_at, layout=layout, what=what)
+    coarse = _plan(graph, frames_of, dimension, capacity, share=share * ROOMY, sample=COARSE)
+    return coarse if len(coarse.parts) == 1 else _plan(graph, frames_of, dimension, capacity, share=share, sample=FINE)
 
 
 def _plan(
     graph: Graph,
-    generated_at: str,
-    layout: str | None,
+    frames_of: Callable[[Graph], Iterator[Frame]],
     dimension: int | None,
     capacity: int,
     *,
@@ -79,7 +81,7 @@ def _plan(
 ) -> Plan:
     stride = max(1, (len(graph.nodes) + len(graph.relations)) // sample)
     thinned = msgspec.structs.replace(graph, nodes=graph.nodes[::stride], relations=graph.relations[::stride])
-    looked_at = frames(thinned, generated_at=generated_at, layout=layout)
+    looked_at = frames_of(thinned)
     cost = _Coster(dimension)
     meta = list(islice(looked_at, META_FRAMES))
     stand_for = [*_weights(len(graph.nodes), stride), *_weights(len(graph.relations), stride)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import msgspec
 
 from common.contract import AI_BIBLE_VERSION, EXPORT_SCHEMA, MV2_SCHEMA, TOOLSET_VERSION
+from common.embedding.choice import WHAT, What
 from common.errors import InvalidRequest
-from common.frames.embed_text import LAYOUTS, EmbedInput
+from common.frames.embed_text import LAYOUTS, NEIGHBOURS, EmbedInput, relation_text
 from common.frames.guide import TOOLS, guide_pages
 from common.frames.model import Frame
 from common.frames.snippets import Snippets
@@ -31,6 +32,7 @@ MAX_KINDS = 200
 _PREFIXES = {"Community": "mv2://communities/", "Process": "mv2://processes/"}
 _KINDS = {"Community": "community", "Process": "process"}
 _TRACKS = {"Community": "communities", "Process": "processes", "File": "files"}
+_WHAT: dict[str, What] = {"Community": "communities", "Process": "processes", "File": "files", "Folder": "files"}
 _NODE_KEYS = frozenset({"id", "label"})
 _RELATION_KEYS = frozenset(
     {
@@ -75,23 +77,28 @@ def _percent(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode())
 
 
-def frames(graph: Graph, *, generated_at: str, layout: str | None = None) -> Iterator[Frame]:
+def frames(
+    graph: Graph, *, generated_at: str, layout: str | None = None, what: Collection[What] = WHAT
+) -> Iterator[Frame]:
     """All frames in canonical order: meta, nodes by id, relations by id.
 
-    ``generated_at`` (ISO 8601, UTC) stands in the manifest frame; ``layout`` names the text for vectors, None gives
-    frames without ``embed_text``. When the last frame is out, ``graph.warnings`` also counts what was found on the
-    way (``SNIPPET_NOT_FOUND``, ``PROPERTY_CUT``). Raises InvalidRequest for an unknown layout.
+    ``generated_at`` (ISO 8601, UTC) stands in the manifest frame; ``layout`` names the text for vectors, which the
+    frames of ``what`` have; None gives frames without ``embed_text``. When the last frame is out, ``graph.warnings``
+    also counts what was found on the way (``SNIPPET_NOT_FOUND``, ``PROPERTY_CUT``). Raises InvalidRequest for an
+    unknown layout.
     """
     if layout is not None and layout not in LAYOUTS:
         message = f"layout: one of {', '.join(sorted(LAYOUTS))} is needed"
         raise InvalidRequest(message, field="layout", allowed=sorted(LAYOUTS))
-    return _Builder(graph, layout).all(generated_at)
+    return _Builder(graph, layout, what).all(generated_at)
 
 
 class _Builder:
-    def __init__(self, graph: Graph, layout: str | None) -> None:
+    def __init__(self, graph: Graph, layout: str | None, what: Collection[What]) -> None:
         self._graph = graph
-        self._embed = LAYOUTS[layout] if layout else None
+        self._layout = LAYOUTS[layout] if layout else None
+        self._what = what
+        self._neighbours = _neighbours(graph) if self._layout and self._layout.neighbours else {}
         self._session_tag = f"sessionId={graph.session_id}"
         self._found = WarningCounter()
         self._snippets = Snippets(graph, self._found)
@@ -187,9 +194,15 @@ class _Builder:
             ["source=gitnexus", f"nodeLabel={_line(label)}", self._session_tag],
             f"{text}metadata={encoded}",
             encoded,
-            self._embed(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS])) if self._embed else None,
+            self._embed_text(node, signature, snippet),
             _encode({key: value for key, value in metadata.items() if key not in _NODE_IN_FIELDS}).decode(),
         )
+
+    def _embed_text(self, node: Node, signature: str, snippet: str) -> str | None:
+        if self._layout is None or _WHAT.get(node.label, "nodes") not in self._what:
+            return None
+        neighbours = self._neighbours.get(node.id, ())
+        return self._layout.text(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS], snippet, neighbours))
 
     def _encode_bounded(self, metadata: dict[str, Any], core: frozenset[str], item_id: str) -> str:
         """Encode; over the maximum the largest values go first, the keys of ``core`` stay."""
@@ -212,6 +225,7 @@ class _Builder:
         lines = {node.id: (_line(node.properties["name"]), _line(node.label)) for node in self._graph.nodes}
         tags: dict[str, list[str]] = {}
         session_tag = self._session_tag
+        embedded = self._layout is not None and "relations" in self._what
         for relation in self._graph.relations:
             source_id, target_id, kind = relation.source_id, relation.target_id, relation.type
             metadata: dict[str, Any] = {
@@ -247,7 +261,7 @@ class _Builder:
                 f"Relationship {kind}\nsource={source_line} ({source_label})\ntarget={target_line} ({target_label})\n"
                 f"confidence={relation.confidence:.3f}\nreason={reason}\nmetadata={encoded}",
                 encoded,
-                None,
+                relation_text(source_line, kind, target_line, reason) if embedded else None,
                 _encode(extra).decode() if extra else "{}",
             )
 
@@ -261,6 +275,19 @@ class _Builder:
 
 
 _OWN_WARNINGS = frozenset({"PROPERTY_CUT", "SNIPPET_NOT_FOUND"})
+
+
+def _neighbours(graph: Graph) -> dict[str, list[str]]:
+    """Names of the nodes that a node is joined to, by its id: the first ones by the relationships' ids."""
+    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes}
+    found: dict[str, list[str]] = defaultdict(list)
+    for relation in graph.relations:
+        ends = relation.source_id, relation.target_id
+        for own, other in (ends, ends[::-1]):
+            near, name = found[own], names.get(other)
+            if name is not None and len(near) < NEIGHBOURS and name not in near:
+                near.append(name)
+    return found
 
 
 def _commonest(counts: Counter[str]) -> dict[str, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from common.graph.model import Node
 from common.text import split_identifier
 
 STATIC_V1 = "static-v1"
+CODE_V1 = "code-v1"
+NEIGHBOURS = 12
+"""Names of neighbours in a text."""
 _MAX_KEYWORDS = 20
 _MAX_DESCRIPTION = 300
+_MAX_BODY = 300
 _MAX_CHARS = 2_000
 
 
@@ -20,10 +24,31 @@ class EmbedInput(NamedTuple):
     node: Node
     signature: str
     """The first line of the declaration, or the empty string."""
+    snippet: str
+    neighbours: Sequence[str]
+    """Names of callers, callees and containers, at most ``NEIGHBOURS``."""
+
+
+class Layout(NamedTuple):
+    """How the text of a node is made; the one of a relationship is the same in all layouts."""
+
+    text: Callable[[EmbedInput], str]
+    neighbours: bool
+    """It reads them."""
 
 
 def _static_v1(given: EmbedInput) -> str:
     """Name and path, split into words, and the signature; no body, which measured worse for static vectors."""
+    return _joined(given.node, *_head(given))
+
+
+def _code_v1(given: EmbedInput) -> str:
+    """The same with the names of neighbours and the first lines of the body: what transformer models read best."""
+    neighbours = ", ".join(split_identifier(name) for name in given.neighbours)
+    return _joined(given.node, *_head(given), neighbours, given.snippet[:_MAX_BODY])
+
+
+def _head(given: EmbedInput) -> list[str]:
     properties: dict[str, Any] = given.node.properties
     parts = [split_identifier(given.node.name)]
     path = properties.get("filePath")
@@ -39,8 +64,18 @@ def _static_v1(given: EmbedInput) -> str:
     description = properties.get("description")
     if type(description) is str:
         parts.append(description[:_MAX_DESCRIPTION])
-    return " ".join(part for part in parts if part)[:_MAX_CHARS] or given.node.name[:_MAX_CHARS]
+    return parts
 
 
-LAYOUTS: dict[str, Callable[[EmbedInput], str]] = {STATIC_V1: _static_v1}
-"""Name of a layout -> what makes its text. The name is part of every vector cache key: a changed text, a new name."""
+def _joined(node: Node, *parts: str) -> str:
+    return " ".join(part for part in parts if part)[:_MAX_CHARS] or node.name[:_MAX_CHARS]
+
+
+def relation_text(source: str, kind: str, target: str, reason: str) -> str:
+    """The text of a relationship: what it joins, and how."""
+    parts = (split_identifier(source), split_identifier(kind), split_identifier(target), reason[:_MAX_DESCRIPTION])
+    return " ".join(part for part in parts if part)[:_MAX_CHARS] or kind[:_MAX_CHARS]
+
+
+LAYOUTS: dict[str, Layout] = {STATIC_V1: Layout(_static_v1, False), CODE_V1: Layout(_code_v1, True)}
+"""By name, which is part of every vector cache key: a changed text, a new name."""
