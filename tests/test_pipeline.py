@@ -25,10 +25,13 @@ from common.capsule.native import NativePartWriter, NativeWriter
 from common.capsule.port import CapsuleWriter
 from common.capsule.reader import CapsuleReader
 from common.contract import Manifest, Progress, WriterName
+from common.embedding.choice import Choice
+from common.embedding.port import Embedder
 from common.embedding.static import StaticEmbedder
 from common.errors import (
     Canceled,
     CapacityExceeded,
+    EmbeddingRefused,
     GateFailed,
     InvalidRequest,
     StorageFailed,
@@ -66,6 +69,7 @@ def run(
     gate: Gate,
     *,
     vectors: bool = False,
+    engine: Embedder | None = None,
     now: str = NOW,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], None] = lambda: None,
@@ -77,7 +81,7 @@ def run(
         out_dir=out_dir,
         gate=gate,
         generated_at=now,
-        embedder=StaticEmbedder() if vectors else None,
+        embedder=StaticEmbedder() if vectors else engine,
         on_progress=on_progress,
         should_stop=should_stop,
         **more,
@@ -580,3 +584,81 @@ def test_one_node_without_any_text_is_enough(tmp_path: Path, gate: Gate) -> None
     result = run(request, tmp_path, gate, vectors=True)
     assert result.report.capsule.frames == 7
     assert {"DANGLING_RELATION", "NODE_WITHOUT_NAME"} <= codes(result).keys()
+
+
+# --- what is embedded, and what it may cost -------------------------------------------------------
+
+
+class Priced(StaticEmbedder):
+    """The static engine, as if a provider asked a price for it; counts what it was asked to embed."""
+
+    model = msgspec.structs.replace(StaticEmbedder.model, provider="openai", price_per_million_tokens=1_000.0)
+    group = 7
+
+    def __init__(self) -> None:
+        self.texts = 0
+
+    def embed(self, texts: Any, **more: Any) -> Any:
+        self.texts += len(texts)
+        return super().embed(texts, **more)
+
+
+@pytest.mark.parametrize("ceiling", [{"max_tokens": 10}, {"max_usd": 0.01}])
+def test_an_export_above_its_ceiling_is_refused_with_the_estimate_before_the_first_call(
+    tmp_path: Path, gate: Gate, ceiling: dict[str, Any]
+) -> None:
+    engine = Priced()
+    with nothing_left(), pytest.raises(EmbeddingRefused) as caught:
+        run(small(), tmp_path, gate, engine=engine, choice=Choice(**ceiling))
+    assert engine.texts == 0
+    details = caught.value.details
+    assert details["tokens"] == 150
+    assert details["costEstimate"] == pytest.approx(details["tokens"] / 1_000)
+    assert "150 tokens" in caught.value.message
+
+
+def test_an_export_at_its_ceiling_is_made_and_the_report_has_what_it_cost(tmp_path: Path, gate: Gate) -> None:
+    engine = Priced()
+    report = run(small(), tmp_path, gate, engine=engine, choice=Choice(max_tokens=150, max_usd=0.15)).report
+    assert engine.texts == 40
+    assert (report.embedding.texts, report.embedding.tokens, report.embedding.cost_estimate) == (40, 150, 0.15)
+
+
+def test_an_engine_that_reads_more_than_it_said_is_stopped(tmp_path: Path, gate: Gate) -> None:
+    class Understating(Priced):
+        def count_tokens(self, texts: Any) -> int:
+            return len(texts)
+
+    engine = Understating()
+    with nothing_left(), pytest.raises(EmbeddingRefused, match="has read"):
+        run(small(4_000), tmp_path, gate, engine=engine, choice=Choice(max_tokens=4_000))
+    assert engine.texts < 4_000
+
+
+def test_relationships_have_vectors_where_they_are_asked_for(tmp_path: Path, gate: Gate) -> None:
+    def vectors(folder: str, **more: Any) -> tuple[int, int]:
+        report = run(small(), tmp_path / folder, gate, vectors=True, **more).report
+        return report.capsule.vectors, report.embedding.texts
+
+    assert vectors("default") == (40, 40)
+    assert vectors("all", choice=Choice(what=("nodes", "relations"))) == (80, 80)
+    assert vectors("none", choice=Choice(what=("communities",))) == (0, 0)
+
+
+def test_what_a_first_writer_that_failed_had_embedded_is_counted_in_the_cost(tmp_path: Path, gate: Gate) -> None:
+    class Failing(NativeWriter):
+        def open(self, *arguments: Any, **more: Any) -> Any:
+            part = super().open(*arguments, **more)
+
+            class Part(NativePartWriter):
+                def finish(self) -> None:
+                    raise WriterFailed("no")
+
+            part.__class__ = Part
+            return part
+
+    engine = Priced()
+    writers: dict[WriterName, Callable[[], CapsuleWriter]] = {"native": Failing, "sdk": NativeWriter}
+    report = run(small(), tmp_path, gate, engine=engine, writers=writers).report
+    assert (engine.texts, report.embedding.texts) == (80, 40)
+    assert report.embedding.tokens == 300

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.embedding.choice import What
 from common.errors import InvalidRequest
 from common.frames import LAYOUTS, Frame, frame_count, frame_id_of, frame_uri, frames
 from common.graph import Graph, canonical, read_graph
@@ -294,3 +295,47 @@ def test_frames_do_not_depend_on_the_order_of_the_input(real_graphs: dict[str, P
             frames(given, generated_at=AT, layout="static-v1")
         )
         assert {(w.code, w.count) for w in again.warnings} == {(w.code, w.count) for w in given.warnings}
+
+
+def test_what_is_not_asked_for_has_no_text_to_embed() -> None:
+    def embedded(*what: What) -> set[str]:
+        made = frames(graph_of(), generated_at=AT, layout="static-v1", what=what)
+        return {frame.uri.split("/")[2] + ":" + frame.track for frame in made if frame.embed_text is not None}
+
+    assert embedded("nodes") == {"nodes:nodes/Function"}
+    assert embedded("files") == {"nodes:files"}
+    assert embedded("communities", "processes") == {"communities:communities", "processes:processes"}
+    assert embedded("relations") == {"relations:relations/CALLS"}
+    assert embedded() == set()
+
+
+def test_a_relationship_is_embedded_by_what_it_joins_and_how() -> None:
+    made = frames(graph_of(), generated_at=AT, layout="static-v1", what=["relations"])
+    assert [frame.embed_text for frame in made if frame.embed_text] == ["f calls g local-call"]
+
+
+def test_the_text_for_transformers_has_the_neighbours_and_the_first_lines_too() -> None:
+    text = by_uri(graph_of(), "code-v1")["mv2://nodes/Function:src/a.py:f#1"].embed_text
+    assert text is not None
+    assert text.startswith("f src a py def f(a): add one g ")
+    assert "return g(a) + 1" in text
+    static = by_uri(graph_of(), "static-v1")["mv2://nodes/Function:src/a.py:f#1"].embed_text
+    assert static == "f src a py def f(a): add one"
+
+
+def test_a_text_names_a_bounded_number_of_neighbours_whatever_the_order_of_the_input() -> None:
+    many = [
+        {"id": f"n{i}", "label": "Function", "properties": {"name": f"callee{i}", "filePath": "src/b.py"}}
+        for i in range(40)
+    ]
+    calls = [
+        {"id": f"r{i:02}", "sourceId": "Function:src/a.py:f#1", "targetId": f"n{i}", "type": "CALLS"} for i in range(40)
+    ]
+    texts = {
+        by_uri(graph_of(nodes=[*NODES, *many], relationships=order), "code-v1")[
+            "mv2://nodes/Function:src/a.py:f#1"
+        ].embed_text
+        for order in (calls, calls[::-1])
+    }
+    assert len(texts) == 1
+    assert str(texts.pop()).count("callee") == 12
