@@ -223,6 +223,8 @@ class JobInput(msgspec.Struct, kw_only=True):
     """Ceilings: a job whose estimate passes one is refused before the first call."""
     ollama_host: str | None = None
     options: dict[str, Any] = msgspec.field(default_factory=dict)
+    source: Source | None = None
+    """Stands in for what the payload does not say of its origin."""
     attempt: int = 1
     created_at: str | None = None
     timeout_seconds: float | None = None

@@ -44,10 +44,17 @@ class GitNexusRepo(msgspec.Struct, rename="camel"):
     name: str
     path: str = ""
     branch: str | None = None
+    stats: dict[str, Any] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many nodes and relationships the server counted when it indexed it; 0 where it does not say."""
+        counts = [(self.stats or {}).get(name) for name in ("nodes", "edges")]
+        return sum(count for count in counts if isinstance(count, int))
 
 
 class GitNexus:
-    """Reads the graph of one repository from a running ``gitnexus serve``."""
+    """Reads graphs of repositories from a running ``gitnexus serve``; several threads may do so at once."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -60,20 +67,24 @@ class GitNexus:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def find(self, wanted: str | None) -> GitNexusRepo:
-        """The repository of that name or path; without one, the only repository there is.
-
-        Raises InvalidRequest when there is none or more than one, StorageFailed when the server is away.
-        """
+    def repositories(self) -> list[GitNexusRepo]:
+        """All repositories. Raises StorageFailed when the server is away."""
         try:
             answer = self._http.get("/api/repos")
         except httpx.HTTPError as error:
             raise StorageFailed(f"No GitNexus server answers at {self._url}: {error}", url=self._url) from error
         self._refuse(answer)
         try:
-            repos = msgspec.json.decode(answer.content, type=list[GitNexusRepo])
+            return msgspec.json.decode(answer.content, type=list[GitNexusRepo])
         except msgspec.DecodeError as error:
             raise StorageFailed(f"{self._url} does not answer like a GitNexus server: {error}") from error
+
+    def find(self, wanted: str | None) -> GitNexusRepo:
+        """The repository of that name or path; without one, the only repository there is.
+
+        Raises InvalidRequest when there is none or more than one, StorageFailed when the server is away.
+        """
+        repos = self.repositories()
         path = str(Path(wanted).expanduser().resolve()) if wanted else ""
         found = [r for r in repos if wanted is None or wanted in (r.name, r.path) or path == r.path]
         if len(found) == 1:

@@ -1,0 +1,331 @@
+"""A batch: graphs are fetched a few ahead, the largest first, and run on whatever slot is free."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from common.contract import ErrorInfo, Wire
+from common.errors import Canceled, ExportError, StorageFailed, WorkerLost
+from common.storage import Storage
+from control_plane.batch.board import Board
+from control_plane.batch.journal import Journal, Record
+from control_plane.batch.slots import Kept, Plan, Slot, Work
+from control_plane.batch.sources import Graph, GraphSource, Payload
+from control_plane.errors import PlatformUnavailable
+from handler.job import ref_of
+
+ATTEMPTS = 2
+"""Of one graph, where another one may help."""
+STRIKES = 3
+"""A slot that was at fault so often in a row takes no more graphs."""
+FETCHES = 2
+"""Graphs that are fetched at once; as many as there are slots wait, fetched, beyond that."""
+PAUSE_SECONDS = 1.0
+"""Before a slot or a fetch that failed is tried again."""
+_FRESH_START = ("INTERNAL", "OUT_OF_MEMORY")
+"""Not retryable elsewhere, but a child that has run other graphs may have left too little memory."""
+
+
+class Summary(Wire, kw_only=True):
+    """What a batch did; the sums are over the graphs that this run completed."""
+
+    graphs: int
+    completed: int = 0
+    failed: int = 0
+    """In this run, or in an earlier one and not tried again."""
+    skipped: int = 0
+    """Unchanged since they were completed."""
+    left: int = 0
+    """Not reached, as the batch was stopped."""
+    interrupted: bool = False
+    frames: int = 0
+    vectors: int = 0
+    tokens: int = 0
+    cache_hits: int = 0
+    cost_estimate: float = 0.0
+    seconds: float = 0.0
+    frames_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    devices: list[str]
+    profile: str | None
+    per_graph: list[Record] = msgspec.field(default_factory=list)
+    errors: list[ErrorInfo] = msgspec.field(default_factory=list)
+    """Of the failed graphs, each with ``details.name``; last the one that ended the batch, if any did."""
+
+
+class Batch:
+    """Runs every graph of a source that is not done yet; made for one run."""
+
+    def __init__(
+        self,
+        source: GraphSource,
+        graphs: Sequence[Graph],
+        slots: Sequence[Slot],
+        *,
+        plan: Plan,
+        journal: Journal,
+        destination: Storage,
+        there: Mapping[str, int],
+        folder: Path,
+        max_payload_bytes: int,
+        retry_failed: bool,
+        board: Board,
+    ) -> None:
+        """``there``: bytes of what lies in the destination, by ref. ``folder``: for payloads that are fetched."""
+        self._source, self._slots, self._plan = source, slots, plan
+        self._journal, self._destination, self._there = journal, destination, there
+        self._folder, self._limit, self._retry_failed, self._board = folder, max_payload_bytes, retry_failed, board
+        self._waiting = deque(graphs)
+        self._open = len(graphs)
+        """Graphs that have not ended."""
+        self._ready: list[Work] = []
+        self._changed = asyncio.Condition()
+        self._room = asyncio.Semaphore(len(slots) + FETCHES)
+        self._keeps = asyncio.Semaphore(len(slots))
+        self._alive = len(slots)
+        self._loops: list[asyncio.Task[None]] = []
+        self._records: list[Record] = []
+        self._stopped = False
+        self._began = 0.0
+        self._total = len(graphs)
+
+    async def run(self) -> None:
+        """Run all graphs. Raises WorkerLost where no slot is left, StorageFailed where the journal cannot be kept;
+        ``summary`` tells what was done until then."""
+        self._began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(FETCHES):
+                    self._loops.append(group.create_task(self._fetch_all()))
+                for slot in self._slots:
+                    self._loops.append(group.create_task(self._work(slot, group)))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from several
+        finally:
+            await asyncio.gather(*(slot.close() for slot in self._slots))
+
+    def stop(self) -> None:
+        """Run no more graphs and end those that run; what is done already is still put where it belongs."""
+        self._stopped = True
+        for loop in self._loops:
+            loop.cancel()
+
+    # --- fetching -------------------------------------------------------------------------------------
+
+    async def _fetch_all(self) -> None:
+        while True:
+            await self._room.acquire()
+            if not self._waiting:
+                self._room.release()
+                return
+            graph = self._waiting.popleft()
+            started = asyncio.get_running_loop().time()
+            folder = self._folder / graph.name
+            try:
+                payload = await self._fetch(graph, folder)
+            except ExportError as error:
+                await self._end(graph, self._failure(graph, error))
+                continue
+            before = self._journal.get(graph.name)
+            if known := self._known(before, payload):
+                await self._end(graph, known, keep=False)
+                continue
+            async with self._changed:
+                self._ready.append(Work(graph, payload, before, started))
+                self._changed.notify_all()
+
+    async def _fetch(self, graph: Graph, folder: Path) -> Payload:
+        last = False
+        while True:
+            try:
+                return await asyncio.to_thread(self._fetch_into, graph, folder)
+            except ExportError as error:
+                if last or not error.retryable:
+                    raise
+            last = True
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _fetch_into(self, graph: Graph, folder: Path) -> Payload:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            return self._source.fetch(graph, folder, self._limit)
+        except OSError as error:
+            raise StorageFailed(f"this machine's disk failed: {error.strerror or error}") from error
+
+    def _known(self, before: Record | None, payload: Payload) -> Record | None:
+        """The record of a graph that need not run again."""
+        if before is None or (before.payload_sha256, before.options_sha256) != (payload.sha256, self._plan.sha256):
+            return None
+        if before.status == "failed":
+            return None if self._retry_failed else before
+        whole = all(self._there.get(ref_of(before.prefix, name)) == size for name, size in before.files.items())
+        return msgspec.structs.replace(before, status="skipped") if whole else None
+
+    # --- running --------------------------------------------------------------------------------------
+
+    async def _work(self, slot: Slot, group: asyncio.TaskGroup) -> None:
+        while (work := await self._take(slot)) is not None:
+            counted = False
+            try:
+                await slot.ready()
+                counted = True
+                with self._board.running(slot.label, slot.device, work.graph) as tell:
+                    keep = await slot.run(work, tell)
+            except ExportError as error:
+                counted = counted and not isinstance(error, PlatformUnavailable)
+                await self._again(work, slot, error, counted=counted)
+                if slot.strikes >= STRIKES:
+                    await self._retire(slot, error)
+                    return
+                if slot.strikes:
+                    await asyncio.sleep(PAUSE_SECONDS)
+            else:
+                await self._keeps.acquire()
+                group.create_task(self._keep(work, slot, keep))
+
+    async def _take(self, slot: Slot) -> Work | None:
+        """A graph to run; None once all have ended."""
+        async with self._changed:
+            while self._open:
+                for work in self._ready:
+                    if work.avoid is not slot or self._alive == 1:
+                        self._ready.remove(work)
+                        return work
+                await self._changed.wait()
+        return None
+
+    async def _keep(self, work: Work, slot: Slot, keep: Callable[[], Kept]) -> None:
+        try:
+            kept = await asyncio.to_thread(keep)
+        except ExportError as error:
+            await self._again(work, slot, error, counted=True)
+            return
+        finally:
+            self._keeps.release()
+        report = kept.report
+        now = asyncio.get_running_loop().time()
+        record = Record(
+            name=work.graph.name,
+            source=work.graph.address,
+            status="completed",
+            payload_sha256=work.payload.sha256,
+            options_sha256=self._plan.sha256,
+            prefix=kept.prefix,
+            files=kept.files,
+            frames=report.capsule.frames,
+            vectors=report.capsule.vectors,
+            texts=report.embedding.texts,
+            tokens=report.embedding.tokens,
+            cache_hits=report.embedding.cache_hits,
+            cost_estimate=report.embedding.cost_estimate,
+            seconds=round(now - work.started, 3),
+            attempts=work.attempts + 1,
+            device=slot.device,
+            ended_at=_now(),
+        )
+        await self._end(work.graph, record)
+        if work.before is not None:
+            await asyncio.to_thread(self._remove_old, work.before, record)
+
+    def _remove_old(self, before: Record, record: Record) -> None:
+        """Files of the last export that the new one has not replaced."""
+        kept = {ref_of(record.prefix, name) for name in record.files}
+        for ref in (ref_of(before.prefix, name) for name in before.files):
+            if ref not in kept:
+                self._destination.delete(ref)
+
+    async def _again(self, work: Work, slot: Slot, error: ExportError, *, counted: bool) -> None:
+        """Back to the others, as the next one; or failed for good."""
+        work.attempts += counted
+        if isinstance(error, Canceled):
+            error = WorkerLost(error.message)
+        helps = error.retryable or error.code in _FRESH_START
+        if counted and not (helps and work.attempts < ATTEMPTS):
+            await self._end(work.graph, self._failure(work.graph, error, work=work, device=slot.device))
+            return
+        self._board.note(f"{work.graph.name}: again, after {error.message}")
+        async with self._changed:
+            work.avoid = slot if slot.strikes else None
+            self._ready.insert(0, work)
+            self._changed.notify_all()
+
+    def _failure(self, graph: Graph, error: ExportError, *, work: Work | None = None, device: str = "") -> Record:
+        before = self._journal.get(graph.name)
+        return Record(
+            name=graph.name,
+            source=graph.address,
+            status="failed",
+            payload_sha256=work.payload.sha256 if work else "",
+            options_sha256=self._plan.sha256,
+            prefix=before.prefix if before else "",  # what an earlier export left is still there
+            files=before.files if before else {},
+            attempts=work.attempts if work else 0,
+            device=device,
+            ended_at=_now(),
+            error=ErrorInfo(code=error.code, message=error.message),
+        )
+
+    async def _retire(self, slot: Slot, error: ExportError) -> None:
+        await slot.close()
+        self._alive -= 1
+        self._board.note(f"{slot.label} ({slot.device}) takes no more graphs: {error.message}")
+        if not self._alive and self._open:
+            raise WorkerLost(f"no worker is left: {error.message}") from error
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _end(self, graph: Graph, record: Record, *, keep: bool = True) -> None:
+        if keep:
+            await self._journal.add(record)
+        self._records.append(record)
+        self._board.ended(graph, record)
+        await asyncio.to_thread(shutil.rmtree, self._folder / graph.name, ignore_errors=True)
+        self._room.release()
+        async with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
+
+    # --- what came of it --------------------------------------------------------------------------------
+
+    def summary(self, error: ExportError | None = None) -> Summary:
+        """What was done; ``error`` ended it early."""
+        records = sorted(self._records, key=lambda record: record.name)
+        done = [record for record in records if record.status == "completed"]
+        seconds = asyncio.get_running_loop().time() - self._began
+        frames, tokens = sum(it.frames for it in done), sum(it.tokens for it in done)
+        failed = [(it, it.error) for it in records if it.error is not None]
+        errors = [ErrorInfo(code=why.code, message=why.message, details={"name": it.name}) for it, why in failed]
+        if error is not None:
+            errors.append(ErrorInfo(code=error.code, message=error.message))
+        return Summary(
+            graphs=self._total,
+            completed=len(done),
+            failed=len(failed),
+            skipped=sum(it.status == "skipped" for it in records),
+            left=self._total - len(records),
+            interrupted=self._stopped,
+            frames=frames,
+            vectors=sum(it.vectors for it in done),
+            tokens=tokens,
+            cache_hits=sum(it.cache_hits for it in done),
+            cost_estimate=round(sum(it.cost_estimate for it in done), 6),
+            seconds=round(seconds, 3),
+            frames_per_second=round(frames / seconds, 1),
+            tokens_per_second=round(tokens / seconds, 1),
+            devices=sorted({slot.device for slot in self._slots}),
+            profile=self._plan.options.get("profile"),
+            per_graph=records,
+            errors=errors,
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
