@@ -5,6 +5,7 @@ Every variable is read here and nowhere else; a wrong one raises InvalidSettings
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -12,16 +13,30 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from common.contract import WriterName
-from common.errors import InvalidSettings
+from common.embedding import routing
+from common.embedding.choice import Choice, Engines, Mode, Provider
+from common.errors import InvalidRequest, InvalidSettings
 from common.storage.port import S3Config, StorageConfig
 
 GIB = 1 << 30
 MAX_PREFIX_BYTES = 512
 """Of the path in the storage URL: what is put below it has names of up to 500 bytes, and a key has 1,024."""
+_KEY = "a key of the provider's API"
+_BASE_URL = "an https URL of an API, without a password; http only for hosts of one's own network"
 _BIND = re.compile(r"^(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>\d{1,5})$")
+
+
+_VARIABLES = {
+    "embedding_mode": "MEMVID_EMBEDDING_MODE",
+    "embedding_provider": "MEMVID_EMBED_PROVIDER",
+    "embedding_model": "MEMVID_EMBED_MODEL",
+    "embedding_max_usd": "MEMVID_EMBED_MAX_USD",
+}
+"""Of the fields of a choice that a setting decides and that may not fit together."""
 
 
 class WorkerSettings(BaseModel):
@@ -36,9 +51,6 @@ class WorkerSettings(BaseModel):
         Path("/data/exports/staging"),
         validation_alias="MEMVID_EXPORT_STAGING_ROOT",
         description="a folder that can be written",
-    )
-    embedding_mode: Literal["local_cpu"] = Field(
-        "local_cpu", validation_alias="MEMVID_EMBEDDING_MODE", description="a mode: local_cpu"
     )
     writer: WriterName | None = Field(
         None, validation_alias="MEMVID_EXPORT_WRITER", description="a writer: native, sdk or cli"
@@ -76,6 +88,99 @@ class WorkerSettings(BaseModel):
     """Hosts that a worker may fetch ``https://`` refs from."""
     fetch_private: bool = Field(False, validation_alias="MEMVID_EXPORT_FETCH_PRIVATE", description="true or false")
     """Also from private addresses, and by plain HTTP."""
+    embedding_mode: Mode = Field(
+        "local_cpu",
+        validation_alias="MEMVID_EMBEDDING_MODE",
+        description="a mode: local_cpu, runpod_gpu or external_api",
+    )
+    embed_provider: Provider | None = Field(
+        None,
+        validation_alias="MEMVID_EMBED_PROVIDER",
+        description="a provider: static, torch, openai, nvidia, voyage or ollama",
+    )
+    """None: the one that the mode has by default; ``external_api`` has none."""
+    embed_model: str | None = Field(
+        None,
+        pattern=r"^[!-+\--~]{1,200}$",
+        validation_alias="MEMVID_EMBED_MODEL",
+        description="the name of a model, without spaces and commas",
+    )
+    """None: the provider's default."""
+    embed_dimension: int | None = Field(
+        None, ge=1, validation_alias="MEMVID_EMBED_DIMENSION", description="a dimension that the model has"
+    )
+    """None: the model's own; a model that is not in the catalog needs it."""
+    embed_allowed_models: tuple[str, ...] = Field(
+        (),
+        validation_alias="MEMVID_EMBED_ALLOWED_MODELS",
+        description="models parted by commas, as MODEL or PROVIDER/MODEL",
+    )
+    """These and no others; empty: those of the catalog."""
+    nvidia_api_key: SecretStr | None = Field(None, validation_alias="NVIDIA_API_KEY", description=_KEY)
+    openai_api_key: SecretStr | None = Field(None, validation_alias="OPENAI_API_KEY", description=_KEY)
+    voyage_api_key: SecretStr | None = Field(None, validation_alias="VOYAGE_API_KEY", description=_KEY)
+    nvidia_base_url: str | None = Field(None, validation_alias="NVIDIA_EMBED_BASE_URL", description=_BASE_URL)
+    openai_base_url: str | None = Field(None, validation_alias="OPENAI_EMBED_BASE_URL", description=_BASE_URL)
+    voyage_base_url: str | None = Field(None, validation_alias="VOYAGE_EMBED_BASE_URL", description=_BASE_URL)
+    voyage_input_type: Literal["document", "query", "none"] | None = Field(
+        None, validation_alias="VOYAGE_INPUT_TYPE", description="document, query or none"
+    )
+    voyage_output_dimension: int | None = Field(
+        None, ge=1, validation_alias="VOYAGE_OUTPUT_DIMENSION", description="a dimension that the model has"
+    )
+    voyage_output_dtype: Literal["float"] = Field(
+        "float", validation_alias="VOYAGE_OUTPUT_DTYPE", description="float, the only format that a capsule holds"
+    )
+    voyage_truncation: bool = Field(True, validation_alias="VOYAGE_TRUNCATION", description="true or false")
+    ollama_host: str = Field(
+        "http://127.0.0.1:11434", validation_alias="OLLAMA_HOST", description="HOST, HOST:PORT or an http(s) URL"
+    )
+    embed_request_seconds: float = Field(
+        60,
+        ge=1,
+        le=3_600,
+        validation_alias="MEMVID_EMBED_REQUEST_TIMEOUT_SECONDS",
+        description="a number of seconds, 1 to 3600",
+    )
+    """One request to a provider may take so long."""
+    embed_models: tuple[Path, ...] = Field(
+        (Path("/opt/models"),),
+        validation_alias="MEMVID_EMBED_MODELS",
+        description="folders parted by colons, from the root on",
+    )
+    """Where models for ``torch`` lie, each in a folder of its name."""
+    embed_downloads: bool = Field(False, validation_alias="MEMVID_EMBED_DOWNLOADS", description="true or false")
+    """Take models from the Hugging Face hub too."""
+    embed_precision: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, validation_alias="MEMVID_EMBED_PRECISION", description="float32, bfloat16 or float16"
+    )
+    embed_devices: tuple[str, ...] = Field(
+        (), validation_alias="MEMVID_EMBED_DEVICES", description="cpu, or GPUs parted by commas: cuda:0,cuda:1"
+    )
+    embed_cache: str = Field(
+        "",
+        validation_alias="MEMVID_EMBED_CACHE",
+        description="off, a file from the root on, or a ref that ends in / in MEMVID_EXPORT_STORAGE_URL, beside "
+        "payloads/ and artifacts/",
+    )
+    """Empty: ``vectors/`` below an ``s3://`` storage URL, else ``vectors.sqlite`` in the root."""
+    embed_cache_bytes: int = Field(
+        4 * GIB,
+        ge=1 << 20,
+        validation_alias="MEMVID_EMBED_CACHE_BYTES",
+        description="a number of bytes, at least 1048576",
+    )
+    embed_max_tokens: int | None = Field(
+        None, ge=0, validation_alias="MEMVID_EMBED_MAX_TOKENS", description="a number of tokens, at least 0"
+    )
+    """Ceilings of one export: more is refused before the first call."""
+    embed_max_usd: float | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        validation_alias="MEMVID_EMBED_MAX_USD",
+        description="a number of US dollars, 0 to 1000000",
+    )
 
     @field_validator("storage_url")
     @classmethod
@@ -100,6 +205,77 @@ class WorkerSettings(BaseModel):
             raise ValueError("not a host name")
         return hosts
 
+    @field_validator("embed_provider", mode="before")
+    @classmethod
+    def _check_provider(cls, value: object) -> object:
+        return routing.ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("embed_allowed_models", mode="before")
+    @classmethod
+    def _split_models(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        models = tuple(model.strip() for model in value.split(",") if model.strip())
+        if not models or any(not re.fullmatch(r"[!-~]{1,200}", model) for model in models):
+            raise ValueError("not a name of a model")
+        return models
+
+    @field_validator("nvidia_api_key", "openai_api_key", "voyage_api_key")
+    @classmethod
+    def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("a key is printable ASCII without spaces")
+        return value
+
+    @field_validator("nvidia_base_url", "openai_base_url", "voyage_base_url")
+    @classmethod
+    def _check_base_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = _host_url(value)
+        if not value.startswith("https://") and not _is_near(urlsplit(url).hostname or ""):
+            raise ValueError("a key would cross the internet in the clear")
+        return url
+
+    @field_validator("ollama_host")
+    @classmethod
+    def _check_ollama(cls, value: str) -> str:
+        return _host_url(routing.ollama_url(value))
+
+    @field_validator("embed_models", mode="before")
+    @classmethod
+    def _split_folders(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        folders = tuple(folder.strip() for folder in value.split(":") if folder.strip())
+        if not folders or not all(folder.startswith("/") for folder in folders):
+            raise ValueError("not a folder from the root on")
+        return folders
+
+    @field_validator("embed_devices", mode="before")
+    @classmethod
+    def _split_devices(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        devices = tuple(device.strip() for device in value.split(","))
+        gpus = all(re.fullmatch(r"cuda:\d{1,2}", device) for device in devices)
+        if devices != ("cpu",) and (not gpus or len(set(devices)) < len(devices)):
+            raise ValueError("not devices")
+        return devices
+
+    @field_validator("embed_cache")
+    @classmethod
+    def _check_cache(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("", "off") or (value.startswith("/") and not value.endswith("/")):
+            return value
+        url = info.data.get("storage_url", "")
+        if not url or not value.startswith(f"{url}/") or not value.endswith("/") or "/../" in value:
+            raise ValueError("not a place for vectors")
+        # What nobody speaks for in the folders of jobs is swept, and so is what is too old in a cache.
+        if any(value.startswith(f"{url}/{room}/") or value == f"{url}/" for room in ("payloads", "artifacts")):
+            raise ValueError("the place of payloads and artifacts")
+        return value
+
     def storage(self, *folders: Path) -> StorageConfig:
         """What may be read and written: the storage URL, and these folders."""
         url = urlsplit(self.storage_url)
@@ -109,10 +285,78 @@ class WorkerSettings(BaseModel):
             s3 = S3Config(bucket=url.netloc, addressing=self.s3_addressing, encryption=self.s3_encryption)
         return StorageConfig(roots=roots, s3=s3, fetch_hosts=list(self.fetch_hosts), fetch_private=self.fetch_private)
 
+    def engines(self) -> Engines:
+        """What this machine has to embed with: keys, addresses, models, a cache."""
+        keys = {"nvidia": self.nvidia_api_key, "openai": self.openai_api_key, "voyage": self.voyage_api_key}
+        urls = {"nvidia": self.nvidia_base_url, "openai": self.openai_base_url, "voyage": self.voyage_base_url}
+        cache: str | None = self.embed_cache
+        if cache == "off":
+            cache = None
+        elif not cache:
+            bucket = self.storage_url.startswith("s3://")
+            cache = f"{self.storage_url}/vectors/" if bucket else str(self.root / "vectors.sqlite")
+        return Engines(
+            keys={provider: key.get_secret_value() for provider, key in keys.items() if key is not None},
+            urls={provider: url for provider, url in urls.items() if url is not None} | {"ollama": self.ollama_host},
+            request_timeout_seconds=self.embed_request_seconds,
+            voyage_input_type=self.voyage_input_type,
+            voyage_output_dtype=self.voyage_output_dtype,
+            voyage_truncation=self.voyage_truncation,
+            model_folders=tuple(map(str, self.embed_models)),
+            model_downloads=self.embed_downloads,
+            devices=self.embed_devices,
+            precision=self.embed_precision,
+            cache=cache,
+            cache_bytes=self.embed_cache_bytes,
+        )
+
+    def choice(self) -> Choice:
+        """What is embedded, and with what, where nobody says otherwise. Raises InvalidRequest, but not for settings
+        that were read."""
+        choice = routing.choose(self.embedding_mode, self.embed_provider, self.embed_model)
+        dimension = self.embed_dimension
+        if choice.provider == "voyage":
+            dimension = self.voyage_output_dimension or dimension
+        return msgspec.structs.replace(
+            choice, dimension=dimension, max_tokens=self.embed_max_tokens, max_usd=self.embed_max_usd
+        )
+
+    def allowed_models(self) -> frozenset[str]:
+        """Models that may be used here, as ``MODEL`` or ``PROVIDER/MODEL``."""
+        return frozenset(self.embed_allowed_models) or routing.CATALOG
+
+    @property
+    def embeds_here(self) -> bool:
+        """Engines run on this machine."""
+        return True
+
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Self:
         """Settings from variables; an empty one counts as not set. Raises InvalidSettings."""
-        return cls._validated(_given(env))
+        settings = cls._validated(_given(env))
+        settings._check_choice()
+        return settings
+
+    def _check_choice(self) -> None:
+        """Raise InvalidSettings where the default engine could not run."""
+        try:
+            choice = self.choice()
+            routing.check_choice(choice, self.engines(), runs_here=self.embeds_here, allowed=self.allowed_models())
+        except InvalidRequest as error:
+            field = str(error.details["field"])
+            name, what = self._variable(field), error.message.removeprefix(field)
+            if "setting" in error.details:
+                name, what = str(error.details["setting"]), f" must be set: {choice.provider} is what embeds"
+            raise InvalidSettings(f"{name}{what}", field=name) from error
+
+    def _variable(self, field: str) -> str:
+        """The setting that decides a field of the choice."""
+        voyage = self.embed_provider == "voyage" and self.voyage_output_dimension is not None
+        if field == "embedding_dimension":
+            return "VOYAGE_OUTPUT_DIMENSION" if voyage else "MEMVID_EMBED_DIMENSION"
+        if field == "embedding_provider" and self.embed_provider is None and self.embedding_mode != "external_api":
+            return "MEMVID_EMBEDDING_MODE"
+        return _VARIABLES[field]
 
     @classmethod
     def _validated(cls, given: dict[str, str], **more: object) -> Self:
@@ -320,6 +564,11 @@ class Settings(WorkerSettings):
         return value
 
     @property
+    def embeds_here(self) -> bool:
+        """Engines run on this machine, not on Runpod's."""
+        return self.backend_mode == "legacy_vps"
+
+    @property
     def host(self) -> str:
         """The address to listen on."""
         return self.bind_addr.rpartition(":")[0].strip("[]")
@@ -359,6 +608,7 @@ class Settings(WorkerSettings):
                 "MEMVID_EXPORT_WORKER_LINKS needs a MEMVID_EXPORT_STORAGE_URL of s3://…; files have no links",
                 field="MEMVID_EXPORT_WORKER_LINKS",
             )
+        settings._check_choice()
         return settings
 
 
@@ -394,6 +644,25 @@ def _read_key(given: Mapping[str, str], *, dev: bool) -> str | None:
             field="MEMVID_EXPORT_API_KEY",
         )
     return key
+
+
+def _host_url(value: str) -> str:
+    """A URL of a host without a slash at its end. Raises ValueError, also for a password in it."""
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("not a URL of a host")
+    if url.username is not None or url.query or url.fragment:
+        raise ValueError("more than host and path")
+    return value.rstrip("/")
+
+
+def _is_near(host: str) -> bool:
+    """A host of one's own machine or network, as far as its name tells."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith((".localhost", ".local", ".internal"))
+    return address.is_private or address.is_loopback
 
 
 def _shape_of(value: str) -> str:

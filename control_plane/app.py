@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -17,9 +17,13 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
+from common.embedding.choice import Choice, Engines
+from common.embedding.engine import OpenEngines
+from common.embedding.port import Embedder
+from common.embedding.routing import check_choice
 from common.graph.model import GraphLimits
 from common.settings import Settings
-from common.storage import open_storage
+from common.storage import Storage, open_storage
 from control_plane.backends.checker import CHECKERS, PayloadChecker
 from control_plane.backends.legacy_vps import LegacyVps
 from control_plane.backends.port import Backend, Means
@@ -65,13 +69,14 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         queue = RunpodQueue(means, pool=pool, profiles=profiles)
         backend, hooks = queue, [hook_route(queue)]
     else:
-        backend = LegacyVps(means, pool=pool)
+        backend = LegacyVps(means, pool=pool, profiles=profiles)
     notifier = Notifier(database, hub, backend.wake)
     retention = Retention(settings, store, storage, layout, backend)
     mcp = mcp_route(
         store,
         settings.root,
         Artifacts(storage, layout.copies, settings.mcp_cache_bytes),
+        _engines(settings, storage),
         response_budget_bytes=settings.mcp_response_budget_bytes,
         allow_external_capsules=settings.mcp_allow_external_capsules,
         cache_capacity=settings.mcp_cache_capacity,
@@ -157,9 +162,25 @@ def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
         writer=settings.writer,
         memory_limit=settings.worker_memory_bytes,
         limits=GraphLimits(max_payload_bytes=settings.max_payload_bytes),
+        choice=settings.choice(),
+        models=settings.allowed_models(),
+        # Where Runpod's workers embed, children here only check payloads and need no keys.
+        engines=settings.engines() if settings.embeds_here else Engines(),
     )
     slots = settings.worker_slots if settings.backend_mode == "legacy_vps" else 0
     return WorkerPool(config, slots + CHECKERS)
+
+
+def _engines(settings: Settings, storage: Storage) -> Callable[[Choice], Embedder]:
+    """Opens the engines that embed questions. What a capsule says of its model is held to the same rules as a job."""
+    engines = settings.engines()
+    opened = OpenEngines(engines, storage)
+
+    def engine(choice: Choice) -> Embedder:
+        check_choice(choice, engines, runs_here=True, allowed=settings.allowed_models())
+        return opened.get(choice)
+
+    return engine
 
 
 def _providing(part: Any) -> Provide:

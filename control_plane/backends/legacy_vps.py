@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobInput, JobOutput, Progress
+from common.embedding.routing import fields_of
 from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
@@ -17,6 +18,7 @@ from control_plane.backends.port import Means
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
+from control_plane.operations.profiles import Profiles
 from handler.job import published, read_manifest
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
@@ -55,9 +57,11 @@ class LegacyVps:
         means: Means,
         *,
         pool: WorkerPool,
+        profiles: Profiles,
     ) -> None:
         self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._pool = pool
+        self._profiles = profiles
         self._endings = Endings(means, backend=self.name, lost=means.settings.max_attempts, timeouts=1)
         self._leases = Leases(means.store, driven=lambda: set(self._runs), adopted=self._resume, lost=self._give_up)
         small = means.settings.small_job_frames if means.settings.worker_slots > 1 else None
@@ -227,9 +231,9 @@ class LegacyVps:
             payload_sha256=job.payload_sha256,
             payload_size=job.payload_size,
             output_prefix=self._layout.output_prefix(job.id, job.attempt),
-            embedding_mode=self._settings.embedding_mode,
             attempt=job.attempt,
             created_at=iso(job.created_at),
+            **fields_of(self._profiles.of_job(job.profile).embedding),
         )
 
 

@@ -20,12 +20,12 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobError, JobInput, JobOutput, Links, Progress, Report, WorkerProgress
+from common.embedding.routing import fields_of
 from common.errors import (
     CapsuleUnreadable,
     DeadlineExceeded,
     ExportError,
     GateFailed,
-    InvalidRequest,
     StorageFailed,
     WorkerLost,
 )
@@ -37,7 +37,7 @@ from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodA
 from control_plane.errors import PlatformUnavailable
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
-from control_plane.operations.profiles import Profile, Profiles
+from control_plane.operations.profiles import Profiles
 from handler import claim
 from handler.job import Published, published, ref_of
 from handler.pool import WorkerPool
@@ -237,7 +237,7 @@ class RunpodQueue:
 
     async def _submit(self, job: JobRecord) -> None:
         try:
-            profile = self._profile(job)
+            profile = self._profiles.of_job(job.profile)
             timeout_ms = profile.execution_timeout_ms * (2 if job.timeouts else 1)
             policy = {"executionTimeout": timeout_ms, "ttl": profile.ttl_ms}
             while True:
@@ -268,12 +268,6 @@ class RunpodQueue:
         now = await self._kept(self._store.get, job.id)
         return now is not None and (now.status, now.attempt, now.owner) == ("queued", job.attempt, self._store.replica)
 
-    def _profile(self, job: JobRecord) -> Profile:
-        try:
-            return self._profiles.get(job.profile)
-        except InvalidRequest:  # The file has changed since the job was accepted.
-            return self._profiles.get(None)
-
     def _webhook(self, job: JobRecord) -> str | None:
         url = self._settings.public_url
         return f"{url.rstrip('/')}/v1/hooks/runpod/{job.id}/{job.secret}" if url else None
@@ -297,11 +291,11 @@ class RunpodQueue:
             payload_sha256=job.payload_sha256,
             payload_size=job.payload_size,
             output_prefix=prefix,
-            embedding_mode=self._settings.embedding_mode,
             attempt=job.attempt,
             created_at=created,
             timeout_seconds=max(1.0, timeout_ms / 1000 - MARGIN_SECONDS),
             links=links,
+            **fields_of(self._profiles.of_job(job.profile).embedding),
         )
 
     # --- following ----------------------------------------------------------------------------------
@@ -378,7 +372,7 @@ class RunpodQueue:
 
     def _past(self, job: JobRecord) -> bool:
         """Whether the platform should have ended the attempt long ago: by its time to run, or to live and to run."""
-        profile = self._profile(job)
+        profile = self._profiles.of_job(job.profile)
         since = job.started_at if job.status == "running" else None
         if since is None:
             since = (job.submitted_at or job.created_at) + profile.ttl_ms

@@ -6,7 +6,7 @@ from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from common.contract import Status
+from common.contract import EmbeddingReport, Status
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
@@ -27,6 +27,10 @@ class Metrics:
             ["kind"],
             registry=self._registry,
         )
+        self.embed_tokens = self._by_model("memvid_export_embed_tokens", "Tokens that engines read")
+        self.embed_texts = self._by_model("memvid_export_embed_texts", "Texts that got a vector")
+        self.embed_cache_hits = self._by_model("memvid_export_embed_cache_hits", "Vectors that came from the cache")
+        self.embed_cost = self._by_model("memvid_export_embed_cost_usd", "Estimated cost of tokens, in US dollars")
         self.runpod = Counter(
             "memvid_export_runpod_requests", "Requests to Runpod", ["route", "status"], registry=self._registry
         )
@@ -38,6 +42,20 @@ class Metrics:
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=SECONDS, registry=self._registry)
+
+    def _by_model(self, name: str, text: str) -> Counter:
+        return Counter(name, f"{text}, of completed jobs", ["provider", "model"], registry=self._registry)
+
+    def embedded(self, report: EmbeddingReport) -> None:
+        """Count what a completed job embedded."""
+        if report.provider is not None and report.model is not None:
+            for counter, value in (
+                (self.embed_tokens, report.tokens),
+                (self.embed_texts, report.texts),
+                (self.embed_cache_hits, report.cache_hits),
+                (self.embed_cost, report.cost_estimate),
+            ):
+                counter.labels(report.provider, report.model).inc(value)
 
     def text(self, counts: dict[Status, int], streams: int) -> bytes:
         """The exposition text."""
