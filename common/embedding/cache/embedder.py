@@ -108,7 +108,8 @@ class CachedEmbedder:
         """
         earlier = self._told()
         self._try("written", self._cache.flush, should_stop)  # also after a failure: it lets go of what was gathered
-        said = list(dict.fromkeys(earlier + self._told()))
+        own = self._embedder.flush(should_stop)
+        said = list(dict.fromkeys(earlier + self._told() + [own] * (own is not None)))
         return "; ".join(said) or None
 
     def close(self) -> None:

@@ -95,7 +95,8 @@ class SqliteCache:
                     self._make_room(database, space, len(batch))
                     self._insert(database, batch)
             if _pages(database, "page_count") * _PAGE > self._max_bytes:  # the bound was higher before
-                database.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+                # A row without columns comes for each page: execute() would stop at the first.
+                database.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
 
         self._do(work)
 
