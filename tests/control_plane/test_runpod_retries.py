@@ -29,6 +29,14 @@ queue_depth = 2
 
 [profiles.impatient]
 queue_age_seconds = 1
+
+[profiles.thorough]
+provider = "voyage"
+dimension = 512
+layout = "code-v1"
+embed = ["nodes", "relations"]
+max_tokens = 1_000
+max_usd = 0.5
 """
 
 
@@ -73,6 +81,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         server = RunpodServer(
             folder / "root",
             platform,
+            env={
+                "MEMVID_EMBEDDING_MODE": "external_api",
+                "MEMVID_EMBED_PROVIDER": "openai",
+                "OPENAI_API_KEY": "sk-of-the-server",
+            },
             storage_url=(folder / "shared").as_uri(),
             profiles_file=folder / "profiles.toml",
         )
@@ -293,4 +306,24 @@ def test_a_profile_that_there_is_not_is_refused_with_those_that_there_are(house:
     body["options"]["profile"] = "unheard-of"
     answer = house.server.post(body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID_EXPORT_REQUEST")
-    assert answer.json()["error"]["details"]["allowed"] == ["brief", "default", "impatient", "narrow", "short"]
+    allowed = ["brief", "default", "impatient", "narrow", "quality", "short", "speed", "thorough"]
+    assert answer.json()["error"]["details"]["allowed"] == allowed
+
+
+def test_a_worker_is_told_what_the_profile_embeds_and_no_key(house: House) -> None:
+    [thorough] = house.wait(house.submit("PAYLOAD_MISMATCH", "thorough"))
+    assert {name: value for name, value in thorough.items() if name.startswith("embedding_")} == {
+        "embedding_mode": "external_api",
+        "embedding_provider": "voyage",
+        "embedding_model": "voyage-code-3",
+        "embedding_dimension": 512,
+        "embedding_layout": "code-v1",
+        "embedding_what": ["nodes", "relations"],
+        "embedding_max_tokens": 1_000,
+        "embedding_max_usd": 0.5,
+    }
+    assert "sk-of-the-server" not in json.dumps(thorough)
+    [default] = house.wait(house.submit("PAYLOAD_MISMATCH"))
+    assert (default["embedding_provider"], default["embedding_model"]) == ("openai", "text-embedding-3-large")
+    [quick] = house.wait(house.submit("PAYLOAD_MISMATCH", "speed"))
+    assert quick["embedding_model"] == "text-embedding-3-small"

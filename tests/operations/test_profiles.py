@@ -9,6 +9,8 @@ from zoneinfo import ZoneInfo
 import pytest
 from processes import REPOSITORY
 
+from common.embedding.choice import Choice
+from common.embedding.routing import EVERYTHING
 from common.errors import InvalidRequest, InvalidSettings
 from common.settings import Settings
 from control_plane.operations.profiles import Profile, Profiles
@@ -20,13 +22,25 @@ SETTINGS = Settings.read(
 DEFAULT = Profile(
     name="default", execution_timeout_ms=300_000, ttl_ms=3_600_000, queue_depth=64, queue_age_seconds=3_600
 )
+OPENAI = Settings.read(
+    {
+        "MEMVID_EMBEDDING_MODE": "external_api",
+        "MEMVID_EMBED_PROVIDER": "openai",
+        "OPENAI_API_KEY": "sk-never-shown",
+        "MEMVID_EMBED_MAX_TOKENS": "1000000",
+        "MEMVID_EMBED_MAX_USD": "2",
+    },
+    dev=True,
+)
+WITHOUT_TORCH = Settings.read({"MEMVID_EMBED_ALLOWED_MODELS": "nomic-embed-text"}, dev=True)
+"""Where the quality tier may not run."""
 WORKERS = "[workers]\nworkers_min = 0\nworkers_max = 0\n"
 
 
-def load(folder: Path, text: str) -> Profiles:
+def load(folder: Path, text: str, settings: Settings = SETTINGS) -> Profiles:
     file = folder / "profiles.toml"
     file.write_text(text)
-    return Profiles.load(file, SETTINGS)
+    return Profiles.load(file, settings)
 
 
 def schedule(folder: Path, *entries: str, zone: str = "Europe/Berlin") -> Profiles:
@@ -60,16 +74,19 @@ def test_what_a_profile_leaves_out_comes_from_the_settings(tmp_path: Path) -> No
 
 
 def test_a_profile_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    profiles = load(tmp_path, "[profiles.bulk]\n")
-    with pytest.raises(InvalidRequest, match="there is bulk, default") as caught:
+    profiles = load(tmp_path, "[profiles.bulk]\n", OPENAI)
+    with pytest.raises(InvalidRequest, match="there is bulk, default, quality, speed") as caught:
         profiles.get("Bulk")
-    assert caught.value.details == {"field": "options.profile", "allowed": ["bulk", "default"]}
+    assert caught.value.details == {"field": "options.profile", "allowed": ["bulk", "default", "quality", "speed"]}
+    assert profiles.of_job("Bulk") == profiles.get("default")
 
 
 def test_the_example_file_is_in_order() -> None:
     profiles = Profiles.load(REPOSITORY / "examples" / "profiles.toml", SETTINGS)
     assert profiles.get("interactive").queue_age_seconds == 60
     assert profiles.get("bulk").execution_timeout_ms == 3_600_000
+    assert profiles.get("bulk").embedding.what == EVERYTHING
+    assert profiles.get("interactive").embedding.provider == "static"
     assert profiles.time_zone == "Europe/Berlin"
 
 
@@ -88,9 +105,12 @@ def test_the_example_file_is_in_order() -> None:
         ("[profiles.x]\nttl_ms = 9_999", "profiles.x.ttl_ms must be a number of milliseconds, 10000 to"),
         ("[profiles.x]\nttl_ms = 20_000", "profiles.x.ttl_ms must be at least the 300000 milliseconds of its"),
         ("[profiles.x]\nexecution_timeout_ms = 1", "profiles.x.execution_timeout_ms must be a number of milliseconds"),
-        ("[profiles.x]\nqueue-depth = 1", "profiles.x.queue-depth is not known; there is execution_timeout_ms"),
+        (
+            "[profiles.x]\nqueue-depth = 1",
+            "profiles.x.queue-depth is not known; there is dimension, embed, execution_timeout_ms",
+        ),
         ('[profiles.x]\n"a\\nb" = 1', "profiles.x.'a\\nb' is not known"),
-        ("[profile.x]", "profile is not known; there is profiles, schedule, time_zone, workers"),
+        ("[profile.x]", "profile is not known; there is profiles, schedule, tiers, time_zone, workers"),
         ("time_zone = 'Mars/Olympus'", "time_zone must be the name of an IANA time zone"),
         ("time_zone = 'Europe'", "time_zone must be the name of an IANA time zone"),
         ("time_zone = '../../etc/passwd'", "time_zone must be the name of an IANA time zone"),
@@ -138,6 +158,165 @@ def test_a_file_that_is_not_there_and_one_that_is_no_text_are_refused(tmp_path: 
     (tmp_path / "latin").write_bytes(b"# \xe9")
     with pytest.raises(InvalidSettings, match="the file is not UTF-8"):
         Profiles.load(tmp_path / "latin", SETTINGS)
+
+
+# --- what is embedded ---
+
+
+def engine(profiles: Profiles, name: str) -> tuple[str, str, int | None]:
+    choice = profiles.get(name).embedding
+    return choice.provider, choice.model, choice.dimension
+
+
+def test_without_a_file_a_client_may_choose_speed_or_quality() -> None:
+    profiles = Profiles.load(None, OPENAI)
+    assert profiles.get(None).embedding == OPENAI.choice()
+    assert engine(profiles, "speed") == ("openai", "text-embedding-3-small", None)
+    assert engine(profiles, "quality") == ("openai", "text-embedding-3-large", None)
+    assert profiles.get("speed").embedding.max_usd == 2
+
+
+def test_tiers_of_the_file_replace_the_catalogs_and_profiles_name_them(tmp_path: Path) -> None:
+    profiles = load(
+        tmp_path,
+        """
+        [tiers.speed]
+        dimension = 256
+        [tiers.quality]
+        provider = "voyageai"
+        dimension = 2048
+        layout = "code-v1"
+        [profiles.nightly]
+        tier = "quality"
+        embed = ["relations", "nodes"]
+        max_tokens = 500_000
+        max_usd = 1
+        [profiles.speed]
+        queue_depth = 3
+        """,
+        Settings.read(
+            {
+                "MEMVID_EMBEDDING_MODE": "external_api",
+                "MEMVID_EMBED_PROVIDER": "openai",
+                "OPENAI_API_KEY": "sk-x",
+                "VOYAGE_API_KEY": "pa-x",
+                "MEMVID_EMBED_MAX_USD": "2",
+            },
+            dev=True,
+        ),
+    )
+    assert profiles.get("nightly").embedding == Choice(
+        mode="external_api",
+        provider="voyage",
+        model="voyage-code-3",
+        dimension=2_048,
+        layout="code-v1",
+        what=("nodes", "relations"),
+        max_tokens=500_000,
+        max_usd=1,
+    )
+    assert engine(profiles, "quality") == ("voyage", "voyage-code-3", 2_048)
+    assert engine(profiles, "speed") == ("openai", "text-embedding-3-small", 256)
+    assert profiles.get("speed").queue_depth == 3
+    assert profiles.get("quality").embedding.max_usd == 2
+
+
+def test_a_profile_may_have_an_engine_of_its_own(tmp_path: Path) -> None:
+    text = """
+        [profiles.small]
+        model = "text-embedding-3-small"
+        dimension = 128
+        [profiles.quality]
+        model = "text-embedding-ada-002"
+        [profiles.here]
+        provider = "local"
+    """
+    profiles = load(tmp_path, text, OPENAI)
+    assert engine(profiles, "small") == ("openai", "text-embedding-3-small", 128)
+    assert engine(profiles, "quality") == ("openai", "text-embedding-ada-002", None)
+    assert engine(profiles, "here") == ("ollama", "nomic-embed-text", None)
+
+
+def test_a_built_in_tier_that_cannot_run_is_refused_by_request_and_stops_no_start(tmp_path: Path) -> None:
+    for profiles in (
+        Profiles.load(None, WITHOUT_TORCH),
+        load(tmp_path, "[profiles.quality]\nqueue_depth = 1\n", WITHOUT_TORCH),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            profiles.get("quality")
+        assert caught.value.message.startswith("options.profile: quality cannot run here: model must be one that is ")
+        assert caught.value.details == {"field": "options.profile", "allowed": ["default", "speed"]}
+        assert [profile.name for profile in profiles] == ["default", "speed"]
+        assert profiles.of_job("quality") == profiles.get("default")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tiers = 1", "tiers must be tables [tiers.speed] and [tiers.quality]; it is 1"),
+        ("[tiers.luxury]", "tiers.luxury is not known; there is speed, quality"),
+        ("[tiers.speed]\nembed = ['nodes']", "tiers.speed.embed is not known; there is dimension, layout, model, "),
+        (
+            "[tiers.speed]\nprovider = 'torch'",
+            "tiers.speed.provider must be openai, nvidia, voyage or ollama where the",
+        ),
+        ("[tiers.speed]\nprovider = 'cohere'", "tiers.speed.provider must be a provider: static, torch, openai, "),
+        ("[tiers.speed]\nprovider = 'voyage'", "tiers.speed.provider must be one whose key is set: VOYAGE_API_KEY is"),
+        ("[tiers.quality]\nmodel = 'gpt-x'", "tiers.quality.model must be one that is allowed here for openai ("),
+        ("[tiers.quality]\ndimension = 4000", "tiers.quality.dimension must be another: text-embedding-3-large has no"),
+        ("[tiers.quality]\ndimension = 0", "tiers.quality.dimension must be a number, at least 1; it is 0"),
+        ("[tiers.quality]\nlayout = 'verse'", "tiers.quality.layout must be code-v1 or static-v1; it is 'verse'"),
+        ("[profiles.x]\ntier = 'luxury'", "profiles.x.tier must be a tier: speed or quality; it is 'luxury'"),
+        (
+            "[profiles.x]\ntier = 'speed'\nmodel = 'own'",
+            "profiles.x.tier must be the only word on the engine; the profile has model too; it is 'speed'",
+        ),
+        ("[profiles.x]\nmodel = 'gpt-x'", "profiles.x.model must be one that is allowed here for openai ("),
+        ("[profiles.x]\nmodel = ''", "profiles.x.model must be the name of a model; it is ''"),
+        ("[profiles.x]\nembed = []", "profiles.x.embed must be a list of some of nodes, files, communities, processes"),
+        ("[profiles.x]\nembed = ['nodes', 'jokes']", "profiles.x.embed must be a list of some of nodes, files, "),
+        ("[profiles.x]\nmax_tokens = -1", "profiles.x.max_tokens must be a number of tokens, at least 0; it is -1"),
+        ("[profiles.x]\nmax_usd = nan", "profiles.x.max_usd must be a number of US dollars, 0 to 1000000; it is nan"),
+        (
+            "[profiles.x]\nmax_tokens = 1_000_001",
+            "profiles.x.max_tokens must be at most the 1000000 of MEMVID_EMBED_MAX_TOKENS; it is 1000001",
+        ),
+        (
+            "[profiles.x]\nmax_usd = 2.5",
+            "profiles.x.max_usd must be at most the 2.0 of MEMVID_EMBED_MAX_USD; it is 2.5",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_run_is_named_by_its_place_in_the_file(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        load(tmp_path, text, OPENAI)
+    assert words in caught.value.message
+    assert caught.value.message.startswith(f"{tmp_path / 'profiles.toml'}: ")
+    assert "never-shown" not in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_tier_that_the_file_wishes_for_must_run(tmp_path: Path) -> None:
+    for text, place in (
+        ("[profiles.x]\ntier = 'quality'", "profiles.x.tier must be one that is allowed here for torch"),
+        ("[tiers.quality]\nprovider = 'torch'", "tiers.quality.model must be one that is allowed here for torch"),
+    ):
+        with pytest.raises(InvalidSettings) as caught:
+            load(tmp_path, text, WITHOUT_TORCH)
+        assert place in caught.value.message
+
+
+def test_what_runpod_runs_is_not_looked_for_here(tmp_path: Path) -> None:
+    env = {
+        "MEMVID_EXPORT_BACKEND_MODE": "runpod_queue",
+        "RUNPOD_ENDPOINT_ID": "e",
+        "RUNPOD_API_KEY": "k",
+        "MEMVID_EMBEDDING_MODE": "external_api",
+        "MEMVID_EMBED_PROVIDER": "nvidia",
+    }
+    profiles = load(tmp_path, "[profiles.x]\nprovider = 'voyage'", Settings.read(env, dev=True))
+    assert engine(profiles, "x") == ("voyage", "voyage-code-3", None)
+    assert engine(profiles, "speed") == ("nvidia", "nvidia/nv-embedqa-e5-v5", None)
 
 
 # --- the schedule; 2 March 2026 is a Monday ---
