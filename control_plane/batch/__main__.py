@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -166,43 +166,38 @@ def _tell(summary: Summary, json: str | None) -> None:
 
 
 async def _batch(given: Given, settings: Settings, chosen: Profile, plan: Plan) -> tuple[Summary, ExportError | None]:
-    with ExitStack() as stack:
-        out = _place(given.out, settings, "--out")
-        if given.runpod and out.folder is not None:
-            raise InvalidRequest(
-                "--out must be a prefix in S3 with --runpod: its workers put files there", field="--out"
-            )
+    out = _place(given.out, settings, "--out")
+    async with AsyncExitStack() as stack:
         scratch = stack.enter_context(_scratch(out))
+        slots: Sequence[Slot]
+        if given.runpod:
+            slots = await stack.enter_async_context(_endpoint(given, settings, chosen, plan, out))
+        else:
+            slots = _local(given, settings, plan, out, scratch)
         source = _source(given.source, out, settings, stack)
         graphs = source.graphs()
-        journal = Journal(out.storage, out.prefix)
-        there = {found.ref: found.size for found in out.storage.found(out.prefix)}
         board = stack.enter_context(Board(graphs))
-        async with AsyncExitStack() as later:
-            if given.runpod:
-                slots: Sequence[Slot] = await later.enter_async_context(_endpoint(given, settings, chosen, plan, out))
-            else:
-                slots = _local(given, settings, plan, out, scratch)
-            job = Batch(
-                source,
-                graphs,
-                slots[: len(graphs)],
-                plan=plan,
-                journal=journal,
-                destination=out.storage,
-                there=there,
-                folder=scratch / "payloads",
-                max_payload_bytes=settings.max_payload_bytes,
-                retry_failed=given.retry_failed,
-                board=board,
-            )
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, job.stop)
-            try:
-                await job.run()
-            except ExportError as error:
-                return job.summary(error), error
-            return job.summary(), None
+        job = Batch(
+            source,
+            graphs,
+            slots[: len(graphs)],
+            plan=plan,
+            journal=Journal(out.storage, out.prefix),
+            destination=out.storage,
+            prefix=out.prefix,
+            there={found.ref: found.size for found in out.storage.found(out.prefix)},
+            folder=scratch / "payloads",
+            max_payload_bytes=settings.max_payload_bytes,
+            retry_failed=given.retry_failed,
+            board=board,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, job.stop)
+        try:
+            await job.run()
+        except ExportError as error:
+            return job.summary(error), error
+        return job.summary(), None
 
 
 def _place(text: str, settings: Settings, option: str) -> Place:
@@ -221,7 +216,7 @@ def _place(text: str, settings: Settings, option: str) -> Place:
     return Place(folder.as_uri() + "/", open_storage(StorageConfig(roots=[str(folder)])), folder)
 
 
-def _source(text: str, out: Place, settings: Settings, stack: ExitStack) -> GraphSource:
+def _source(text: str, out: Place, settings: Settings, stack: AsyncExitStack) -> GraphSource:
     if text.startswith(("http://", "https://")):
         return GitNexusSource(stack.enter_context(GitNexus(text)), text)
     place = _place(text, settings, "SOURCE")
@@ -331,6 +326,8 @@ async def _endpoint(
     from control_plane.backends.runpod_api import RunpodApi
     from control_plane.operations.metrics import Metrics
 
+    if out.folder is not None:
+        raise InvalidRequest("--out must be a prefix in S3 with --runpod: workers put files there", field="--out")
     if settings.runpod_endpoint_id is None or settings.runpod_api_key is None:
         name = "RUNPOD_API_KEY" if settings.runpod_endpoint_id else "RUNPOD_ENDPOINT_ID"
         raise InvalidSettings(f"{name} must be set for --runpod", field=name)
@@ -348,6 +345,7 @@ async def _endpoint(
             settings.runpod_poll_seconds,
         )
         yield [RunpodSlot(number + 1, endpoint) for number in range(given.workers or IN_FLIGHT)]
+        await asyncio.to_thread(endpoint.clear)
     finally:
         await api.close()
 

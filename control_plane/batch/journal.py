@@ -19,7 +19,7 @@ MAX_JOURNAL_BYTES = 256 << 20
 
 
 class Record(Wire, kw_only=True):
-    """How a graph ended. ``files`` (names and bytes) lie under ``prefix``."""
+    """How a graph ended."""
 
     name: str
     source: str
@@ -28,8 +28,10 @@ class Record(Wire, kw_only=True):
     """Empty where the graph could not be fetched."""
     options_sha256: str = ""
     """Of all that decides the capsule beside the payload."""
-    prefix: str = ""
+    folder: str = ""
+    """Below the destination, quoted as in a ref, with a slash at its end."""
     files: dict[str, int] = msgspec.field(default_factory=dict)
+    """Names and bytes of what lies in it."""
     frames: int = 0
     vectors: int = 0
     texts: int = 0

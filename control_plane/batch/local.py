@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -75,11 +76,13 @@ class LocalSlot:
             options=self._plan.options,
             source=work.graph.origin,
         )
+        done = False
         try:
             await child.send(Run(job=job, generated_at=self._plan.generated_at))
             while not isinstance(message := await child.receive(), Done):
                 if isinstance(message, Reported):
                     tell(message.progress)
+            done = True
         except ExportError as error:
             self.strikes = self.strikes + 1 if isinstance(error, DeviceFailed) else 0
             if error.code in FATAL:
@@ -87,6 +90,8 @@ class LocalSlot:
             raise
         finally:
             deadline.cancel()
+            if not done:  # a child that was killed left its files
+                await asyncio.to_thread(self._discard, run_id)
         self.strikes = 0
         report = msgspec.convert(message.output.metrics, Report)
         return partial(self._keep, work, made, report)
@@ -99,7 +104,8 @@ class LocalSlot:
             if found is None:
                 raise StorageFailed("the files of the export are gone from the scratch folder")
             folder = Path(self._config.scratch)
-            prefix = f"{self._prefix}{quote(work.graph.name)}/"
+            below = f"{quote(work.graph.name)}/"
+            prefix = self._prefix + below
             manifest = unquote(found.output.manifest_ref.rpartition("/")[2])
             files: dict[str, str | None] = {name: sha256 for name, _, sha256 in files_of(found.manifest)}
             for name in {manifest, *(work.before.files if work.before else ())}:
@@ -109,9 +115,14 @@ class LocalSlot:
             for name, sha256 in [*files.items(), (manifest, None)]:
                 path = self._scratch.local(ref_of(made, name), folder)
                 sizes[name] = self._destination.put(path, ref_of(prefix, name), sha256=sha256).size
-            return Kept(prefix, sizes, report)
+            return Kept(below, sizes, report)
         finally:
             self._scratch.delete(made)
+
+    def _discard(self, run_id: str) -> None:
+        scratch = Path(self._config.scratch)
+        for left in (scratch / f"{run_id}-1", scratch / "made" / run_id):
+            shutil.rmtree(left, ignore_errors=True)
 
     async def close(self) -> None:
         """End the child."""

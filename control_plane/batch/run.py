@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ _FRESH_START = ("INTERNAL", "OUT_OF_MEMORY")
 class Summary(Wire, kw_only=True):
     """What a batch did; the sums are over the graphs that this run completed."""
 
+    destination: str
+    """A ref; the folders of the graphs are below it."""
     graphs: int
     completed: int = 0
     failed: int = 0
@@ -72,6 +75,7 @@ class Batch:
         plan: Plan,
         journal: Journal,
         destination: Storage,
+        prefix: str,
         there: Mapping[str, int],
         folder: Path,
         max_payload_bytes: int,
@@ -80,7 +84,7 @@ class Batch:
     ) -> None:
         """``there``: bytes of what lies in the destination, by ref. ``folder``: for payloads that are fetched."""
         self._source, self._slots, self._plan = source, slots, plan
-        self._journal, self._destination, self._there = journal, destination, there
+        self._journal, self._destination, self._prefix, self._there = journal, destination, prefix, there
         self._folder, self._limit, self._retry_failed, self._board = folder, max_payload_bytes, retry_failed, board
         self._waiting = deque(graphs)
         self._open = len(graphs)
@@ -138,7 +142,7 @@ class Batch:
                 await self._end(graph, known, keep=False)
                 continue
             async with self._changed:
-                self._ready.append(Work(graph, payload, before, started))
+                insort(self._ready, Work(graph, payload, before, started), key=_order)
                 self._changed.notify_all()
 
     async def _fetch(self, graph: Graph, folder: Path) -> Payload:
@@ -166,7 +170,8 @@ class Batch:
             return None
         if before.status == "failed":
             return None if self._retry_failed else before
-        whole = all(self._there.get(ref_of(before.prefix, name)) == size for name, size in before.files.items())
+        folder = self._prefix + before.folder
+        whole = all(self._there.get(ref_of(folder, name)) == size for name, size in before.files.items())
         return msgspec.structs.replace(before, status="skipped") if whole else None
 
     # --- running --------------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ class Batch:
             status="completed",
             payload_sha256=work.payload.sha256,
             options_sha256=self._plan.sha256,
-            prefix=kept.prefix,
+            folder=kept.folder,
             files=kept.files,
             frames=report.capsule.frames,
             vectors=report.capsule.vectors,
@@ -237,10 +242,10 @@ class Batch:
 
     def _remove_old(self, before: Record, record: Record) -> None:
         """Files of the last export that the new one has not replaced."""
-        kept = {ref_of(record.prefix, name) for name in record.files}
-        for ref in (ref_of(before.prefix, name) for name in before.files):
+        kept = {ref_of(record.folder, name) for name in record.files}
+        for ref in (ref_of(before.folder, name) for name in before.files):
             if ref not in kept:
-                self._destination.delete(ref)
+                self._destination.delete(self._prefix + ref)
 
     async def _again(self, work: Work, slot: Slot, error: ExportError, *, counted: bool) -> None:
         """Back to the others, as the next one; or failed for good."""
@@ -254,7 +259,7 @@ class Batch:
         self._board.note(f"{work.graph.name}: again, after {error.message}")
         async with self._changed:
             work.avoid = slot if slot.strikes else None
-            self._ready.insert(0, work)
+            insort(self._ready, work, key=_order)
             self._changed.notify_all()
 
     def _failure(self, graph: Graph, error: ExportError, *, work: Work | None = None, device: str = "") -> Record:
@@ -265,7 +270,7 @@ class Batch:
             status="failed",
             payload_sha256=work.payload.sha256 if work else "",
             options_sha256=self._plan.sha256,
-            prefix=before.prefix if before else "",  # what an earlier export left is still there
+            folder=before.folder if before else "",  # what an earlier export left is still there
             files=before.files if before else {},
             attempts=work.attempts if work else 0,
             device=device,
@@ -306,6 +311,7 @@ class Batch:
         if error is not None:
             errors.append(ErrorInfo(code=error.code, message=error.message))
         return Summary(
+            destination=self._prefix,
             graphs=self._total,
             completed=len(done),
             failed=len(failed),
@@ -325,6 +331,11 @@ class Batch:
             per_graph=records,
             errors=errors,
         )
+
+
+def _order(work: Work) -> tuple[bool, int]:
+    """What was tried before comes first, then the largest: the end of a batch is short."""
+    return not work.attempts, -work.graph.weight
 
 
 def _now() -> str:

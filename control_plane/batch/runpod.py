@@ -60,6 +60,10 @@ class Endpoint(NamedTuple):
         """What the platform is told of each job."""
         return {"executionTimeout": self.execution_timeout_ms, "ttl": self.ttl_ms}
 
+    def clear(self) -> None:
+        """Remove the payloads that graphs which failed have left, and batches that were killed."""
+        self.storage.delete(self.prefix + STAGED)
+
 
 class RunpodSlot:
     """Stages a payload, hands over a job, looks until its manifest lies in the destination."""
@@ -221,7 +225,7 @@ class RunpodSlot:
             if _ATTEMPT.match(ref.removeprefix(folder)) and not ref.startswith(prefix):
                 storage.delete(ref)
         sizes = {unquote(ref.removeprefix(prefix)): size for ref, size in left.items() if ref.startswith(prefix)}
-        return Kept(prefix, sizes, msgspec.convert(found.output.metrics, Report))
+        return Kept(prefix.removeprefix(self._at.prefix), sizes, msgspec.convert(found.output.metrics, Report))
 
     def _spoil(self, prefix: str) -> None:
         """Remove an attempt that is not what it says; nobody may publish there any more."""

@@ -41,7 +41,8 @@ class Work:
 class Kept(NamedTuple):
     """What lies in the destination now."""
 
-    prefix: str
+    folder: str
+    """As in a record."""
     files: dict[str, int]
     """Names and bytes."""
     report: Report
