@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import select
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -64,6 +67,10 @@ class ProviderServer:
         self.paid = 0
         """Tokens of the answers of status 200."""
         self.most_at_once = 0
+        self.answers_as: str | None = None
+        """The model that it says it is; None: the one that was asked for, "": it does not say."""
+        self.hung_up = 0
+        """Clients that went away while this stayed silent."""
         self.seconds = 0.0
         """Of each good answer."""
         self.room: int | None = None
@@ -86,8 +93,8 @@ class ProviderServer:
 
     def vector(self, text: str, dimension: int | None = None) -> NDArray[np.float32]:
         """The unit vector that a text has here."""
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        made = np.random.default_rng(seed).standard_normal(dimension or self.dimension).astype(np.float32)
+        drawn = hashlib.shake_128(text.encode()).digest(2 * (dimension or self.dimension))
+        made = np.frombuffer(drawn, dtype=np.int16).astype(np.float32) + np.float32(0.5)  # never all zeros
         return made / np.float32(np.linalg.norm(made))
 
     @staticmethod
@@ -206,7 +213,8 @@ class ProviderServer:
             rows = [*rows, rows[0]]
         counted = sum(map(self.tokens, texts))
         self.paid += counted
-        model = "another-model" if fault == "other model" else seen.body["model"]
+        model = seen.body["model"] if self.answers_as is None else self.answers_as or None
+        model = "another-model" if fault == "other model" else model
         if self.provider == "ollama":
             made: dict[str, Any] = {
                 "model": model,
@@ -245,7 +253,7 @@ def _names(headers: dict[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def provider_server(provider: str, dimension: int = 8) -> Iterator[ProviderServer]:
+def provider_server(provider: str, dimension: int = 8, tls: ssl.SSLContext | None = None) -> Iterator[ProviderServer]:
     """A server of one provider on a free port, whose vectors have this dimension unless a request asks for another."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -264,8 +272,7 @@ def provider_server(provider: str, dimension: int = 8) -> Iterator[ProviderServe
                 if fault == "lost":
                     self.close_connection = True
                 elif fault == "slow":
-                    known.ended.wait(30)
-                    self.close_connection = True
+                    self._stay_silent()
                 elif fault == "redirect":
                     self._send(307, {"Location": "http://127.0.0.1:1/elsewhere", **told.headers}, b"")
                 elif fault == "garbage":
@@ -280,6 +287,14 @@ def provider_server(provider: str, dimension: int = 8) -> Iterator[ProviderServe
                 else:
                     status, body = known.failure(fault)
                     self._send(status, told.headers, json.dumps(body).encode())
+
+        def _stay_silent(self) -> None:
+            """Until the client hangs up, or the test is over."""
+            self.close_connection = True
+            while not known.ended.wait(0.01):
+                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    known.hung_up += 1
+                    return
 
         def _answer(self, body: bytes, fault: Fault | None) -> None:
             if fault == "cut":
@@ -316,7 +331,10 @@ def provider_server(provider: str, dimension: int = 8) -> Iterator[ProviderServe
             """A client that went away is part of the game."""
 
     server = Server(("127.0.0.1", 0), Handler)
-    known = ProviderServer(provider, f"http://127.0.0.1:{server.server_port}", dimension)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    url = f"{'https://localhost' if tls else 'http://127.0.0.1'}:{server.server_port}"
+    known = ProviderServer(provider, url, dimension)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

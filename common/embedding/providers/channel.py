@@ -69,8 +69,10 @@ class Channel:
             ("User-Agent", "memvid-export"),
             *([("Authorization", f"Bearer {key}")] if key else []),
         ]
-        tls = ssl.create_default_context()
-        tls.load_verify_locations(certifi.where())  # a small image may have no certificates of its own
+        tls = None
+        if found.scheme == "https":
+            tls = ssl.create_default_context()
+            tls.load_verify_locations(certifi.where())  # a small image may have no certificates of its own
         self._watching = _Watching()
         self._pool = httpcore.ConnectionPool(
             ssl_context=tls,

@@ -43,22 +43,20 @@ _QUOTA = re.compile(r"insufficient_quota|billing_(?:hard_limit|not_active)|excee
 """Under status 429, of OpenAI. Voyage speaks of billing when it only slows an account without a card down."""
 
 
-class Useless(Exception):
-    """An answer of status 200 that holds no vectors, or not those that were asked for."""
-
-
-class Garbled(Useless):
-    """An answer that is none of the API's."""
+class Garbled(Exception):
+    """An answer of status 200 that is none of the API's: what a proxy may say, or what is left of a good one."""
 
 
 class Answer(NamedTuple):
     """What a request came back with."""
 
     rows: list[Row]
-    """One for each text, in their order."""
+    """One for each text, in their order, unless ``wrong``."""
     tokens: int | None
     """Read and paid for; None: not said."""
     model: str | None
+    wrong: str = ""
+    """Why the vectors are not those of the texts."""
 
 
 class Format(Protocol):
@@ -81,7 +79,7 @@ class Format(Protocol):
         ...
 
     def read(self, body: bytes, texts: int) -> Answer:
-        """The answer to a request of so many texts. Raises Useless."""
+        """The answer to a request of so many texts. Raises Garbled."""
         ...
 
 
@@ -214,8 +212,9 @@ class Ollama:
     def read(self, body: bytes, texts: int) -> Answer:
         """See Format."""
         found = _decoded(body, _Ollama)
-        _counted(len(found.embeddings), texts)
-        return Answer([_row(row) for row in found.embeddings], found.prompt_eval_count, found.model)
+        rows = [_row(row) for row in found.embeddings]
+        wrong = "" if len(rows) == texts else f"{len(rows)} vectors for {texts} texts"
+        return Answer(rows, found.prompt_eval_count, found.model, wrong)
 
 
 def format_of(model: KnownModel, dimension: int, engines: Engines) -> Format:
@@ -283,19 +282,14 @@ def same_model(asked: str, answered: str) -> bool:
 
 def _read_list(body: bytes, texts: int) -> Answer:
     found = _decoded(body, _List)
-    _counted(len(found.data), texts)
-    rows: list[Row] = [None] * texts
-    places = [item.index if item.index is not None else place for place, item in enumerate(found.data)]
-    if sorted(places) != list(range(texts)):
-        raise Useless("its vectors are not numbered as the texts are")
-    for place, item in zip(places, found.data, strict=True):
-        rows[place] = _row(item.embedding)
-    return Answer(rows, found.usage.total_tokens if found.usage else None, found.model)
-
-
-def _counted(found: int, wanted: int) -> None:
-    if found != wanted:
-        raise Useless(f"it holds {found} vectors for {wanted} texts")
+    wrong = "" if len(found.data) == texts else f"{len(found.data)} vectors for {texts} texts"
+    rows: dict[int, Row] = {}
+    for place, item in enumerate(found.data):
+        rows[place if item.index is None else item.index] = _row(item.embedding)
+    if not wrong and rows.keys() != set(range(texts)):
+        wrong = "vectors that are not numbered as the texts are"
+    ordered = [] if wrong else [rows[place] for place in range(texts)]
+    return Answer(ordered, found.usage.total_tokens if found.usage else None, found.model, wrong)
 
 
 def _decoded(body: bytes, kind: type[T]) -> T:
