@@ -5,7 +5,6 @@ Every variable is read here and nowhere else; a wrong one raises InvalidSettings
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -658,11 +657,12 @@ def _host_url(value: str) -> str:
 
 def _is_near(host: str) -> bool:
     """A host of one's own machine or network, as far as its name tells."""
+    from common.storage.https import is_public  # with httpx, which few who read settings need
+
     try:
-        address = ipaddress.ip_address(host)
+        return not is_public(host)
     except ValueError:
         return "." not in host or host.endswith((".localhost", ".local", ".internal"))
-    return address.is_private or address.is_loopback
 
 
 def _shape_of(value: str) -> str:

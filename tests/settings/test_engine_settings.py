@@ -148,6 +148,7 @@ def test_a_combination_that_cannot_run_stops_the_start_with_one_line(env: dict[s
         ("VOYAGE_API_KEY", f"{KEY}\n{KEY}"),
         ("OPENAI_EMBED_BASE_URL", "http://api.openai.com/v1"),
         ("NVIDIA_EMBED_BASE_URL", "http://8.8.8.8/v1"),
+        ("NVIDIA_EMBED_BASE_URL", "http://[::ffff:8.8.8.8]/v1"),
         ("VOYAGE_EMBED_BASE_URL", f"https://user:{KEY}@api.voyageai.com"),
         ("VOYAGE_EMBED_BASE_URL", f"https://api.voyageai.com/v1?key={KEY}"),
         ("OPENAI_EMBED_BASE_URL", "api.openai.com"),
