@@ -49,6 +49,7 @@ from common.errors import (
     Canceled,
     CapacityExceeded,
     EmbeddingRefused,
+    ExportError,
     InvalidRequest,
     StorageFailed,
     WriterFailed,
@@ -282,8 +283,14 @@ class _Export:
             shutil.rmtree(work, ignore_errors=True)
 
     def _export_in(self, work: Path, writers: Mapping[WriterName, Callable[[], CapsuleWriter]]) -> ExportResult:
-        writer, written = self._write_with_any(work, writers)
         try:
+            writer, written = self._write_with_any(work, writers)
+        except BaseException:
+            with suppress(ExportError):  # what is paid for is kept; the first error is the one to tell
+                self._flush()
+            raise
+        try:
+            self._flush()
             with _Stage(self._timings, "verify"):
                 self._progress.report("finalize", 0.0, "Reading the capsule back to prove it")
                 probes = sum(self._gate.check(plan, self._should_stop) for plan in written.plans)
@@ -533,6 +540,10 @@ class _Export:
             model=embedder.model.name if embedder else None,
             parts=len(written.paths),
         )
+
+    def _flush(self) -> None:
+        if self._embedder and (trouble := self._embedder.flush(self._should_stop)):
+            self._extra_warnings.add("CACHE_UNAVAILABLE", trouble)
 
     # --- publishing -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 
@@ -29,6 +30,10 @@ from common.errors import Canceled, ExportError, InvalidRequest, InvalidSettings
 if TYPE_CHECKING:
     from common.capsule.gate import Gate
     from common.contract import Source, WriterName
+    from common.embedding.choice import Choice
+    from common.embedding.engine import OpenEngines
+    from common.embedding.port import Embedder
+    from common.settings import Settings
     from control_plane.terminal import Show
 
 app = typer.Typer(
@@ -68,7 +73,9 @@ def export(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the capsule, its sidecar and its manifest.")] = Path(),
     semantic: Annotated[bool, typer.Option("--semantic", help="Also search by meaning (adds vectors).")] = False,
-    profile: Annotated[str | None, typer.Option(help="A preset of options, kept in the report.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="What is embedded, by which engine: default, speed, quality, or your own.")
+    ] = None,
     writer: Annotated[Writer | None, typer.Option(help="Which writer; the best installed one by default.")] = None,
     gitnexus: Annotated[str | None, typer.Option(metavar="URL", help="Read from a running GitNexus server.")] = None,
     repo: Annotated[str | None, typer.Option(help="With --gitnexus: the repository's name or path.")] = None,
@@ -84,7 +91,7 @@ def export(
     from common.capsule.gate import Gate
 
     with Show(json=json) as show, Gate() as gate:
-        options = _Options(out, semantic, profile, writer.value if writer else None, gate, set())
+        options = _Options(out, semantic, profile, writer.value if writer else None, gate, _Engines(os.environ), set())
         if not gitnexus:
             for graph in graphs or []:
                 _export(*_local(graph), options, show)
@@ -103,8 +110,48 @@ class _Options(NamedTuple):
     profile: str | None
     writer: WriterName | None
     gate: Gate
+    engines: _Engines
     made: set[str]
     """File names of the capsules that this command has made."""
+
+
+class _Engines:
+    """The engines of this command, as the settings and the profiles have them; the settings are read when one is
+    wanted."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+
+    def choice(self, profile: str | None) -> Choice:
+        """What a profile embeds. Raises InvalidRequest for one that there is not, or that cannot run here."""
+        from common.embedding.routing import check_choice
+        from control_plane.operations.profiles import Profiles
+
+        settings = self._settings
+        choice = Profiles.load(settings.profiles_file, settings).get(profile).embedding
+        check_choice(choice, settings.engines(), runs_here=True, allowed=settings.allowed_models())
+        return choice
+
+    def open(self, choice: Choice) -> Embedder:
+        """The engine of a choice."""
+        return self._open.get(choice)
+
+    @cached_property
+    def _open(self) -> OpenEngines:
+        from common.embedding.engine import OpenEngines
+        from common.storage import open_storage
+
+        settings, engines = self._settings, self._settings.engines()
+        if not (settings.embed_cache or settings.storage_url):  # a command has no root of its own
+            caches = Path(self._env.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+            engines = msgspec.structs.replace(engines, cache=str(caches / "memvid-export" / "vectors.sqlite"))
+        return OpenEngines(engines, open_storage(settings.storage()))
+
+    @cached_property
+    def _settings(self) -> Settings:
+        from common.settings import Settings
+
+        return Settings.read(self._env, dev=True)  # the key of our own API is not needed here
 
 
 def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
@@ -135,7 +182,7 @@ def _folder(path: Path, option: str) -> None:
 
 
 def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: Show) -> None:
-    from common.embedding.static import StaticEmbedder
+    from common.embedding.choice import Choice
     from common.graph.names import capsule_file_name
     from common.graph.read import read_graph
     from common.pipeline import export as run
@@ -151,12 +198,15 @@ def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: 
         message = f"{defaults.original_file_name}: its capsule would replace that of an earlier graph, {name}"
         raise InvalidRequest(f"{message}; export it into another folder", field="source.baseName")
     options.made.add(name)
+    profile = request.options.profile
+    choice = options.engines.choice(profile) if request.options.semantic_enabled or profile else None
     _folder(options.out, "--out")
     result = run(
         request,
         out_dir=options.out,
         writer=options.writer,
-        embedder=StaticEmbedder() if request.options.semantic_enabled else None,
+        embedder=options.engines.open(choice) if choice and request.options.semantic_enabled else None,
+        choice=choice or Choice(),
         gate=options.gate,
         on_progress=stages,
         should_stop=lambda: None,
@@ -484,7 +534,7 @@ def search(
         raise typer.BadParameter("give a query, or --queries FILE", param_hint="QUERY")
     files = Files(capsule)
     with Show(json=json) as show, opened_sidecar(files) as sidecar:
-        loaded = None if mode is Mode.lexical else vectors(files, sidecar)
+        loaded = None if mode is Mode.lexical else vectors(files, sidecar, _Engines(os.environ).open)
         if queries is not None:
             for answer in rank_all(sidecar, _queries(queries), mode=mode.value, vectors=loaded):
                 print(msgspec.json.encode(answer).decode())

@@ -15,17 +15,18 @@ import signal
 import sys
 import threading
 import time
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from common.capsule.gate import Gate
-from common.contract import Progress
+from common.contract import JobInput, Progress
+from common.embedding.choice import Choice
+from common.embedding.engine import OpenEngines
 from common.embedding.port import Embedder
-from common.embedding.static import StaticEmbedder
-from common.errors import Canceled, ExportError, OutOfMemory
+from common.embedding.routing import check_choice, choice_of
+from common.errors import Canceled, DeviceFailed, ExportError, OutOfMemory
 from common.graph.model import ExportRequest
 from common.storage import open_storage
 from handler import claim
@@ -65,6 +66,7 @@ class Child:
         self._out = out
         self._lock = threading.Lock()
         self._storage = open_storage(config.storage)
+        self._engines = OpenEngines(config.engines, self._storage)
         self._scratch = Path(config.scratch)
         self._kept: _Kept | None = None
 
@@ -75,10 +77,18 @@ class Child:
             while data:
                 data = data[os.write(self._out, data) :]
 
+    def preload(self) -> None:
+        """Load the engine that jobs want unless they say otherwise, if it runs here."""
+        if self._config.choice.provider in ("static", "torch"):
+            self._embedder(self._config.choice).embed(["ready"], purpose="query")  # which no cache keeps
+
     def serve(self, command: Command) -> bool:
         """Carry out one command; False if this process should not take another."""
         try:
             self.send(self._check(command) if isinstance(command, Check) else self._run(command))
+        except DeviceFailed as error:
+            self.send(Failed(error=job_error(error)))
+            return False
         except ExportError as error:
             self.send(Failed(error=job_error(error)))
         except MemoryError:
@@ -128,7 +138,8 @@ class Child:
             scratch=self._scratch / f"{job.job_id}-{job.attempt}",
             limits=self._config.limits,
             writer=self._config.writer,
-            embedder=_static_embedder,
+            choose=self._choice,
+            embedder=self._embedder,
             gate=self._gate,
             emit=self._report,
             should_stop=_never,
@@ -139,17 +150,24 @@ class Child:
         )
         return Done(output=output)
 
+    def _choice(self, job: JobInput) -> Choice:
+        engines = self._config.engines
+        choice = choice_of(job, self._config.choice, ollama_host=engines.urls.get("ollama"))
+        check_choice(choice, engines, runs_here=False, allowed=self._config.models)
+        return choice
+
+    def _embedder(self, choice: Choice) -> Embedder:
+        check_choice(choice, self._config.engines, runs_here=True, allowed=self._config.models)
+        if choice.mode == "runpod_gpu":  # CUDA reserves far more than it uses
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return self._engines.get(choice)
+
     def _report(self, progress: Progress) -> None:
         self.send(Reported(progress=progress))
 
 
 def _never() -> None:
     """Who wants this process to stop ends it with a signal, which also reaches native code."""
-
-
-@cache
-def _static_embedder() -> Embedder:
-    return StaticEmbedder()
 
 
 def die_with_parent() -> None:
@@ -172,7 +190,7 @@ def _read_commands(commands: queue.SimpleQueue[Command]) -> None:
 
 def main() -> None:
     """Serve until the parent goes away."""
-    config = msgspec.json.decode(sys.argv[1], type=ChildConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ChildConfig)
     _die_with(config.parent_pid)
     out = os.dup(1)
     os.dup2(2, 1)
@@ -181,10 +199,10 @@ def main() -> None:
     with Gate() as gate:
         # The parent watches what is in use; this stops what grows faster than it looks.
         most = config.memory_limit + config.memory_limit // 2
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
         child = Child(config, gate, out)
         if config.preload:
-            _static_embedder().embed(["ready"])
+            child.preload()
         child.send(Ready())
         while child.serve(commands.get()):
             pass

@@ -25,8 +25,8 @@ from common.contract import (
     Report,
     WriterName,
 )
+from common.embedding.choice import Choice
 from common.embedding.port import Embedder
-from common.embedding.static import StaticEmbedder
 from common.errors import AccessDenied, CapsuleUnreadable, InvalidRef, InvalidRequest, ObjectMissing, StorageFailed
 from common.graph.model import ExportRequest, GraphLimits
 from common.graph.read import OPTION_RANGES, read_graph
@@ -71,13 +71,6 @@ def check_input(job: JobInput) -> None:
             field="schema_version",
             allowed=EXPORT_SCHEMA,
         )
-    for field, value, known in (
-        ("embedding_mode", job.embedding_mode, "local_cpu"),
-        ("embedding_provider", job.embedding_provider, StaticEmbedder.model.provider),
-        ("embedding_model", job.embedding_model, StaticEmbedder.model.name),
-    ):
-        if value not in (None, known):
-            raise InvalidRequest(f"{field} {value[:100]!r} is not known here", field=field, allowed=known)
     for field, right, shape in (
         ("job_id", _JOB_ID.fullmatch(job.job_id), "letters, digits, dots, - and _, at most 128"),
         ("attempt", 1 <= job.attempt <= MAX_ATTEMPT, f"a number from 1 to {MAX_ATTEMPT:,}"),
@@ -140,7 +133,8 @@ def run_job(
     scratch: Path,
     limits: GraphLimits,
     writer: WriterName | None,
-    embedder: Callable[[], Embedder],
+    choose: Callable[[JobInput], Choice],
+    embedder: Callable[[Choice], Embedder],
     gate: Gate,
     emit: Callable[[Progress], None],
     should_stop: Callable[[], None],
@@ -152,10 +146,12 @@ def run_job(
     """Export the payload of a job and publish capsule, sidecar and manifest, in this order, under ``output_prefix``.
 
     ``request`` is the payload where it was read before, in ``read_seconds``. ``scratch`` is a folder of this job's
-    own; it is removed. ``embedder`` is asked for only if the request wants vectors. ``before_publish`` is
-    called right before the manifest is put: what it raises leaves the attempt unpublished. Raises any ExportError.
+    own; it is removed. ``choose`` says what is embedded; ``embedder`` opens the engine for it, only if the request
+    wants vectors. ``before_publish`` is called right before the manifest is put: what it raises leaves the attempt
+    unpublished. Raises any ExportError.
     """
     check_input(job)
+    choice = choose(job)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         if request is None:
@@ -174,7 +170,8 @@ def run_job(
             request,
             out_dir=scratch,
             writer=writer,
-            embedder=embedder() if request.options.semantic_enabled else None,
+            embedder=embedder(choice) if request.options.semantic_enabled else None,
+            choice=choice,
             gate=gate,
             on_progress=emit,
             should_stop=should_stop,

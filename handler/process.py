@@ -19,6 +19,8 @@ TERM_SECONDS = 0.3
 WATCH_SECONDS = 0.05
 START_SECONDS = 120.0
 MAX_LINE = 64 << 20
+FATAL = ("INTERNAL", "OUT_OF_MEMORY", "DEVICE_FAILED")
+"""After these errors a child ends."""
 
 
 class ChildProcess:
@@ -33,7 +35,7 @@ class ChildProcess:
         self._config = config
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
         self._reason: ExportError | None = None
-        self._peak = 0
+        self._peak = self._own = 0
         self.kept_job: str | None = None
         """The job whose payload this child has read and still holds."""
         self.ended = False
@@ -46,7 +48,6 @@ class ChildProcess:
             sys.executable,
             "-m",
             "handler.child",
-            msgspec.json.encode(config).decode(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_LINE,
@@ -54,10 +55,12 @@ class ChildProcess:
         )
         child = cls(process, config)
         try:
+            await child.send(config)
             async with asyncio.timeout(START_SECONDS):
                 first = await child.receive()
             if not isinstance(first, Ready):
                 raise WorkerLost("the worker's process spoke before it was ready")
+            child._own = child._memory()
         except TimeoutError as error:
             await child.close()
             raise WorkerLost(f"the worker's process was not ready within {START_SECONDS:.0f} seconds") from error
@@ -81,8 +84,8 @@ class ChildProcess:
         """It holds less than half of the memory that it may: the next job gets enough."""
         return self.memory() < self._config.memory_limit // 2
 
-    async def send(self, command: Command) -> None:
-        """Give it a command."""
+    async def send(self, command: Command | ChildConfig) -> None:
+        """Give it a command; first of all its config."""
         stdin = self._process.stdin
         assert stdin is not None
         with contextlib.suppress(ConnectionError):  # A dead child is told of by ``receive``.
@@ -106,7 +109,7 @@ class ChildProcess:
             raise self._reason or WorkerLost("the worker's process ended without an answer")
         if isinstance(message, Failed):
             error = export_error(message.error)
-            if error.code in ("INTERNAL", "OUT_OF_MEMORY"):  # It ends by itself after these.
+            if error.code in FATAL:  # It ends by itself after these.
                 self.kill(error)
             raise error
         return message
@@ -129,7 +132,11 @@ class ChildProcess:
             self._process.stdin.close()
 
     def memory(self) -> int:
-        """Bytes of private memory that the group holds now."""
+        """Bytes of private memory that the group holds now, beyond those that it held when it was ready: an engine that
+        is loaded before the first job is no job's."""
+        return max(0, self._memory() - self._own)
+
+    def _memory(self) -> int:
         return sum(_private_memory(pid) for pid in [self.pid, *_children(self.pid)])
 
     def _signal(self, number: signal.Signals) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 
 from common.contract import JobError, JobInput, JobOutput, Progress, WriterName
+from common.embedding.choice import Choice, Engines
+from common.embedding.routing import CATALOG
 from common.errors import ExportError
 from common.graph.model import GraphLimits
 from common.storage import StorageConfig
@@ -22,8 +24,14 @@ class ChildConfig(msgspec.Struct, kw_only=True, frozen=True):
     memory_limit: int
     """Bytes of private memory; more raises OutOfMemory."""
     limits: GraphLimits
+    choice: Choice = Choice()
+    """What jobs embed that do not say so themselves."""
+    models: frozenset[str] = CATALOG
+    """That jobs may ask for."""
+    engines: Engines = Engines()
+    """With keys: so the config goes to the child through a pipe, never as an argument."""
     preload: bool = False
-    """Load the embedding engine before the first command."""
+    """Load the engine of ``choice`` before the first command, unless it is a provider's."""
 
 
 class Check(msgspec.Struct, tag="check", kw_only=True):

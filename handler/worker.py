@@ -45,7 +45,7 @@ from handler.child import die_with_parent
 from handler.job import decode_input, published
 from handler.logs import log_as_json
 from handler.pool import WorkerPool
-from handler.process import ChildProcess
+from handler.process import FATAL, ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run, export_error, job_error
 
 log = structlog.get_logger()
@@ -64,7 +64,7 @@ WITHDRAW_PAUSE = 0.3
 DRAIN_SECONDS = 5.0
 """From the platform's SIGTERM on, answers that are under way have so long."""
 GPU_JOB_BYTES = 16 * GIB
-POISON = ("INTERNAL", "OUT_OF_MEMORY", "WORKER_LOST")
+POISON = (*FATAL, "WORKER_LOST")
 """After these the platform is asked for a fresh worker, unless we ended the run ourselves."""
 
 Tell = Callable[[WorkerProgress], None]
@@ -345,6 +345,9 @@ def start(settings: WorkerSettings, test_input: str | None = None) -> None:
             writer=settings.writer,
             memory_limit=settings.worker_memory_bytes,
             limits=GraphLimits(max_payload_bytes=settings.max_payload_bytes),
+            choice=settings.choice(),
+            models=settings.allowed_models(),
+            engines=settings.engines(),
             preload=True,
         )
         first = loop.begin(ChildProcess.start(config))

@@ -71,6 +71,11 @@ class Embedder(Protocol):
         """How many tokens ``embed`` would read and pay for: exact for models that run here, else rather too many."""
         ...
 
+    def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
+        """End an export, failed or not: what is to be kept for others is written. Answers in one line what did not
+        work as it should, though every vector is right; None where nothing did."""
+        ...
+
     def close(self) -> None:
         """Let go of memory, threads and connections; nothing is embedded afterwards."""
         ...

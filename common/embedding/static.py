@@ -72,6 +72,10 @@ class StaticEmbedder:
         """See the port."""
         return sum(min(len(row), self.model.max_tokens) for row in _ids(texts))
 
+    def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
+        """Nothing is kept for others."""
+        return None
+
     def close(self) -> None:
         """Nothing: the weights stay for the next one."""
 

@@ -6,10 +6,10 @@ import hashlib
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from common.capsule.gate import FrameProbe, Gate, GatePlan, VectorProbe
 from common.capsule.reader import CapsuleReader
 from common.contract import Manifest, Wire
+from common.embedding.choice import MODES, PROVIDERS, Choice, Provider
+from common.embedding.port import Embedder
 from common.embedding.static import StaticEmbedder
 from common.errors import CapsuleUnreadable, GateFailed, InvalidRequest
 from common.sidecar.open import Sidecar
@@ -104,22 +106,52 @@ def _current(path: Path | None, capsule: str) -> Sidecar | None:
     return None
 
 
-def vectors(files: Files, sidecar: Sidecar) -> Vectors | None:
-    """The vectors of all parts, None for a capsule without. Raises InvalidRequest for a model that is not here."""
-    embedder = StaticEmbedder()
+def vectors(files: Files, sidecar: Sidecar, engine: Callable[[Choice], Embedder]) -> Vectors | None:
+    """The vectors of all parts, with the engine that made them, which ``engine`` opens; None for a capsule without.
+
+    Raises InvalidRequest for a model that this machine does not have, and what opening an engine does.
+    """
     positions, matrices = [], []
+    model = None
     for part, path in enumerate(files.parts):
         with CapsuleReader(path) as reader:
             found = reader.vectors()
-            model = reader.model
-        if found is None:
-            continue
-        if model != embedder.model.name:
-            message = f"The vectors are of model {model}; this machine has {embedder.model.name}"
-            raise InvalidRequest(message, field="mode")
-        positions.append(found[0] + sidecar.position(part, 0))
-        matrices.append(found[1])
-    return Vectors(np.concatenate(positions), np.concatenate(matrices), embedder) if positions else None
+            model = model or reader.model
+        if found is not None:
+            positions.append(found[0] + sidecar.position(part, 0))
+            matrices.append(found[1])
+    if not positions:
+        return None
+    matrix = np.concatenate(matrices)
+    return Vectors(np.concatenate(positions), matrix, _engine(files.manifest, model, matrix.shape[1], engine))
+
+
+def _engine(
+    manifest: Manifest | None, model: str | None, dimension: int, engine: Callable[[Choice], Embedder]
+) -> Embedder:
+    """The engine for questions to vectors of a model."""
+    provider = manifest.embedding_provider if manifest else None
+    if model == StaticEmbedder.model.name:
+        return StaticEmbedder()
+    if provider is None or model is None:
+        message = f"The vectors are of model {model or 'unknown'}, and nothing says which engine made them"
+        raise InvalidRequest(message, field="mode")
+    mode = next((mode for mode in MODES if provider in PROVIDERS[mode]), None)
+    if mode is None:
+        raise InvalidRequest(f"The vectors are of a provider that is not known here: {provider}", field="mode")
+    choice = Choice(
+        mode=mode,
+        provider=cast(Provider, provider),
+        model=model,
+        dimension=dimension,
+        layout=manifest.embedding_layout if manifest else None,
+    )
+    embedder = engine(choice)
+    revision = manifest.embedding_revision if manifest else None
+    if revision is not None and embedder.model.revision != revision:
+        message = f"The vectors are of {model}, revision {revision}; this machine has {embedder.model.revision}"
+        raise InvalidRequest(message, field="mode")
+    return embedder
 
 
 class Part(Wire, kw_only=True):

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 
 from common.capsule.reader import CapsuleReader
+from common.embedding.choice import Choice
+from common.embedding.port import Embedder
 from common.errors import CapsuleUnreadable
 from common.frames.model import Frame
 from common.sidecar.open import Sidecar
@@ -34,10 +36,11 @@ PATIENCE = 2.0
 class OpenCapsule:
     """A capsule with its sidecar, for one thread at a time."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, engine: Callable[[Choice], Embedder]) -> None:
         """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes. Raises
         CapsuleUnreadable, StorageFailed, TimedOut."""
         self._held = held
+        self._engine = engine
         self._files = files = Files(held.path, whole=held.whole)
         self._readers: dict[int, CapsuleReader] = {}
         self._vectors: Vectors | None = None
@@ -61,7 +64,7 @@ class OpenCapsule:
         ``Held.wait`` raises."""
         if not self._vectors_read:
             self._held.wait(PATIENCE)
-            self._vectors = vectors(self._files, self.sidecar)
+            self._vectors = vectors(self._files, self.sidecar, self._engine)
             self._vectors_read = True
         return self._vectors
 
@@ -126,9 +129,10 @@ class _Entry:
 class Library:
     """Keeps the ``capacity`` capsules that were read last open; safe for many threads."""
 
-    def __init__(self, artifacts: Artifacts, *, capacity: int) -> None:
-        """Files of exports that lie elsewhere come through ``artifacts``."""
+    def __init__(self, artifacts: Artifacts, engine: Callable[[Choice], Embedder], *, capacity: int) -> None:
+        """Files of exports that lie elsewhere come through ``artifacts``, engines for questions through ``engine``."""
         self._artifacts = artifacts
+        self._engine = engine
         self._capacity = capacity
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
@@ -193,7 +197,7 @@ class Library:
     def _entry(self, key: tuple[object, ...], held: Held) -> _Entry:
         def open_capsule() -> OpenCapsule:
             try:
-                return OpenCapsule(held)
+                return OpenCapsule(held, self._engine)
             finally:
                 held.release()
 

@@ -26,6 +26,8 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel import Server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+from common.embedding.choice import Choice
+from common.embedding.port import Embedder
 from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, StorageFailed
 from common.frames.guide import TOOLS
 from control_plane.errors import IndexBuildInProgress, TimedOut
@@ -70,18 +72,20 @@ def mcp_route(
     jobs: Jobs,
     root: Path,
     artifacts: Artifacts,
+    engine: Callable[[Choice], Embedder],
     *,
     response_budget_bytes: int = 65_536,
     allow_external_capsules: bool = False,
     cache_capacity: int = 16,
 ) -> McpRoute:
     """The read tools at ``/mcp`` for ``jobs`` and for the capsules under ``root``; the application's bearer check
-    stands before it. The files of jobs come through ``artifacts``, which the route closes in the end.
+    stands before it. The files of jobs come through ``artifacts``, which the route closes in the end; ``engine``
+    opens those that embed questions.
 
     An answer has at most ``response_budget_bytes``; capsules outside ``root`` are read only where
     ``allow_external_capsules``; ``cache_capacity`` of them are kept open.
     """
-    library = Library(artifacts, capacity=cache_capacity)
+    library = Library(artifacts, engine, capacity=cache_capacity)
     reader = _Reader(jobs, root, library, response_budget_bytes, external=allow_external_capsules)
     server: Server[Any] = Server(
         "memvid-export",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from common.errors import ExportError, InvalidRequest
+from common.errors import DeviceFailed, EmbeddingFailed, ExportError, InvalidRequest, ProviderRejected
 from common.frames.guide import TOOLS
 from common.sidecar.build import SCHEMA_VERSION, snippet_of
 from common.sidecar.open import Edge, Node, Scope, Sidecar
@@ -482,12 +482,13 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
     if score < LOW_CONFIDENCE and query_words(given.query):
         try:
             known = capsule.vectors
+            if known is not None:
+                hits = search(sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known)
+                semantic = True
         except InvalidRequest:
-            known = None
             warnings.append("SEMANTIC_MODEL_MISSING")
-        if known is not None:
-            hits = search(sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known)
-            semantic = True
+        except (EmbeddingFailed, ProviderRejected, DeviceFailed):
+            warnings.append("SEMANTIC_UNAVAILABLE")
     nodes = {node.id: node for node in map(sidecar.node, (hit.id for hit in hits[page.offset :])) if node}
     items = [
         {**_item(nodes[hit.id]), "title": hit.title, "score": hit.score, "why": hit.why}

@@ -9,6 +9,7 @@ import pytest
 
 from common.capsule.gate import Gate
 from common.contract import JobInput, JobOutput, Progress
+from common.embedding.choice import Choice
 from common.embedding.static import StaticEmbedder
 from common.errors import Canceled
 from common.graph.model import GraphLimits
@@ -41,7 +42,8 @@ def _run(root: Path, *, stop: bool = False) -> tuple[JobOutput, list[Progress]]:
             scratch=root / "scratch",
             limits=GraphLimits(),
             writer=None,
-            embedder=StaticEmbedder,
+            choose=lambda _: Choice(),
+            embedder=lambda _: StaticEmbedder(),
             gate=gate,
             emit=told.append,
             should_stop=should_stop,

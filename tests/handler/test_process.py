@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from common.contract import JobInput
+from common.embedding.choice import Engines
 from common.errors import Canceled, DeadlineExceeded, InvalidRef, InvalidRequest, PayloadMismatch, WorkerLost
 from common.graph.model import GraphLimits
 from common.storage import StorageConfig
@@ -87,6 +88,29 @@ def _group(pid: int) -> list[int]:
             if int(fields[2]) == pid and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def test_keys_reach_a_child_without_being_shown_to_others(tmp_path: Path) -> None:
+    key = "sk-not-for-everybody"
+
+    async def inside() -> None:
+        config = msgspec.structs.replace(_config(tmp_path), engines=Engines(keys={"openai": key}))
+        assert key not in repr(config)
+        child = await ChildProcess.start(config)
+        try:
+            for seen in ("cmdline", "environ"):
+                assert key.encode() not in (Path("/proc") / str(child.pid) / seen).read_bytes()
+            ref = _payload(tmp_path, GRAPH | {"options": {"semanticEnabled": True}})
+            await child.send(
+                _run(tmp_path, payload_ref=ref, embedding_mode="external_api", embedding_provider="voyage")
+            )
+            with pytest.raises(InvalidRequest, match="VOYAGE_API_KEY") as caught:
+                await _end(child)
+            assert caught.value.details["field"] == "embedding_provider"
+        finally:
+            await child.close()
+
+    asyncio.run(inside())
 
 
 def test_one_child_checks_and_runs_one_job_after_the_other(tmp_path: Path) -> None:

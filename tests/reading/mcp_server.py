@@ -22,6 +22,8 @@ from mcp_types import CallToolResult
 
 from common.capsule.native import NativeWriter
 from common.contract import JobOutput, Manifest
+from common.embedding.choice import Engines
+from common.embedding.engine import OpenEngines
 from common.embedding.static import StaticEmbedder
 from common.frames import STATIC_V1, frames
 from common.graph.canonical import canonical
@@ -101,7 +103,7 @@ class McpServer:
 
     def __init__(self, root: Path, exports: Exports, artifacts: Artifacts | None = None, **settings: Any) -> None:
         artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
-        route = mcp_route(exports, root, artifacts, **settings)
+        route = mcp_route(exports, root, artifacts, OpenEngines(Engines()).get, **settings)
         app = Litestar(
             [route.handler],
             lifespan=[route.lifespan],
