@@ -443,12 +443,12 @@ def test_the_file_stays_within_its_bound_and_keeps_what_is_used(
     bound = 4 << 20
     embedder = cached(max_bytes=bound)
     used = texts[:300]
-    for turn in range(8):
+    for turn in range(5):
         assert export(embedder, used).hits >= (len(used) if turn else 0)
         found = export(embedder, [f"{turn} {text}" for text in texts[:1_500]])
         assert found.trouble is None
         assert file.stat().st_size <= bound
-    newest = export(embedder, [f"7 {text}" for text in texts[:1_500]])
+    newest = export(embedder, [f"4 {text}" for text in texts[:1_500]])
     assert newest.hits > 1_000
     assert export(embedder, [f"0 {text}" for text in texts[:1_500]]).hits == 0
     check(file)

@@ -108,9 +108,8 @@ class CachedEmbedder:
         """
         earlier = self._told()
         self._try("written", self._cache.flush, should_stop)  # also after a failure: it lets go of what was gathered
-        own = self._embedder.flush(should_stop)
-        said = list(dict.fromkeys(earlier + self._told() + [own] * (own is not None)))
-        return "; ".join(said) or None
+        said = [*earlier, *self._told(), self._embedder.flush(should_stop)]
+        return "; ".join(dict.fromkeys(filter(None, said))) or None
 
     def close(self) -> None:
         """See the port; waits for what the cache is doing."""
