@@ -41,6 +41,7 @@ from common.sidecar.build import SidecarBuilder  # noqa: E402
 from scripts.benchmarks.control_plane import cold_start, files, overhead, servers  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
+from scripts.benchmarks.vector_cache import engine, largest, rates, repeats, times_faster  # noqa: E402
 
 TODAY_SECONDS = 282.5
 """Today's service for runpod-python, measured on 2 cores (7,542 frames, 68.7 MB)."""
@@ -211,6 +212,38 @@ def storage(folder: Path, *, short: bool) -> list[Row]:
     return rows
 
 
+def cache(folder: Path, *, short: bool) -> list[Row]:
+    """The vector cache: its rates, and a repeat export with 1% of the nodes changed."""
+    rows, count = [], 2_000 if short else 170_000
+    for place, found in rates(folder / "rates", count).items():
+        note = f"{count:,} vectors of {DIMENSION} values, {found.megabytes:,.0f} MB, by a new process's cache"
+        rows += [
+            row(f"vector cache, {place}: put and flush", found.put, "vectors/s", note),
+            row(
+                f"vector cache, {place}: get", found.get, "vectors/s", "every vector checked by who asked: not in this"
+            ),
+        ]
+    graph = largest(short=short)
+    for name in ["static"] if short else ["static", "torch"]:
+        embedder = engine(name)
+        if embedder is None:
+            continue
+        rounds = 5 if name == "static" and not short else 1
+        goal = 10 if name == "torch" else None  # static vectors are made about as fast as they are read
+        texts, first, places = repeats(folder / name, embedder, graph, rounds)
+        of = f"{graph.name.partition('.')[0]}, {texts:,} texts, {embedder.model.name}, {embedder.model.layout}"
+        rows.append(row(f"embed with an empty cache: {name}", first, "s", f"{of}, SQLite"))
+        for place, found in places.items():
+            share, again = min(one.share for one in found), statistics.median(one.again for one in found)
+            what = f"  1% of nodes changed, {place}"
+            rows += [
+                row(f"{what}: from the cache", share, "%", f"least of {rounds}", at_least=95),
+                row(f"{what}: embed", again, "s", f"median of {rounds}, read and write included"),
+                row(f"{what}: times faster", times_faster(found), "times", "than without a cache", at_least=goal),
+            ]
+    return rows
+
+
 class Posted(NamedTuple):
     """A graph to post."""
 
@@ -334,6 +367,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "service": service,
     "control-plane": control_plane,
     "storage": storage,
+    "cache": cache,
 }
 
 

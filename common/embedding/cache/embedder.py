@@ -61,12 +61,9 @@ class CachedEmbedder:
             return self._embedder.embed(texts, purpose=purpose, should_stop=should_stop)
         space = space_of(self.model, purpose)
         rows: dict[bytes, int] = {}
-        row_of = np.empty(len(texts), dtype=np.intp)
-        distinct: list[str] = []
-        for place, (key, text) in enumerate(zip(space.keys(texts), texts, strict=True)):
-            row_of[place] = row = rows.setdefault(key, len(rows))
-            if row == len(distinct):
-                distinct.append(text)
+        by_text = space.keys(texts)
+        row_of = np.array([rows.setdefault(key, len(rows)) for key in by_text], dtype=np.intp)
+        distinct = dict(zip(by_text, texts, strict=True))
         vectors = np.empty((len(rows), self.model.dimension), dtype=np.float32)
         cut = np.zeros(len(rows), dtype=bool)
         known = np.zeros(len(rows), dtype=bool)
@@ -79,7 +76,7 @@ class CachedEmbedder:
         missing = np.flatnonzero(~known)
         engine = Embedded(vectors[:0], 0, [], 0)
         if len(missing):
-            engine = self._embedder.embed([distinct[row] for row in missing], should_stop=should_stop)
+            engine = self._embedder.embed([distinct[keys[row]] for row in missing], should_stop=should_stop)
             vectors[missing] = engine.vectors
             cut[missing[engine.truncated]] = True
             made = [seal(keys[row], vectors[row].tobytes(), _TRUNCATED * int(cut[row])) for row in missing]

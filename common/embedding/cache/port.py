@@ -26,13 +26,8 @@ class Space(NamedTuple):
 
     def keys(self, texts: Sequence[str]) -> list[bytes]:
         """SHA-256 of this space and each text."""
-        start = hashlib.sha256(bytes.fromhex(self.name))
-        keys = []
-        for text in texts:
-            digest = start.copy()
-            digest.update(text.encode("utf-8", "surrogatepass"))
-            keys.append(digest.digest())
-        return keys
+        sha256, space = hashlib.sha256, bytes.fromhex(self.name)
+        return [sha256(space + text.encode("utf-8", "surrogatepass")).digest() for text in texts]
 
 
 def space_of(model: Model, purpose: Purpose) -> Space:
