@@ -157,24 +157,28 @@ def strike(provider: str, row: Row, seed: int) -> Outcome:
         url = f"http://127.0.0.1:{_closed_port()}" if row.name == REFUSED else server.url
         engines = Engines(keys=KEY, urls={provider: url}, request_timeout_seconds=row.seconds)
         choice = Choice(mode="external_api", provider=provider, model=name, dimension=dimension)  # type: ignore[arg-type]
-        embedder = open_provider(choice, engines, layout=None, patience=PATIENCE)
-        heard(repr(embedder) + repr(vars(embedder)["model"]) + repr(engines))
         started = time.monotonic()
+        price = 0.0
         try:
-            _check_done(outcome, server, texts, embedder.embed(texts))
+            embedder = open_provider(choice, engines, layout=None, patience=PATIENCE)
+            price = embedder.model.price_per_million_tokens
+            heard(repr(embedder) + repr(embedder.model) + repr(engines))
+            try:
+                _check_done(outcome, server, texts, embedder.embed(texts))
+            finally:
+                outcome.seconds = time.monotonic() - started
+                embedder.close()
         except ExportError as error:
             outcome.ended, outcome.said = error.code, error.message
             outcome.tries = int(str(error.details.get("tries", 0))) if row.name == REFUSED else 0
             heard("".join(traceback.format_exception(error)) + repr(error) + repr(error.details))
             _check_failed(outcome, error)
-        outcome.seconds = time.monotonic() - started
-        embedder.close()
         if [thread.name for thread in threading.enumerate() if thread.name.startswith(f"embed-{provider}")]:
             outcome.broken.append("threads go on after the end")
         outcome.requests, outcome.paid = len(server.seen), server.paid
         sent = Counter(text for seen in server.seen for text in seen.body["input"])
         outcome.tries = max(outcome.tries, *sent.values(), 0)
-        outcome.cost = server.paid * embedder.model.price_per_million_tokens / 1e6
+        outcome.cost = server.paid * price / 1e6
         _check(outcome, server, texts, heard(""))
     return outcome
 

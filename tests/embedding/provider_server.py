@@ -34,6 +34,7 @@ FIELDS = {
     },
     "ollama": {"input", "model", "truncate", "dimensions"},
 }  # fmt: skip
+OLLAMA = ("all-minilm", "bge-m3", "nomic-embed-text", "of-eight-numbers")
 PATHS = {"openai": "/v1/embeddings", "nvidia": "/v1/embeddings", "voyage": "/v1/embeddings", "ollama": "/api/embed"}
 
 
@@ -66,6 +67,8 @@ class ProviderServer:
         self.seen: list[Seen] = []
         self.paid = 0
         """Tokens of the answers of status 200."""
+        self.digests = {f"{name}:latest": hashlib.sha256(name.encode()).hexdigest() for name in OLLAMA}
+        """Of the models that Ollama has, by their full names."""
         self.most_at_once = 0
         self.answers_as: str | None = None
         """The model that it says it is; None: the one that was asked for, "": it does not say."""
@@ -262,6 +265,14 @@ def provider_server(provider: str, dimension: int = 8, tls: ssl.SSLContext | Non
 
         def log_message(self, *_: object) -> None:
             pass
+
+        def do_GET(self) -> None:
+            models = [
+                {"name": name, "model": name, "size": 45_960_996, "digest": digest, "details": {"format": "gguf"}}
+                for name, digest in known.digests.items()
+            ]
+            status = 200 if (known.provider, self.path) == ("ollama", "/api/tags") else 404
+            self._send(status, {}, json.dumps({"models": models}).encode())
 
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["Content-Length"]))

@@ -46,7 +46,7 @@ class Reply(NamedTuple):
 
 
 class Channel:
-    """Posts to one API, over connections that are kept. Certificates are verified; neither redirects nor proxies are
+    """Talks to one API, over connections that are kept. Certificates are verified; neither redirects nor proxies are
     followed, and nothing of the environment plays a part. Threads share one; each request runs on one thread."""
 
     def __init__(self, url: str, key: str | None, most: int, *, field: str) -> None:
@@ -82,8 +82,17 @@ class Channel:
             network_backend=_Backend(self._watching),
         )
 
-    def post(self, path: str, body: bytes, *, seconds: float, most_bytes: int, check: Callable[[], None]) -> Reply:
-        """Send a body and read the answer, in at most so many seconds; ``check`` is called twenty times a second.
+    def send(
+        self,
+        path: str,
+        body: bytes | None = None,
+        *,
+        seconds: float,
+        most_bytes: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> Reply:
+        """Post a body, or get where there is none, and read the answer, in at most so many seconds. ``check`` is called
+        twenty times a second.
 
         Raises Lost, TimedOut, TooLong, ProviderRejected for a certificate that is not trusted, and what ``check`` does.
         """
@@ -94,12 +103,16 @@ class Channel:
             port=self._url.port,
             target=self._url.raw_path.rstrip(b"/") + path.encode(),
         )
-        headers = [*self._headers, ("Content-Length", str(len(body)))]
         times = {"connect": min(CONNECT_SECONDS, seconds), "read": seconds, "write": seconds, "pool": seconds}
+        request = httpcore.Request(
+            "GET" if body is None else "POST",
+            url,
+            headers=[*self._headers, *([("Content-Length", str(len(body)))] if body is not None else [])],
+            content=body,
+            extensions={"timeout": times},
+        )
         try:
-            response = self._pool.handle_request(
-                httpcore.Request("POST", url, headers=headers, content=body, extensions={"timeout": times})
-            )
+            response = self._pool.handle_request(request)
             try:
                 return self._read(response, most_bytes)
             finally:

@@ -21,6 +21,7 @@ from common.embedding.providers.formats import (
     Format,
     Garbled,
     format_of,
+    read_digest,
     read_refusal,
     same_model,
     scrubbed,
@@ -43,10 +44,15 @@ _MOST_REQUESTS: dict[Provider, int] = {"ollama": 4}
 """At once, where fewer than elsewhere: Ollama runs a batch's texts side by side already."""
 _TYPICAL_TOKENS = 100
 """Of a text of ``code-v1``, as estimated; only for how many texts fill the engine."""
+_GROUP_NUMBERS = 16 << 20
+"""In the vectors of one group: 64 MiB."""
 _MOST_CUTS = 5
 """Halvings of a text that an API says is too long: none is a 32nd of what was estimated to fit."""
+_MAX_LIST_BYTES, _LIST_SECONDS = 4 << 20, 10.0
+"""For Ollama's list of models; an entry takes about 400 bytes."""
 _UNIT = 0.01
 """How far a vector's length may be from 1 where the API promises 1; float32 and base64 keep it within 1e-6."""
+_CLOSED = "the embedding engine was closed while it was at work"
 _FOR_NOW = (408, 409, 425, 429)
 """Statuses beside those from 500 on that another try may change (openai-python's own list, and "too early")."""
 _OVERLOADED = (429, 503, 529)
@@ -55,44 +61,54 @@ _OVERLOADED = (429, 503, 529)
 def open_provider(
     choice: Choice, engines: Engines, *, layout: str | None, patience: Patience | None = None
 ) -> Embedder:
-    """The engine of a provider's API; nothing is sent before the first text.
+    """The engine of a provider's API. Nothing is sent before the first text, but that Ollama is asked which weights the
+    model's name stands for.
 
     ``layout`` replaces the one that suits the model. Raises InvalidRequest for a model, dimension, key, address or
-    setting that cannot work, with ``field``.
+    setting that cannot work, with ``field``; EmbeddingFailed and ProviderRejected where Ollama does not answer, or
+    does not have the model.
     """
     if choice.provider not in URLS:
         raise InvalidRequest(f"{choice.provider} is not a provider with an API", field="embedding_provider")
     known = find_model(choice.provider, choice.model, choice.dimension)
-    if choice.max_usd is not None and known.price is None:
-        raise InvalidRequest(
-            f"the price of {known.name} is not known here: a ceiling in dollars cannot be held, one in tokens can",
-            field="embedding_model",
-        )
     key = engines.keys.get(choice.provider) if choice.provider in PAID else None
     if choice.provider in PAID and not key:
         raise InvalidRequest(f"{choice.provider} needs a key, and this machine has none", field="embedding_provider")
     dimension = choice.dimension or known.dimension
     spoken = format_of(known, dimension, engines)
+    most = _MOST_REQUESTS.get(known.provider, MOST_REQUESTS)
+    url = engines.urls.get(known.provider) or URLS[known.provider]
+    channel = Channel(url, key, most, field="embedding_provider")
+    seconds = engines.request_timeout_seconds
     model = Model(
         provider=known.provider,
         name=known.name,
-        revision=spoken.revision,
+        revision=_ollama_digest(channel, known.name, seconds) if known.provider == "ollama" else spoken.revision,
         dimension=dimension,
         precision="float",
         layout=layout or known.layout,
         max_tokens=known.max_tokens,
         price_per_million_tokens=known.price or 0.0,
     )
-    most = _MOST_REQUESTS.get(known.provider, MOST_REQUESTS)
-    url = engines.urls.get(known.provider) or URLS[known.provider]
-    return ProviderEmbedder(
-        model,
-        spoken,
-        Channel(url, key, most, field="embedding_provider"),
-        Limits(known.request_texts, known.request_tokens, most, engines.request_timeout_seconds),
-        patience=patience or Patience(),
-        key=key,
-    )
+    limits = Limits(known.request_texts, known.request_tokens, most, seconds)
+    return ProviderEmbedder(model, spoken, channel, limits, patience=patience or Patience(), key=key)
+
+
+def _ollama_digest(channel: Channel, name: str, seconds: float) -> str:
+    """Which weights a name stands for: a pull may change that, and old vectors must not be taken for new ones."""
+    details = {"provider": "ollama", "model": name, "tries": 1}
+    try:
+        reply = channel.send("/api/tags", seconds=min(seconds, _LIST_SECONDS), most_bytes=_MAX_LIST_BYTES)
+        if reply.status != 200:
+            raise Lost(f"status {reply.status}: {read_refusal(reply.body, None).message}")
+        digest = read_digest(reply.body, name)
+    except (Lost, TooLong, Garbled) as error:
+        raise EmbeddingFailed(f"ollama does not say which models it has: {error}", **details) from error
+    finally:
+        channel.close()  # it opens again by itself; what fails here leaves nothing open
+    if digest is None:
+        raise ProviderRejected(f"ollama does not have the model {name}: ollama pull {name}", **details)
+    return digest
 
 
 class Limits(NamedTuple):
@@ -161,7 +177,8 @@ class ProviderEmbedder:
         self.model = model
         self._format, self._channel, self._limits, self._patience, self._key = spoken, channel, limits, patience, key
         # Four requests at once are what a healthy API is sent at first; more in a call are fine.
-        self.group = 4 * max(1, min(limits.texts, limits.tokens // min(_TYPICAL_TOKENS, model.max_tokens)))
+        batch = min(limits.texts, limits.tokens // min(_TYPICAL_TOKENS, model.max_tokens))
+        self.group = max(1, min(4 * batch, _GROUP_NUMBERS // model.dimension))
         self._pace = Pace(limits.requests)
         self._threads = ThreadPoolExecutor(limits.requests, thread_name_prefix=f"embed-{model.provider}")
         self._calls: set[_Call] = set()
@@ -189,8 +206,9 @@ class ProviderEmbedder:
             else:
                 vectors[place, 0] = 1
         self._calls.add(call)
-        futures = [self._threads.submit(self._embed, call, batch, None) for batch in self._batches(given)]
+        futures: list[Future[None]] = []
         try:
+            futures.extend(self._submit(call, batch) for batch in self._batches(given))
             self._wait(futures, should_stop)
         finally:
             call.stop.set()
@@ -240,6 +258,12 @@ class ProviderEmbedder:
             batches[-1].append(text)
         return batches
 
+    def _submit(self, call: _Call, batch: list[_Text]) -> Future[None]:
+        try:
+            return self._threads.submit(self._embed, call, batch, None)
+        except RuntimeError as error:
+            raise EmbeddingFailed(_CLOSED) from error
+
     @staticmethod
     def _wait(futures: Sequence[Future[None]], should_stop: Callable[[], None]) -> None:
         waiting = set(futures)
@@ -249,7 +273,7 @@ class ProviderEmbedder:
                 for future in done:
                     future.result()
             except _Stopped as error:
-                raise EmbeddingFailed("the engine was closed while it was at work") from error
+                raise EmbeddingFailed(_CLOSED) from error
             should_stop()
 
     # --- one batch, on a thread of the pool -------------------------------------------------------
@@ -275,7 +299,7 @@ class ProviderEmbedder:
         tries.until += started - asked  # a turn that is long in coming is nobody's failure
         failure: Lost | TooLong | None = None
         try:
-            reply = self._channel.post(
+            reply = self._channel.send(
                 self._format.path,
                 body,
                 seconds=max(0.001, min(self._limits.seconds, tries.until - started)),
@@ -352,7 +376,7 @@ class ProviderEmbedder:
         bad, reason = [], ""
         for text, row in zip(batch, answer.rows, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
-                length = 0.0 if row is None else float(np.linalg.norm(row))
+                length = 0.0 if row is None else float(np.linalg.norm(row.astype(np.float64)))
             if row is None:
                 reason = "not numbers"
             elif len(row) != self.model.dimension:
@@ -364,7 +388,7 @@ class ProviderEmbedder:
             elif self._format.unit and abs(length - 1) > _UNIT:
                 reason = f"a length of {length:.3g} where the API promises 1"
             else:
-                call.vectors[text.place] = row / length  # in 64 bits, then rounded once
+                call.vectors[text.place] = row.astype(np.float64) / length
                 continue
             bad.append(text)
         return bad, reason
@@ -379,7 +403,7 @@ class ProviderEmbedder:
         seconds = tries.patience.wait(tries.failed) if asked is None else asked
         if tries.failed >= tries.patience.tries or time.monotonic() + seconds > tries.until:
             raise EmbeddingFailed(
-                f"{self.model.provider} did not answer in {tries.failed} tries; the last: {why}",
+                f"{self.model.provider} failed {tries.failed} times, at last so: {why}",
                 provider=self.model.provider,
                 model=self.model.name,
                 tries=tries.failed + tries.useless,
@@ -391,7 +415,7 @@ class ProviderEmbedder:
         tries.useless += 1
         seconds = tries.patience.wait(tries.useless)
         if tries.useless >= tries.patience.useless_answers or time.monotonic() + seconds > tries.until:
-            raise self._rejected(f"{self.model.provider} answered {why}, {tries.useless} times", tries) from cause
+            raise self._rejected(f"{self.model.provider} answered {why}, {tries.useless} times", tries, 0) from cause
         self._pause(call, seconds)
 
     def _pause(self, call: _Call, seconds: float) -> None:
@@ -399,8 +423,8 @@ class ProviderEmbedder:
         call.stop.wait(seconds)
         call.check()
 
-    def _rejected(self, why: str, tries: _Tries, **details: object) -> ExportError:
-        done = tries.failed + tries.useless + ("status" in details)
+    def _rejected(self, why: str, tries: _Tries, last: int = 1, **details: object) -> ExportError:
+        done = tries.failed + tries.useless + last
         return ProviderRejected(why, provider=self.model.provider, model=self.model.name, tries=done, **details)
 
     def _most_bytes(self, texts: int) -> int:

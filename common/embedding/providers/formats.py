@@ -19,7 +19,7 @@ from common.embedding.port import Purpose
 from common.errors import InvalidRequest
 
 T = TypeVar("T")
-Row = NDArray[np.float64] | None
+Row = NDArray[np.float32] | NDArray[np.float64] | None
 """One vector as it came, of one dimension; None: not one."""
 URLS: dict[Provider, str] = {
     "openai": "https://api.openai.com/v1",
@@ -102,6 +102,15 @@ class _Ollama(msgspec.Struct):
     embeddings: list[list[float | None]]
     model: str | None = None
     prompt_eval_count: int | None = None
+
+
+class _Tag(msgspec.Struct):
+    name: str
+    digest: str
+
+
+class _Tags(msgspec.Struct):
+    models: list[_Tag]
 
 
 class OpenAI:
@@ -217,6 +226,13 @@ class Ollama:
         return Answer(rows, found.prompt_eval_count, found.model, wrong)
 
 
+def read_digest(body: bytes, name: str) -> str | None:
+    """The digest that Ollama's list of models (``GET /api/tags``) has for a name, in the twelve digits that its own
+    command shows; None where it does not have the model. Raises Garbled."""
+    names = {name, f"{name}:latest"}
+    return next((tag.digest[:12] for tag in _decoded(body, _Tags).models if tag.name in names), None)
+
+
 def format_of(model: KnownModel, dimension: int, engines: Engines) -> Format:
     """The format of a model's provider. Raises InvalidRequest where that provider has no API, or a setting is wrong."""
     if model.provider == "voyage":
@@ -308,7 +324,7 @@ def _decoded(body: bytes, kind: type[T]) -> T:
 def _row(embedding: str | list[float | None]) -> Row:
     try:
         if isinstance(embedding, str):
-            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4").astype(np.float64)
+            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         return np.array(embedding, dtype=np.float64)
     except (binascii.Error, ValueError, TypeError):
         return None
