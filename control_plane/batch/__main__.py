@@ -12,17 +12,18 @@ import signal
 import stat
 import sys
 import tempfile
+import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 import typer
 
-from common.embedding.choice import Choice, Engines
+from common.embedding.choice import Engines
 from common.embedding.routing import check_choice
 from common.errors import ExportError, InvalidRequest, InvalidSettings
 from common.graph.model import GraphLimits
@@ -30,14 +31,15 @@ from common.settings import Settings
 from common.storage import S3Config, Storage, StorageConfig, open_storage
 from control_plane.batch.board import Board, table_of
 from control_plane.batch.journal import Journal
-from control_plane.batch.local import LocalSlot
 from control_plane.batch.run import Batch, Summary
-from control_plane.batch.runpod import Endpoint, RunpodSlot
 from control_plane.batch.slots import Plan, Slot
 from control_plane.batch.sources import FolderSource, GitNexusSource, GraphSource, S3Source
 from control_plane.client import GitNexus
 from control_plane.operations.profiles import Profile, Profiles
-from handler.protocol import ChildConfig
+
+if TYPE_CHECKING:
+    from control_plane.batch.local import LocalSlot
+    from control_plane.batch.runpod import RunpodSlot
 
 IN_FLIGHT = 16
 """Jobs on Runpod at once, unless --workers says otherwise."""
@@ -99,6 +101,8 @@ def batch(  # noqa: PLR0917 - typer calls it
     ] = None,
 ) -> None:
     """Turn many graphs into capsules. What is done and unchanged is skipped: run it again to go on."""
+    if json not in (None, "-") and not Path(json).absolute().parent.is_dir():
+        raise InvalidRequest(f"--json {json}: there is no such folder", field="--json")
     settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
     given = Given(source, out, workers, _devices(devices, settings), runpod, retry_failed)
     if runpod and (devices or settings.worker_links):
@@ -111,7 +115,7 @@ def batch(  # noqa: PLR0917 - typer calls it
         runs_here=semantic and not runpod,
         allowed=settings.allowed_models(),
     )
-    plan = _plan(chosen, profile, settings, semantic=semantic)
+    plan = _plan(chosen, profile, settings, semantic=semantic, runs_here=not runpod)
     summary, error = asyncio.run(_batch(given, settings, chosen, plan))
     _tell(summary, json)
     if error is not None:
@@ -133,10 +137,17 @@ def _devices(given: str | None, settings: Settings) -> tuple[str, ...]:
         raise InvalidRequest(message, field="--devices") from error
 
 
-def _plan(chosen: Profile, profile: str | None, settings: Settings, *, semantic: bool) -> Plan:
+def _plan(chosen: Profile, profile: str | None, settings: Settings, *, semantic: bool, runs_here: bool) -> Plan:
     options = {"semanticEnabled": semantic, **({"profile": profile} if profile else {})}
     embedding = msgspec.structs.replace(chosen.embedding, max_tokens=None, max_usd=None) if semantic else None
-    decides = [options, embedding, settings.writer, settings.embed_precision, version("memvid-export")]
+    decides: list[object] = [options, embedding, settings.writer, settings.embed_precision, version("memvid-export")]
+    if embedding is not None and embedding.provider == "voyage":
+        decides += [settings.voyage_input_type, settings.voyage_output_dtype, settings.voyage_truncation]
+    if embedding is not None and embedding.provider == "torch" and runs_here:
+        from common.embedding.torch_engine import _revision as revision_of
+        from common.embedding.torch_engine import find_model
+
+        decides.append(revision_of(find_model(embedding.model, settings.engines())))
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     digest = hashlib.sha256(msgspec.json.encode(decides, order="deterministic")).hexdigest()
     return Plan(options, chosen.embedding, now, digest)
@@ -224,7 +235,7 @@ def _source(text: str, out: Place, settings: Settings, stack: AsyncExitStack) ->
         raise InvalidRequest("--out must be another place than SOURCE", field="--out")
     if place.folder is not None:
         return FolderSource(place.folder, out.folder)
-    return S3Source(place.storage, place.prefix, out.prefix)
+    return S3Source(place.storage, place.prefix, out.prefix if out.prefix.startswith(place.prefix) else None)
 
 
 @contextmanager
@@ -250,6 +261,8 @@ def _scratch(out: Place) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InvalidRequest("--out: another batch runs into it", field="--out") from error
+        if not os.fstat(handle).st_nlink:  # that batch has ended this moment
+            raise InvalidRequest(f"--out: {scratch} is being removed; try again", field="--out")
         for left in scratch.iterdir():
             shutil.rmtree(left, ignore_errors=True)
         yield scratch
@@ -259,13 +272,15 @@ def _scratch(out: Place) -> Iterator[Path]:
 
 
 def _local(given: Given, settings: Settings, plan: Plan, out: Place, scratch: Path) -> list[LocalSlot]:
+    from control_plane.batch.local import LocalSlot
+    from handler.protocol import ChildConfig
+    from handler.worker import concurrency
+
     engines = _engines(settings)
-    devices = given.devices or _all_devices(plan.choice)
+    devices = _usable(given.devices, plan)
     if given.workers is not None:
         count = given.workers
     elif devices == ("cpu",):
-        from handler.worker import concurrency
-
         count = concurrency(settings.worker_memory_bytes)
     else:
         count = len(devices)
@@ -310,12 +325,18 @@ def _engines(settings: Settings) -> Engines:
     return msgspec.structs.replace(engines, cache=str(caches / "memvid-export" / "vectors.sqlite"))
 
 
-def _all_devices(choice: Choice) -> tuple[str, ...]:
-    if choice.provider != "torch":
+def _usable(wanted: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """The devices that are wanted, all GPUs where none is; only torch uses any. Raises InvalidRequest."""
+    if plan.choice.provider != "torch" or not plan.options["semanticEnabled"]:
         return ("cpu",)
     import torch
 
-    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = tuple(f"cuda:{number}" for number in range(found))
+    if lacking := [device for device in wanted if device not in (*there, "cpu")]:
+        has = ", ".join((*there, "cpu"))
+        raise InvalidRequest(f"--devices: there is no {', '.join(lacking)} here; there are {has}", field="--devices")
+    return wanted or there or ("cpu",)
 
 
 @asynccontextmanager
@@ -324,6 +345,7 @@ async def _endpoint(
 ) -> AsyncIterator[list[RunpodSlot]]:
     """Slots over the endpoint, once it has answered. Raises InvalidSettings, PlatformUnavailable."""
     from control_plane.backends.runpod_api import RunpodApi
+    from control_plane.batch.runpod import Endpoint, RunpodSlot
     from control_plane.operations.metrics import Metrics
 
     if out.folder is not None:
@@ -359,6 +381,11 @@ def main() -> None:
     except ExportError as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is one line and an exit code too
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        print(f"error: {type(error).__name__} at {where}: {error}", file=sys.stderr)
+        sys.exit(ExportError.exit_code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from control_plane.batch.board import Board
 from control_plane.batch.journal import Journal, Record
 from control_plane.batch.slots import Kept, Plan, Slot, Work
 from control_plane.batch.sources import Graph, GraphSource, Payload
-from control_plane.errors import PlatformUnavailable
 from handler.job import ref_of
 
 ATTEMPTS = 2
@@ -30,6 +29,8 @@ FETCHES = 2
 """Graphs that are fetched at once; as many as there are slots wait, fetched, beyond that."""
 PAUSE_SECONDS = 1.0
 """Before a slot or a fetch that failed is tried again."""
+_NOT_ITS_FAULT = ("PLATFORM_UNAVAILABLE",)
+"""No attempt at the graph: it was not even begun, or nobody can tell."""
 _FRESH_START = ("INTERNAL", "OUT_OF_MEMORY")
 """Not retryable elsewhere, but a child that has run other graphs may have left too little memory."""
 
@@ -130,10 +131,8 @@ class Batch:
                 self._room.release()
                 return
             graph = self._waiting.popleft()
-            started = asyncio.get_running_loop().time()
-            folder = self._folder / graph.name
             try:
-                payload = await self._fetch(graph, folder)
+                payload = await self._fetch(graph, self._folder / graph.name)
             except ExportError as error:
                 await self._end(graph, self._failure(graph, error))
                 continue
@@ -142,7 +141,7 @@ class Batch:
                 await self._end(graph, known, keep=False)
                 continue
             async with self._changed:
-                insort(self._ready, Work(graph, payload, before, started), key=_order)
+                insort(self._ready, Work(graph, payload, before), key=_order)
                 self._changed.notify_all()
 
     async def _fetch(self, graph: Graph, folder: Path) -> Payload:
@@ -179,13 +178,14 @@ class Batch:
     async def _work(self, slot: Slot, group: asyncio.TaskGroup) -> None:
         while (work := await self._take(slot)) is not None:
             counted = False
+            work.began = work.began or asyncio.get_running_loop().time()
             try:
                 await slot.ready()
                 counted = True
                 with self._board.running(slot.label, slot.device, work.graph) as tell:
                     keep = await slot.run(work, tell)
             except ExportError as error:
-                counted = counted and not isinstance(error, PlatformUnavailable)
+                counted = counted and error.code not in _NOT_ITS_FAULT
                 await self._again(work, slot, error, counted=counted)
                 if slot.strikes >= STRIKES:
                     await self._retire(slot, error)
@@ -216,7 +216,6 @@ class Batch:
         finally:
             self._keeps.release()
         report = kept.report
-        now = asyncio.get_running_loop().time()
         record = Record(
             name=work.graph.name,
             source=work.graph.address,
@@ -231,7 +230,7 @@ class Batch:
             tokens=report.embedding.tokens,
             cache_hits=report.embedding.cache_hits,
             cost_estimate=report.embedding.cost_estimate,
-            seconds=round(now - work.started, 3),
+            seconds=_since(work.began),
             attempts=work.attempts + 1,
             device=slot.device,
             ended_at=_now(),
@@ -272,6 +271,7 @@ class Batch:
             options_sha256=self._plan.sha256,
             folder=before.folder if before else "",  # what an earlier export left is still there
             files=before.files if before else {},
+            seconds=_since(work.began) if work else 0.0,
             attempts=work.attempts if work else 0,
             device=device,
             ended_at=_now(),
@@ -336,6 +336,10 @@ class Batch:
 def _order(work: Work) -> tuple[bool, int]:
     """What was tried before comes first, then the largest: the end of a batch is short."""
     return not work.attempts, -work.graph.weight
+
+
+def _since(began: float) -> float:
+    return round(asyncio.get_running_loop().time() - began, 3)
 
 
 def _now() -> str:

@@ -32,7 +32,8 @@ class Work:
     payload: Payload
     before: Record | None
     """How it ended the last time."""
-    started: float
+    began: float = 0.0
+    """When it was first run, in the loop's time."""
     attempts: int = 0
     avoid: Slot | None = None
     """Where its last attempt met a broken device."""

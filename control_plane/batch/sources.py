@@ -16,6 +16,7 @@ from common.errors import InvalidRequest, PayloadTooLarge, StorageFailed
 from common.graph.names import safe_base_name
 from common.storage import Storage
 from common.storage.file import sha256_of
+from control_plane.batch.journal import JOURNAL_NAME
 from control_plane.client import GitNexus, GitNexusRepo
 
 MAX_GRAPHS = 100_000
@@ -78,8 +79,8 @@ class FolderSource:
             for path in (at / name for name in files if _is_graph(name)):
                 try:
                     size = path.stat().st_size
-                except OSError as error:
-                    raise StorageFailed(f"{path}: {error.strerror}") from error
+                except OSError:
+                    size = 0  # it will fail when it is fetched, alone
                 found.append(_of_file(path.relative_to(self._folder).as_posix(), str(path), size))
         return _named(found, str(self._folder))
 
@@ -159,14 +160,14 @@ def _of_file(below: str, address: str, size: int) -> Graph:
 
 
 def _named(found: Sequence[Graph], where: str) -> list[Graph]:
-    """The largest first, with safe names; those that would share one all get a part of their key's hash, so that no
-    name depends on the order."""
+    """The largest first, with safe names; those that would share one, or the journal's, all get a part of their key's
+    hash, so that no name depends on the order."""
     if not found:
         raise InvalidRequest(f"SOURCE: {where} has no graphs", field="SOURCE")
     if len(found) > MAX_GRAPHS:
         raise InvalidRequest(f"SOURCE: {where} has more than {MAX_GRAPHS:,} graphs", field="SOURCE", allowed=MAX_GRAPHS)
     names = [safe_base_name(graph.name) for graph in found]
-    shared = Counter(names)
+    shared = Counter([*names, JOURNAL_NAME])
     unique = [
         f"{name}-{hashlib.sha256(os.fsencode(graph.key)).hexdigest()[:8]}" if shared[name] > 1 else name
         for name, graph in zip(names, found, strict=True)

@@ -38,6 +38,8 @@ from control_plane.batch.sources import Graph, Payload
 __all__ = ["s3"]
 
 BATCH = [sys.executable, "-m", "control_plane.batch"]
+LIGHT = ("--workers", 1, "--no-semantic")
+"""One child without an engine: enough where neither is what a test is about."""
 
 
 def graph(name: str, nodes: int = 6, *, lines: int = 1) -> bytes:
@@ -182,11 +184,11 @@ def test_every_graph_of_a_folder_becomes_a_whole_capsule_and_a_second_run_does_n
 
 def test_only_what_has_changed_is_run_again(graphs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    batch(graphs, "--out", out, "--no-semantic")
+    batch(graphs, "--out", out, *LIGHT)
     (graphs / "plain.export.json").write_bytes(graph("plain", 31))
     (graphs / "new.json").write_bytes(graph("new"))
     next((out / "deep-packed").glob("*.sqlite")).unlink()
-    changed = batch(graphs, "--out", out, "--no-semantic")
+    changed = batch(graphs, "--out", out, *LIGHT)
     assert statuses(changed) == {
         "plain": "completed",
         "new": "completed",
@@ -195,7 +197,7 @@ def test_only_what_has_changed_is_run_again(graphs: Path, tmp_path: Path) -> Non
     }
     assert len(list((out / "plain").iterdir())) == 3
     assert changed["vectors"] == 0
-    with_vectors = batch(graphs, "--out", out)
+    with_vectors = batch(graphs, "--out", out, "--workers", 1)
     assert with_vectors["completed"] == 4
     assert with_vectors["vectors"] > 0
 
@@ -205,21 +207,21 @@ def test_a_bad_graph_among_good_ones_fails_alone_and_is_tried_again_only_on_requ
 ) -> None:
     out = tmp_path / "out"
     (graphs / "bad.json").write_bytes(b'{"nodes": [], "relationships": []}')
-    first = batch(graphs, "--out", out, code=3)
+    first = batch(graphs, "--out", out, *LIGHT, code=3)
     assert statuses(first)["bad"] == "failed"
     assert (first["completed"], first["failed"]) == (3, 1)
     (error,) = first["errors"]
     assert error["code"] == "INVALID_EXPORT_REQUEST"
     assert error["details"] == {"name": "bad"}
 
-    second = batch(graphs, "--out", out, code=3)
+    second = batch(graphs, "--out", out, *LIGHT, code=3)
     assert (second["failed"], second["skipped"], second["errors"]) == (1, 3, first["errors"])
     assert [it["endedAt"] for it in second["perGraph"]] == [it["endedAt"] for it in first["perGraph"]]
-    third = batch(graphs, "--out", out, "--retry-failed", code=3)
+    third = batch(graphs, "--out", out, *LIGHT, "--retry-failed", code=3)
     ended = {it["name"]: it["endedAt"] for it in third["perGraph"]}
     assert ended["bad"] > error_time(second)
     (graphs / "bad.json").write_bytes(graph("bad"))
-    assert statuses(batch(graphs, "--out", out))["bad"] == "completed"
+    assert statuses(batch(graphs, "--out", out, *LIGHT))["bad"] == "completed"
 
 
 def error_time(summary: Mapping[str, Any]) -> str:
@@ -241,7 +243,7 @@ SLOW = ("a", "b", "c")
 
 def test_after_kill_9_of_the_whole_command_the_next_run_goes_on(slow: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with started(slow, "--out", out, "--workers", 1, "--no-semantic") as process:
+    with started(slow, "--out", out, *LIGHT) as process:
         wait_for(lambda: journal(out), bool)
         pids = children(process)
         process.send_signal(signal.SIGKILL)
@@ -250,7 +252,7 @@ def test_after_kill_9_of_the_whole_command_the_next_run_goes_on(slow: Path, tmp_
     done = journal(out)
     assert len(done) < len(SLOW)
     stamps = {path: path.stat().st_mtime_ns for name in done for path in (out / name).iterdir()}
-    summary = batch(slow, "--out", out, "--no-semantic")
+    summary = batch(slow, "--out", out, *LIGHT)
     assert summary["skipped"] == len(done)
     assert summary["completed"] == len(SLOW) - len(done)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -263,7 +265,7 @@ def test_a_batch_that_is_interrupted_ends_with_130_and_keeps_what_is_done(
     number: signal.Signals, slow: Path, tmp_path: Path
 ) -> None:
     out, told = tmp_path / "out", tmp_path / "summary.json"
-    with started(slow, "--out", out, "--workers", 1, "--no-semantic", "--json", told) as process:
+    with started(slow, "--out", out, *LIGHT, "--json", told) as process:
         wait_for(lambda: journal(out), bool)
         pids = children(process)
         process.send_signal(number)
@@ -281,7 +283,7 @@ def test_a_child_that_is_killed_is_replaced_and_its_graph_has_one_more_try(
     kills: int, slow: Path, tmp_path: Path
 ) -> None:
     out, told = tmp_path / "out", tmp_path / "summary.json"
-    with started(slow, "--out", out, "--workers", 1, "--no-semantic", "--json", told) as process:
+    with started(slow, "--out", out, *LIGHT, "--json", told) as process:
         seen: set[Path] = set()
         for _ in range(kills):
             at_work = wait_for(lambda: set(running(out)), lambda found: bool(found - seen))  # noqa: B023
@@ -301,11 +303,11 @@ def test_names_are_unique_and_safe_whatever_the_files_are_called(tmp_path: Path)
     (folder / "x").mkdir(parents=True)
     for name in ("x/y.json", "x-y.json", "x-y.ndjson", "odd : name\x1b[31m?.json"):
         (folder / name).write_bytes(graph("g"))
-    names = set(statuses(batch(folder, "--out", tmp_path / "out")))
+    names = set(statuses(batch(folder, "--out", tmp_path / "out", *LIGHT)))
     assert len(names) == 4
     assert sum(name.startswith("x-y-") for name in names) == 3
     assert all(name.isprintable() and "/" not in name and ":" not in name for name in names)
-    assert set(statuses(batch(folder, "--out", tmp_path / "out"))) == names
+    assert set(statuses(batch(folder, "--out", tmp_path / "out", *LIGHT))) == names
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_wrong_usage_ends_with_2_and_one_line(arguments: list[str], words: str, 
 
 
 def test_a_destination_takes_one_batch_at_a_time(slow: Path, tmp_path: Path) -> None:
-    with started(slow, "--out", tmp_path / "out", "--workers", 1):
+    with started(slow, "--out", tmp_path / "out", *LIGHT):
         wait_for(lambda: running(tmp_path / "out"), bool)
         done = subprocess.run(
             [*BATCH, slow, "--out", tmp_path / "out"], capture_output=True, env=environment(), check=False
@@ -345,7 +347,7 @@ def test_a_destination_takes_one_batch_at_a_time(slow: Path, tmp_path: Path) -> 
 
 def test_on_a_terminal_a_table_moves_and_standard_output_is_pure_json(graphs: Path, tmp_path: Path) -> None:
     terminal, far_end = pty.openpty()
-    arguments = [*BATCH, graphs, "--out", tmp_path / "out", "--json", "-"]
+    arguments = [*BATCH, graphs, "--out", tmp_path / "out", *LIGHT, "--json", "-"]
     env = environment({"TERM": "xterm", "COLUMNS": "120"})
     with subprocess.Popen([*map(str, arguments)], stdout=subprocess.PIPE, stderr=far_end, env=env) as process:
         os.close(far_end)
@@ -393,29 +395,33 @@ def test_graphs_under_a_prefix_in_s3_become_capsules_under_another(s3: S3) -> No
     source.write("one.json", graph("one"))
     source.write("deep/two.json.gz", gzip.compress(graph("two", 12)))
     source.write("readme.md", b"no graph")
-    first = batch(source.url, "--out", out.url, env=out.env)
+    first = batch(source.url, "--out", out.url, *LIGHT, env=out.env)
     assert statuses(first) == {"one": "completed", "deep-two": "completed"}
     for it in first["perGraph"]:
         assert {key: size for key, size in out.sizes().items() if key.startswith(it["folder"])} == {
             it["folder"] + name: size for name, size in it["files"].items()
         }
-    again = batch(source.url, "--out", out.url, env=out.env)
+    again = batch(source.url, "--out", out.url, *LIGHT, env=out.env)
     assert (again["skipped"], again["completed"]) == (2, 0)
     (manifest,) = (key for key in out.sizes() if key.startswith("one/") and key.endswith(".manifest.json"))
     out.delete(manifest)
-    assert statuses(batch(source.url, "--out", out.url, env=out.env)) == {"one": "completed", "deep-two": "skipped"}
+    assert statuses(batch(source.url, "--out", out.url, *LIGHT, env=out.env)) == {
+        "one": "completed",
+        "deep-two": "skipped",
+    }
     assert manifest in out.sizes()
 
 
 def test_every_repository_of_a_gitnexus_server_becomes_a_capsule(tmp_path: Path) -> None:
-    repos = {"tiny": stream("tiny"), "broken": stream("broken")[:-30], "grand": stream("grand", 40)}
+    repos = {"tiny": stream("tiny"), "broken": stream("broken")[:-30], "batch.jsonl": stream("odd", 40)}
     with gitnexus(repos) as url:
-        first = batch(url, "--out", tmp_path / "out", "--workers", 1, code=3)
-        assert statuses(first) == {"tiny": "completed", "broken": "failed", "grand": "completed"}
+        first = batch(url, "--out", tmp_path / "out", *LIGHT, code=3)
+        odd = next(name for name in statuses(first) if name.startswith("batch.jsonl-"))
+        assert statuses(first) == {"tiny": "completed", "broken": "failed", odd: "completed"}
         assert "cut" in first["errors"][0]["message"]
         repos["broken"] = stream("broken")
-        second = batch(url, "--out", tmp_path / "out")
-    assert statuses(second) == {"tiny": "skipped", "broken": "completed", "grand": "skipped"}
+        second = batch(url, "--out", tmp_path / "out", *LIGHT)
+    assert statuses(second) == {"tiny": "skipped", "broken": "completed", odd: "skipped"}
 
 
 def test_a_gitnexus_server_that_is_away_is_named(tmp_path: Path) -> None:
@@ -492,16 +498,16 @@ def test_a_batch_over_runpod_stages_runs_and_checks_and_goes_on_after_kill_9(
     (graphs / "bad.json").write_bytes(b'{"nodes": [], "relationships": []}')
     (graphs / "large.json").write_bytes(graph("large", 8_000, lines=4))
     with endpoint(s3, tmp_path / "workers", out) as env:
-        with started(graphs, "--out", out.url, "--runpod", "--workers", 4, env=env) as process:
+        with started(graphs, "--out", out.url, "--runpod", *LIGHT[2:], "--workers", 4, env=env) as process:
             wait_for(out.sizes, lambda keys: any(key.startswith("large/") for key in keys))
             process.kill()
-        first = batch(graphs, "--out", out.url, "--runpod", "--workers", 4, env=env, code=3)
+        first = batch(graphs, "--out", out.url, "--runpod", *LIGHT[2:], "--workers", 4, env=env, code=3)
         assert set(statuses(first)) == {"plain", "deep-packed", "deep-er-lines", "bad", "large"}
         assert [name for name, status in statuses(first).items() if status == "failed"] == ["bad"]
         assert first["errors"][0]["code"] == "INVALID_EXPORT_REQUEST"
         (large,) = (it for it in first["perGraph"] if it["name"] == "large")
         assert large["folder"].endswith("-1/"), "the second batch has taken over the job of the first"
-        again = batch(graphs, "--out", out.url, "--runpod", env=env, code=3)
+        again = batch(graphs, "--out", out.url, "--runpod", *LIGHT[2:], env=env, code=3)
     assert (again["skipped"], again["completed"], again["failed"]) == (4, 0, 1)
     whole = {f"{it['folder']}{name}": size for it in again["perGraph"] for name, size in it["files"].items()}
     left = {key: size for key, size in out.sizes().items() if key not in whole}
