@@ -211,9 +211,9 @@ def _check_engine(choice: Choice, engines: Engines) -> None:
         if importlib.util.find_spec(package) is None:
             must = f"be one that is installed: torch needs the package {package} (pip install 'memvid-export[gpu]')"
             raise _wrong("embedding_provider", must)
-    if importlib.util.find_spec("common.embedding.torch_engine") is None:  # INTERIM, until the file is there
-        return
-    from common.embedding.torch_engine import find_model  # it imports numpy and more
+    if engines.model_downloads and "@" in choice.model:
+        return  # Only the hub knows, and it is asked when the engine is opened.
+    from common.embedding.torch_engine import find_model  # with numpy, which few who read settings need
 
     try:
         find_model(choice.model, engines)
