@@ -59,8 +59,22 @@ class Row(NamedTuple):
     but: dict[str, str] = {}  # noqa: RUF012
     """Providers for which it ends in another way."""
     only: tuple[str, ...] = PROVIDERS
+    drawn: int = 0
+    """So many more faults that another try gets over, drawn by chance."""
 
 
+GOT_OVER: tuple[Fault, ...] = (
+    "429",
+    "503",
+    "529",
+    "500",
+    "slow",
+    "dribbling",
+    "lost",
+    "cut",
+    "garbage",
+    "out of order",
+)
 REFUSED = "connection refused"
 LONGEST_STORM = 6
 _STORM: tuple[Fault, ...] = ("429",) * LONGEST_STORM
@@ -117,6 +131,8 @@ ROWS = (
     Row("length 40", ("length",)),
     Row("length 40 for good", always="length", ends=REJECTED, but={"nvidia": DONE}),
     Row("base64 that is none", ("base64",), only=_COUNTED),
+    # A drawn one may strike one batch seven times over, a cut answer costs each time.
+    Row("seven at random", drawn=7, seconds=QUICK, most_tries=8, most_cost=8),
     Row("another model", always="other model", ends=REJECTED, most_tries=1, most_cost=1),
     Row("no usage", always="uncounted", most_tries=1, most_cost=1),
 )
@@ -152,6 +168,7 @@ def strike(provider: str, row: Row, seed: int) -> Outcome:
     with provider_server(provider, dimension) as server, _listening() as heard:
         storm = len(row.faults) > 3
         server.fault(*(row.faults[: chance.randint(3, LONGEST_STORM)] if storm else row.faults), **row.headers)
+        server.fault(*(chance.choice(GOT_OVER) for _ in range(row.drawn)))
         if row.always:
             server.always(row.always, **row.headers)
         url = f"http://127.0.0.1:{_closed_port()}" if row.name == REFUSED else server.url
@@ -192,7 +209,7 @@ def _check_done(outcome: Outcome, server: ProviderServer, texts: list[str], embe
         outcome.broken.append("a text has not its own unit vector")
     if embedded.tokens > server.paid and outcome.row.always != "uncounted":
         outcome.broken.append(f"{embedded.tokens} tokens reported, {server.paid} paid")
-    lost = {"cut", "cut without length", "dribbling", "uncounted"} & {*outcome.row.faults, outcome.row.always}
+    lost = {"cut", "cut without length", "dribbling", "uncounted"} & {*server.faults_met()}
     if embedded.tokens != server.paid and not lost:
         outcome.broken.append(f"{embedded.tokens} tokens reported, {server.paid} paid")
 

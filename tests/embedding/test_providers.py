@@ -25,7 +25,7 @@ from common.embedding.choice import PROVIDERS as OF_MODE
 from common.embedding.choice import Choice, Engines
 from common.embedding.port import Embedder
 from common.embedding.providers import Patience, open_provider
-from common.embedding.providers.pace import asked_wait
+from common.embedding.providers.pace import Pace, asked_wait
 from common.errors import EmbeddingFailed, InvalidRequest, ProviderRejected
 from common.frames.build import frames
 from common.frames.embed_text import LAYOUTS
@@ -389,6 +389,20 @@ def test_a_server_with_room_for_two_is_found_out_and_served_by_two_threads_alike
         assert np.abs(embedded.vectors - [server.vector(text) for text in given]).max() < 1e-6
         assert embedded.batches == 8
     assert sum(embedded.retries for embedded in both) == server.faults_met()["429"] < len(server.seen) / 2
+
+
+def test_answers_that_take_three_times_as_long_as_at_best_halve_the_requests_at_once() -> None:
+    pace = Pace(32)
+
+    def eight(seconds: float) -> int:
+        for _ in range(8):
+            turn = pace.enter(lambda: None)
+            pace.leave()
+            pace.answered(turn, seconds, tokens=1_000)
+            pace.answered(turn, 100.0, tokens=10)  # the last few texts of a call say little
+        return pace.limit
+
+    assert [eight(1.0), eight(2.9), eight(3.1), eight(3.1)] == [4, 4, 2, 2]
 
 
 @pytest.mark.parametrize(
