@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ _MAX_LIST_BYTES, _LIST_SECONDS = 4 << 20, 10.0
 """For Ollama's list of models; an entry takes about 400 bytes."""
 _UNIT = 0.01
 """How far a vector's length may be from 1 where the API promises 1; float32 and base64 keep it within 1e-6."""
+_CONTROL = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), " ")
 _CLOSED = "the embedding engine was closed while it was at work"
 _FOR_NOW = (408, 409, 425, 429)
 """Statuses beside those from 500 on that another try may change (openai-python's own list, and "too early")."""
@@ -200,8 +201,8 @@ class ProviderEmbedder:
         vectors = np.zeros((len(texts), self.model.dimension), dtype=np.float32)
         call = _Call(vectors, purpose)
         given: list[_Text] = []
-        for place, text in enumerate(texts):
-            if text.strip():
+        for place, text in enumerate(map(_clean, texts)):
+            if text:
                 given.append(self._prepared(call, place, text))
             else:
                 vectors[place, 0] = 1
@@ -220,7 +221,7 @@ class ProviderEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """See the port: an estimate, 15 to 27% above real tokenizers' counts on the graphs that it was measured on."""
-        return sum(self._estimate(text) for text in texts if text.strip())
+        return sum(self._estimate(text) for text in map(_clean, texts) if text)
 
     def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
         """See the port: nothing is kept here."""
@@ -239,7 +240,6 @@ class ProviderEmbedder:
         return min(estimated_tokens(text), self.model.max_tokens) + self._format.added_tokens
 
     def _prepared(self, call: _Call, place: int, text: str) -> _Text:
-        text = text.encode(errors="replace").decode()  # a lone surrogate has no place in JSON
         most = self.model.max_tokens
         if estimated_tokens(text) > most and not self._format.strict:
             call.truncated.add(place)
@@ -272,7 +272,7 @@ class ProviderEmbedder:
             try:
                 for future in done:
                     future.result()
-            except _Stopped as error:
+            except (_Stopped, CancelledError) as error:
                 raise EmbeddingFailed(_CLOSED) from error
             should_stop()
 
@@ -430,6 +430,13 @@ class ProviderEmbedder:
     def _most_bytes(self, texts: int) -> int:
         # A number takes 25 characters at most ("-1.2345678901234567e-05, "), an item's frame a few hundred.
         return texts * (self.model.dimension * 32 + 1_024) + (64 << 10)
+
+
+def _clean(text: str) -> str:
+    """What any API takes: no half of a character, which JSON cannot hold, and no control characters, which some refuse
+    with all of the request; the empty string where nothing is left to read."""
+    text = text.encode(errors="replace").decode().translate(_CONTROL)
+    return text if text.strip() else ""
 
 
 def _halves(batch: list[_Text]) -> list[list[_Text]]:
