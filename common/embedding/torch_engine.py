@@ -143,6 +143,10 @@ class RunsPacks(Protocol):
     def run(self, pack: Pack, fill: int = 0) -> Tensor:
         """Unit vectors of a pack, on the device."""
 
+    def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
+        """See the port: nothing is kept here."""
+        return None
+
     def close(self) -> None:
         """Drop the weights."""
 
