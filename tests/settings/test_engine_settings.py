@@ -241,6 +241,10 @@ def test_the_host_of_ollama_is_read_as_its_own_clients_read_it(given: str, url: 
         ({}, "/srv/root/vectors.sqlite"),
         ({"MEMVID_EXPORT_STORAGE_URL": "file:///srv/shared"}, "/srv/root/vectors.sqlite"),
         ({"MEMVID_EXPORT_STORAGE_URL": "s3://bucket/exports/"}, "s3://bucket/exports/vectors/"),
+        (
+            {"MEMVID_EXPORT_STORAGE_URL": "file:///srv/shared", "MEMVID_EMBED_CACHE": "file:///srv/shared/v/"},
+            "file:///srv/shared/v/",
+        ),
         ({"MEMVID_EXPORT_STORAGE_URL": "s3://bucket", "MEMVID_EMBED_CACHE": "off"}, None),
         ({"MEMVID_EXPORT_STORAGE_URL": "s3://bucket", "MEMVID_EMBED_CACHE": "/var/v.db"}, "/var/v.db"),
         ({"MEMVID_EXPORT_STORAGE_URL": "s3://bucket", "MEMVID_EMBED_CACHE": "s3://bucket/a/b/"}, "s3://bucket/a/b/"),
