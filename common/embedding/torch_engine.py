@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -219,11 +220,12 @@ class _Call:
 class _Replica:
     """A device with the model on it, and the one thread that runs it (so its packs never mix with another's)."""
 
-    def __init__(self, runner: RunsPacks, device: str, tokens: int) -> None:
+    def __init__(self, runner: RunsPacks, device: str, tokens: int, threads: int) -> None:
         self.device = device
         self.tokens = tokens
         """Of a pack; halved whenever the device has too little memory, for good."""
         self._runner = runner
+        self._threads = threads
         self._on_gpu = device != "cpu"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"embed-{device}")
 
@@ -255,7 +257,7 @@ class _Replica:
         if self._on_gpu:
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+            torch.set_num_threads(min(torch.get_num_threads(), self._threads))
         rows: list[range] = []
         made: list[Tensor] = []
         running: deque[Any] = deque()
@@ -372,15 +374,18 @@ class TorchEmbedder:
         self._replicas: list[_Replica] = []
         tokens = _pack_tokens(loaded.config, on_gpu=devices[0] != "cpu")
         self.group = max(tokens // 8, 64) if devices[0] != "cpu" else 512
+        threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
         self._usual_switch = sys.getswitchinterval()
         if devices[0] != "cpu":
             # Each kernel's launch takes the interpreter's lock again. Against the default of 5 ms, a thread that
             # tokenises or builds frames would keep a GPU waiting most of the time (measured: 900 µs a launch; 34 so).
             sys.setswitchinterval(_SWITCH_SECONDS)
         try:
-            for device in devices:
-                runner = (place or torch_model.Runner)(loaded, device, self.model.dimension)
-                self._replicas.append(_Replica(runner, device, tokens))
+            for number, device in enumerate(devices):
+                last = number == len(devices) - 1
+                own = loaded if last else loaded._replace(model=copy.deepcopy(loaded.model))
+                runner = (place or torch_model.Runner)(own, device, self.model.dimension)
+                self._replicas.append(_Replica(runner, device, tokens, threads))
                 self._replicas[-1].warm_up(loaded.max_tokens)
                 self.packed = runner.packed
         except BaseException as error:
@@ -526,13 +531,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _devices(engines: Engines) -> list[str]:
+    """GPUs, each once, or the CPU; named more than once it is shared by as many copies of the model."""
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     allowed = [f"cuda:{number}" for number in range(found)]
     wanted = [f"{device}:0" if device == "cuda" else device for device in engines.devices] or allowed or ["cpu"]
     lacking = [device for device in wanted if device not in (*allowed, "cpu")]
-    if lacking or ("cpu" in wanted and len(wanted) > 1) or len(set(wanted)) < len(wanted):
+    gpus = [device for device in wanted if device != "cpu"]
+    if lacking or 0 < len(gpus) < len(wanted) or len(set(gpus)) < len(gpus):
         has = ", ".join([*allowed, "cpu"])
         raise InvalidRequest(
             f"the devices {', '.join(wanted)} cannot be used together here; there are {has}", field="embedding_devices"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -107,10 +106,10 @@ class Runner:
     """False: padded to the longest text of a pack, for an architecture whose attention cannot be told of bounds."""
 
     def __init__(self, loaded: Loaded, device: str, dimension: int) -> None:
+        """Moves the model of ``loaded`` to the device."""
         self._device = torch.device(device)
         self._dimension = dimension
-        model = copy.deepcopy(loaded.model) if self._device.type != "cpu" else loaded.model
-        model.to(self._device)
+        model = loaded.model.to(self._device)
         self._pad = loaded.tokenizer.pad_token_id or 0
         self._types = "token_type_ids" in loaded.tokenizer.model_input_names
         self._transformer, *modules = model
