@@ -144,10 +144,6 @@ class RunsPacks(Protocol):
     def run(self, pack: Pack, fill: int = 0) -> Tensor:
         """Unit vectors of a pack, on the device."""
 
-    def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
-        """See the port: nothing is kept here."""
-        return None
-
     def close(self) -> None:
         """Drop the weights."""
 
@@ -445,6 +441,10 @@ class TorchEmbedder:
         prompt = self._prompt("document")
         groups = (texts[start : start + self.group] for start in range(0, len(texts), self.group))
         return sum(len(one) for group in groups for one in self._encode(group, prompt))
+
+    def flush(self, should_stop: Callable[[], None] = lambda: None) -> str | None:
+        """See the port: nothing is kept here."""
+        return None
 
     def close(self) -> None:
         """See the port."""
