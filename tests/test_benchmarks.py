@@ -17,7 +17,7 @@ def test_the_short_form_of_every_benchmark_gives_its_figures(tmp_path: Path) -> 
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     figures = {figure["name"].strip(): figure for figure in json.loads(out.read_text())["figures"]}
@@ -28,4 +28,7 @@ def test_the_short_form_of_every_benchmark_gives_its_figures(tmp_path: Path) -> 
     assert figures["POST to submitted: SQLite, files, polls every 1 s"]["value"] > 0
     assert figures["result to download_ready"]["value"] > 0
     assert figures["polls per job"]["value"] >= 1
+    assert figures["static embedding"]["value"] > 0
+    assert figures["torch embedding: tiny shape"]["value"] > 0
+    assert figures["1 − cosine to sentence-transformers"]["value"] < 500
     assert done.stdout.count("│") > 50

@@ -380,7 +380,7 @@ class TorchEmbedder:
             for number, device in enumerate(devices):
                 last = number == len(devices) - 1
                 own = loaded if last else loaded._replace(model=copy.deepcopy(loaded.model))
-                runner = (place or torch_model.Runner)(own, device, self.model.dimension)
+                runner: RunsPacks = (place or torch_model.Runner)(own, device, self.model.dimension)
                 self._replicas.append(_Replica(runner, device, tokens, threads))
                 self._replicas[-1].warm_up(loaded.max_tokens)
                 self.packed = runner.packed

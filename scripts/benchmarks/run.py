@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from common.capsule.native import NativeWriter  # noqa: E402
 from common.frames.model import Frame  # noqa: E402
 from common.sidecar.build import SidecarBuilder  # noqa: E402
 from scripts.benchmarks.control_plane import cold_start, files, overhead, servers  # noqa: E402
+from scripts.benchmarks.embedding import compare, static_rate  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 from scripts.benchmarks.vector_cache import engine, largest, rates, repeats, times_faster  # noqa: E402
@@ -244,6 +246,37 @@ def cache(folder: Path, *, short: bool) -> list[Row]:
     return rows
 
 
+def embedding(folder: Path, *, short: bool) -> list[Row]:
+    """The engines that run here; the torch engine against sentence-transformers, in turn."""
+    rates = static_rate(short=short)
+    rows = [row("static embedding", statistics.median(rates), "texts/s", f"median of {len(rates)}", at_least=5_000)]
+    if not all(importlib.util.find_spec(name) for name in ("torch", "sentence_transformers")):
+        return rows
+    for found in compare(folder, short=short):
+        shape, seconds = found.shape, statistics.median(found.ours)
+        on_gpu, minilm = found.device != "CPU", not shape.kind
+        how = "padding-free" if found.packed else "padded"
+        of = f"{shape.texts:,} texts of {found.tokens_per_text:.0f} tokens, {found.precision}, {how}, {found.device}"
+        peer = f"encode of {version('sentence-transformers')}, batches of {found.batch} (its best)"
+        theirs = shape.peer_texts / statistics.median(found.theirs)
+        goal = (5 if minilm else None) if on_gpu else 1
+        far, near = "the farthest of 1,000 texts, same precision", 10 if found.precision == "float32" else 500
+        rows += [
+            row(f"torch embedding: {shape.name}", seconds, "s", of, at_most=3 if on_gpu and minilm else None),
+            row("  texts", shape.texts / seconds, "texts/s", f"median of {len(found.ours)}"),
+            row("  the same by sentence-transformers", theirs, "texts/s", peer),
+            row("  ratio to sentence-transformers", found.ratio, "times", "turn by turn", at_least=goal),
+            row("  tokens", shape.texts * found.tokens_per_text / seconds, "tokens/s"),
+            row("  arithmetic", found.flops / 1e12, "TFLOP/s"),
+            row("  1 − cosine to sentence-transformers", 1e6 * (1 - found.cosine), "millionths", far, at_most=near),
+            row("  device idle", 100 * (1 - found.busy), "%", "of the phase", at_most=10 if on_gpu else None),
+        ]
+        if found.peak is not None:
+            base = shape.name == "shape of bge-base"
+            rows.append(row("  share of peak", 100 * found.peak, "%", found.device, at_least=50 if base else None))
+    return rows
+
+
 class Posted(NamedTuple):
     """A graph to post."""
 
@@ -368,6 +401,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "control-plane": control_plane,
     "storage": storage,
     "cache": cache,
+    "embedding": embedding,
 }
 
 
