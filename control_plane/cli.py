@@ -276,13 +276,13 @@ def scale(
     from control_plane.operations.scaling import RunpodEndpoint, moment_of, plan
     from control_plane.terminal import Show
 
-    settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
+    # What this machine would embed with, and the key of our own API, do not matter here.
+    settings = Settings.read({**os.environ, "MEMVID_EXPORT_BACKEND_MODE": "runpod_queue"}, dev=True)
     path = file or settings.profiles_file
     if path is None:
         raise InvalidSettings("Name a profiles file: --file, or MEMVID_EXPORT_PROFILES_FILE", field="--file")
-    if settings.runpod_endpoint_id is None or settings.runpod_api_key is None:
-        name = "RUNPOD_API_KEY" if settings.runpod_endpoint_id else "RUNPOD_ENDPOINT_ID"
-        raise InvalidSettings(f"{name} must be set: it is the endpoint that is scaled", field=name)
+    assert settings.runpod_endpoint_id is not None
+    assert settings.runpod_api_key is not None
     profiles = Profiles.load(path, settings)
     moment = moment_of(at, profiles.time_zone) if at else datetime.now(UTC)
     endpoint_id, key = settings.runpod_endpoint_id, settings.runpod_api_key.get_secret_value()

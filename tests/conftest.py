@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ __all__ = ["fixtures", "postgres_server", "postgres_url", "real_graphs"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_GRAPHS = ROOT.parent / "shared" / "data" / "gitnexus"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands that tests start keep their vectors apart from those of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="session")
