@@ -164,7 +164,8 @@ class Runner:
     def _run_packed(self, pack: Pack, fill: int) -> Tensor:
         assert self._forward is not None
         texts, tokens = len(pack.lengths), len(pack.ids)
-        lengths = [*pack.lengths.tolist(), *_filler(max(fill, self._least()) - tokens, self._max_tokens)]
+        longest = min(max(int(pack.lengths[0]), 128), self._max_tokens)
+        lengths = [*pack.lengths.tolist(), *_filler(max(fill, self._least()) - tokens, longest)]
         bounds = np.cumsum([0, *lengths], dtype=np.int32)
         total = int(bounds[-1])
         # One copy to the device: ids, positions, bounds.
@@ -247,7 +248,7 @@ def _attend(
     """Attention of each text to itself. All of shape (tokens, heads, size); ``window``: so many neighbours that way,
     the token itself included."""
     grouped = key.shape[1] != query.shape[1]
-    if query.device.type == "cuda" and query.dtype in _HALF:
+    if query.is_cuda and _has_varlen(query.device, query.dtype, query.shape[-1]):
         left, right = (window - 1, window - 1) if window else (-1, -1)
         longest = max(places.lengths)
         made: Any = varlen_attn(
@@ -274,6 +275,12 @@ def _attend(
         )
         out[run] = made.transpose(1, 2).reshape(-1, *query.shape[1:])
     return out
+
+
+@cache
+def _has_varlen(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether flash attention has kernels for this GPU (Ampere and later), precision and size of a head."""
+    return dtype in _HALF and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _band(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
@@ -384,7 +391,7 @@ class _Bert:
         self._fused = self._words.is_cuda and self._words.dtype in _HALF
 
     def __call__(self, ids: Tensor, positions: Tensor, places: _Places) -> Tensor:
-        hidden = self._words[ids].add_(self._places[positions])
+        hidden = fn.embedding(ids, self._words).add_(fn.embedding(positions, self._places))
         hidden = self._normed(hidden, self._norm)
         for layer in self._layers:
             tokens, width = hidden.shape
