@@ -218,12 +218,10 @@ def cache(folder: Path, *, short: bool) -> list[Row]:
     """The vector cache: its rates, and a repeat export with 1% of the nodes changed."""
     rows, count = [], 2_000 if short else 170_000
     for place, found in rates(folder / "rates", count).items():
-        note = f"{count:,} vectors of {DIMENSION} values, {found.megabytes:,.0f} MB, by a new process's cache"
+        note = f"{count:,} vectors of {DIMENSION} values, {found.megabytes:,.0f} MB"
         rows += [
             row(f"vector cache, {place}: put and flush", found.put, "vectors/s", note),
-            row(
-                f"vector cache, {place}: get", found.get, "vectors/s", "every vector checked by who asked: not in this"
-            ),
+            row(f"vector cache, {place}: get", found.get, "vectors/s", "by another instance, in the same order"),
         ]
     graph = largest(short=short)
     for name in ["static"] if short else ["static", "torch"]:

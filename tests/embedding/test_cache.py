@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from processes import REPOSITORY
 
+from common.capsule.gate import Gate
 from common.embedding.cache import CachedEmbedder, open_cache
 from common.embedding.choice import Engines
 from common.embedding.port import Embedded, Purpose
@@ -28,6 +29,7 @@ from common.frames.build import frames
 from common.graph.canonical import canonical
 from common.graph.model import ExportRequest
 from common.graph.read import read_graph
+from common.pipeline import export as export_graph
 
 GROUP = 512
 LONG = "word " * 5_000
@@ -238,6 +240,37 @@ def test_two_threads_of_an_export_share_an_embedder(
         assert b"".join(found.vectors.tobytes() for found in done) == plain
         assert turn == 0 or sum(found.cache_hits for found in done) == len(texts)
     assert embedder.flush() is None
+
+
+def test_a_repeat_export_is_byte_equal_and_its_report_tells_of_the_cache(
+    cached: Callable[..., CachedEmbedder], graph: Path, file: Path, tmp_path: Path
+) -> None:
+    results = []
+    with Gate() as gate:
+        for turn, engine in enumerate([StaticEmbedder(), cached(), cached(), cached()]):
+            if turn == 3:
+                file.write_bytes(b"no cache" * 1_000)
+            request = read_graph(graph)
+            request.options.semantic_enabled = True
+            results.append(
+                export_graph(
+                    request,
+                    out_dir=tmp_path / str(turn),
+                    gate=gate,
+                    generated_at="2026-01-02T10:11:12.345Z",
+                    embedder=engine,
+                    on_progress=lambda _: None,
+                    should_stop=lambda: None,
+                )
+            )
+    assert len({result.capsule_paths[0].read_bytes() for result in results}) == 1
+    reports = [result.report for result in results]
+    assert reports[0].embedding.cache_hits == 0
+    assert reports[2].embedding.cache_hits == reports[2].embedding.texts == reports[2].capsule.vectors
+    assert reports[2].embedding.tokens == 0
+    warnings = [[warning.code for warning in report.warnings] for report in reports]
+    assert warnings[0] == warnings[1] == warnings[2]
+    assert set(warnings[3]) - set(warnings[2]) == {"CACHE_UNAVAILABLE"}
 
 
 # --- other processes ---------------------------------------------------------------------------------
