@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 
 from common.embedding.torch_model import Loaded, Pack, Runner  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 MINILM = "all-MiniLM-L6-v2"
 CPU = Engines(devices=("cpu",))
 ODD = ["", " ", "\n\t", "🙂", "\0", "e\u0301", "日本語のテキスト", "[CLS] [SEP] [PAD]", "a", "def f(): ..."]
@@ -448,6 +451,22 @@ def test_a_name_with_a_path_in_it_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_model_of_the_hub_is_refused_unless_downloads_are_allowed() -> None:
     with pytest.raises(InvalidRequest, match="is not the name of a model"):
         find_model("org/name@" + "0" * 40, Engines())
+
+
+def test_a_hub_that_does_not_answer_is_told_as_a_model_that_is_not_here(tmp_path: Path) -> None:
+    program = (
+        "from common.embedding.choice import Engines\n"
+        "from common.embedding.torch_engine import find_model\n"
+        "from common.errors import InvalidRequest\n"
+        "try:\n"
+        f"    find_model('org/name@{'0' * 40}', Engines(model_downloads=True))\n"
+        "except InvalidRequest as error:\n"
+        "    print(error.message)\n"
+    )
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("the Hugging Face hub did not give org/name@000"), done.stderr
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
