@@ -38,12 +38,15 @@ from control_plane.client import GitNexus
 from control_plane.operations.profiles import Profile, Profiles
 
 if TYPE_CHECKING:
+    from control_plane.backends.runpod_api import RunpodApi
     from control_plane.batch.local import LocalSlot
     from control_plane.batch.runpod import RunpodSlot
 
 IN_FLIGHT = 16
 """Jobs on Runpod at once, unless --workers says otherwise."""
 MAX_WORKERS = 256
+FIRST_TRIES = 4
+"""Of asking Runpod whether it is there."""
 INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -339,6 +342,19 @@ def _usable(wanted: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     return wanted or there or ("cpu",)
 
 
+async def _answers(api: RunpodApi) -> None:
+    """A key that is wrong is told of before anything is staged. Raises PlatformUnavailable."""
+    from control_plane.errors import PlatformUnavailable
+
+    for last in (False,) * (FIRST_TRIES - 1) + (True,):
+        try:
+            await api.status("none")
+            return
+        except PlatformUnavailable:
+            if last:
+                raise
+
+
 @asynccontextmanager
 async def _endpoint(
     given: Given, settings: Settings, chosen: Profile, plan: Plan, out: Place
@@ -356,7 +372,7 @@ async def _endpoint(
     key = settings.runpod_api_key.get_secret_value()
     api = RunpodApi(settings.runpod_api_base, settings.runpod_endpoint_id, key, Metrics())
     try:
-        await api.status("none")  # a key that is wrong is told of before anything is staged
+        await _answers(api)
         endpoint = Endpoint(
             api,
             out.storage,

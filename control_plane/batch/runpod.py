@@ -29,6 +29,8 @@ from handler.protocol import export_error
 
 FIRST_LOOK_SECONDS = 0.5
 """After a job is handed over; each further look comes half as late again, up to the interval of the settings."""
+STORAGE_SECONDS = 10.0
+"""A job that is said to run is looked for in storage so often too: the platform may have lost its end."""
 MAX_ATTEMPTS = 1_000
 MARGIN_SECONDS = 2.0
 """A worker gives up so long before the platform would end it, to say so itself."""
@@ -117,7 +119,7 @@ class RunpodSlot:
         at, loop = self._at, asyncio.get_running_loop()
         runpod_id = (await self._asked(lambda: at.api.run(msgspec.to_builtins(job), at.policy, None))).id
         end = loop.time() + (at.ttl_ms + 2 * at.execution_timeout_ms) / 1000 + GRACE_SECONDS
-        pause = FIRST_LOOK_SECONDS
+        pause, looked = FIRST_LOOK_SECONDS, loop.time()
         try:
             while True:
                 await asyncio.sleep(min(pause, at.poll_seconds))
@@ -127,6 +129,11 @@ class RunpodSlot:
                 if answer is not None and answer.status not in ENDED and not late:
                     if answer.status in RUNNING and (step := _last_step(answer.output)) is not None:
                         tell(step)
+                    if loop.time() - looked < STORAGE_SECONDS:
+                        continue
+                    looked = loop.time()
+                    if (found := await asyncio.to_thread(self._found, job.output_prefix)) is not None:
+                        return found
                     continue
                 if late:
                     await at.api.cancel(runpod_id)
@@ -154,20 +161,24 @@ class RunpodSlot:
         """What an attempt has published of which the platform says that it is over; None while a run of it is alive
         that the platform does not know. Raises what it ended in."""
         storage = self._at.storage
-        try:
-            if (found := published(storage, prefix, "")) is not None:
-                return found
-            if not claim.close(storage, prefix, force=late):
-                return None
-            if (found := published(storage, prefix, "")) is not None:  # between the look and the close
-                return found
-        except CapsuleUnreadable as wrong:
-            self._spoil(prefix)
-            raise GateFailed(wrong.message) from wrong
+        if (found := self._found(prefix)) is not None:
+            return found
+        if not claim.close(storage, prefix, force=late):
+            return None
+        if (found := self._found(prefix)) is not None:  # between the look and the close
+            return found
         closed = claim.read(storage, prefix)
         if closed is not None and closed.error is not None and (answer is None or answer.status == "COMPLETED"):
             raise _of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
         raise _why(answer)
+
+    def _found(self, prefix: str) -> Published | None:
+        """What an attempt has published. Raises GateFailed, after which nobody may publish there."""
+        try:
+            return published(self._at.storage, prefix, "")
+        except CapsuleUnreadable as wrong:
+            self._spoil(prefix)
+            raise GateFailed(wrong.message) from wrong
 
     # --- storage ----------------------------------------------------------------------------------------
 
@@ -192,9 +203,8 @@ class RunpodSlot:
         for number in range(1, MAX_ATTEMPTS + 1):
             prefix = f"{folder}{made_of}-{number}/"
             try:
-                found = published(storage, prefix, "")
-            except CapsuleUnreadable:
-                self._spoil(prefix)
+                found = self._found(prefix)
+            except GateFailed:
                 continue
             if found is not None or claim.state(storage, prefix) in ("free", "held"):
                 return prefix, found

@@ -321,6 +321,8 @@ def test_names_are_unique_and_safe_whatever_the_files_are_called(tmp_path: Path)
         (["{in}", "--out", "{out}", "--workers", "0"], "--workers"),
         (["{in}", "--out", "{out}", "--profile", "nightly"], "no profile of that name"),
         (["{in}", "--out", "{out}", "--devices", "gpu"], "--devices"),
+        (["{in}", "--out", "{out}", "--profile", "quality", "--devices", "cuda:77"], "no cuda:77 here"),
+        (["{in}", "--out", "{out}", "--json", "{in}/none/summary"], "--json"),
         (["{in}", "--out", "{out}", "--runpod"], "S3"),
         (["{in}", "--out", "s3://exports/x", "--runpod"], "RUNPOD_ENDPOINT_ID"),
     ],
