@@ -14,6 +14,7 @@ import pytest
 from common.embedding.choice import What
 from common.errors import InvalidRequest
 from common.frames import LAYOUTS, Frame, frame_count, frame_id_of, frame_uri, frames
+from common.frames.embed_text import NEIGHBOURS
 from common.graph import Graph, canonical, read_graph
 
 AT = "2026-11-21T12:00:00.000Z"
@@ -338,4 +339,4 @@ def test_a_text_names_a_bounded_number_of_neighbours_whatever_the_order_of_the_i
         for order in (calls, calls[::-1])
     }
     assert len(texts) == 1
-    assert str(texts.pop()).count("callee") == 12
+    assert str(texts.pop()).count("callee") == NEIGHBOURS
