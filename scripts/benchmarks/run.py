@@ -294,7 +294,12 @@ def service(folder: Path, *, short: bool) -> list[Row]:
     graphs = [graph for graph in graphs if graph.path.exists()]
     if short or not graphs:
         graphs = [Posted("the example", ROOT / "examples/memvid-export.graph.ndjson.gz", False, 1)]
-    environment = {**os.environ, "MEMVID_EXPORT_BIND_ADDR": "127.0.0.1:0", "MEMVID_EXPORT_ROOT": str(folder / "root")}
+    environment = {
+        **os.environ,
+        "MEMVID_EXPORT_BIND_ADDR": "127.0.0.1:0",
+        "MEMVID_EXPORT_ROOT": str(folder / "root"),
+        "MEMVID_EMBED_CACHE": "off",  # each round embeds everything
+    }
     command = [ROOT / ".venv/bin/memvid-export", "serve", "--dev"]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
