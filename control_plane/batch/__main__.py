@@ -268,8 +268,10 @@ def _scratch(out: Place) -> Iterator[Path]:
             raise InvalidRequest(f"--out: {scratch} is being removed; try again", field="--out")
         for left in scratch.iterdir():
             shutil.rmtree(left, ignore_errors=True)
-        yield scratch
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     finally:
         os.close(handle)
 

@@ -335,6 +335,7 @@ def test_wrong_usage_ends_with_2_and_one_line(arguments: list[str], words: str, 
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    assert not list(tmp_path.rglob(".batch"))
 
 
 def test_a_destination_takes_one_batch_at_a_time(slow: Path, tmp_path: Path) -> None:
