@@ -171,9 +171,17 @@ def test_a_model_of_any_architecture_runs_without_padding(
 
 def test_a_model_with_relative_positions_runs_padded(tmp_path: Path, texts: list[str]) -> None:
     folder = save_model(tmp_path, "mpnet")
-    embedder = TorchEmbedder(str(folder), CPU, layout="code-v1")
+    padded: list[int] = []
+
+    def place(loaded: Loaded, device: str, dimension: int) -> Watched:
+        return Watched(
+            Runner(loaded, device, dimension), lambda pack: padded.append(len(pack.lengths) * int(pack.lengths[0]))
+        )
+
+    embedder = TorchEmbedder(str(folder), CPU, layout="code-v1", place=place)
     assert not embedder.packed
     embedded = embedder.embed(texts)
+    assert max(padded) <= 2_048
     assert least_cosine(embedded.vectors, encode(folder, texts)) > 0.99999
     embedder.close()
 
@@ -203,6 +211,18 @@ def test_a_query_gets_the_prompt_that_its_model_wants(tmp_path: Path) -> None:
     assert asked.vectors.tobytes() == embedder.embed(["read the graph"]).vectors.tobytes()
     assert asked.tokens == 5
     assert embedder.count_tokens(["graph"]) == 3
+    embedder.close()
+
+
+def test_more_texts_than_a_group_keep_their_places(tmp_path: Path) -> None:
+    embedder = TorchEmbedder(str(save_model(tmp_path, "bert")), CPU, layout="code-v1")
+    texts = [f"{WORDS[number % 13]} {number}" for number in range(3 * embedder.group + 5)]
+    texts[-1] = texts[embedder.group] = "graph " * 200
+    embedded = embedder.embed(texts)
+    assert embedded.truncated == [embedder.group, len(texts) - 1]
+    for place in (0, embedder.group - 1, embedder.group, 2 * embedder.group + 1, len(texts) - 1):
+        assert np.abs(embedder.embed([texts[place]]).vectors[0] - embedded.vectors[place]).max() < 1e-6
+    assert embedder.count_tokens(texts) == embedded.tokens
     embedder.close()
 
 
