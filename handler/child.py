@@ -202,7 +202,11 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
         child = Child(config, gate, out)
         if config.preload:
-            child.preload()
+            try:
+                child.preload()
+            except ExportError as error:
+                child.send(Failed(error=job_error(error)))
+                return
         child.send(Ready())
         while child.serve(commands.get()):
             pass

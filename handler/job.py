@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shutil
@@ -23,11 +24,20 @@ from common.contract import (
     Manifest,
     Progress,
     Report,
+    Source,
     WriterName,
 )
 from common.embedding.choice import Choice
 from common.embedding.port import Embedder
-from common.errors import AccessDenied, CapsuleUnreadable, InvalidRef, InvalidRequest, ObjectMissing, StorageFailed
+from common.errors import (
+    AccessDenied,
+    CapsuleUnreadable,
+    GateFailed,
+    InvalidRef,
+    InvalidRequest,
+    ObjectMissing,
+    StorageFailed,
+)
 from common.graph.model import ExportRequest, GraphLimits
 from common.graph.read import OPTION_RANGES, read_graph
 from common.pipeline import export
@@ -113,8 +123,10 @@ def read_payload(
     limits: GraphLimits,
     size: int | None = None,
     sha256: str | None = None,
+    source: Source | None = None,
 ) -> ExportRequest:
-    """Read a staged graph; size (bytes) and SHA-256 (hex) are checked while it is fetched.
+    """Read a staged graph; size (bytes) and SHA-256 (hex) are checked while it is fetched. ``source`` is where it comes
+    from if it does not say so itself.
 
     Raises InvalidRequest, PayloadTooLarge, PayloadMismatch, and what the storage raises.
     """
@@ -123,7 +135,7 @@ def read_payload(
     except (InvalidRef, ObjectMissing, AccessDenied) as error:
         error.details["field"] = "payload_ref"
         raise
-    return read_graph(path, limits=limits)
+    return read_graph(path, limits=limits, defaults=source)
 
 
 def run_job(
@@ -163,6 +175,7 @@ def run_job(
                 limits=limits,
                 size=job.payload_size,
                 sha256=job.payload_sha256,
+                source=job.source,
             )
             read_seconds = time.perf_counter() - started
         request.options = with_options(request.options, job.options)
@@ -180,8 +193,7 @@ def run_job(
         should_stop()
         started = time.perf_counter()
         manifest, report = result.manifest, result.report
-        hashes = {part.file_name: part.sha256 for part in manifest.parts}
-        hashes[manifest.sidecar_file_name] = manifest.sidecar_sha256
+        hashes = {name: sha256 for name, _, sha256 in files_of(manifest)}
         for path in (*result.capsule_paths, result.sidecar_path):
             _put(path, job.output_prefix, storage, hashes[path.name])
         before_publish()
@@ -212,12 +224,31 @@ def published(storage: Storage, prefix: str, job_id: str) -> Published | None:
     if len(manifests) != 1:
         return None
     manifest = read_manifest(storage, ref_of(prefix, manifests[0]))
-    named = {part.file_name: part.size_bytes for part in manifest.parts}
-    named[manifest.sidecar_file_name] = manifest.sidecar_size_bytes
-    if any(sizes.get(name) != size for name, size in named.items()):
+    if any(sizes.get(name) != size for name, size, _ in files_of(manifest)):
         return None
     manifest.report.job_id = job_id
     return Published(_output(prefix, manifests[0], manifest, manifest.report), manifest)
+
+
+def files_of(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """(name, size in bytes, SHA-256) of each file that a manifest names."""
+    return [
+        *((part.file_name, part.size_bytes, part.sha256) for part in manifest.parts),
+        (manifest.sidecar_file_name, manifest.sidecar_size_bytes, manifest.sidecar_sha256),
+    ]
+
+
+def check_bytes(storage: Storage, prefix: str, manifest: Manifest, payload_sha256: str) -> None:
+    """Read all that an attempt published. Raises GateFailed where it is not what its manifest says, or was made of
+    another payload."""
+    if manifest.report.input.sha256 != payload_sha256:
+        raise GateFailed("the worker exported another payload", probe="payload_sha256")
+    for name, size, sha256 in files_of(manifest):
+        digest = hashlib.sha256()
+        for piece in storage.read(ref_of(prefix, name), 0, size):
+            digest.update(piece)
+        if digest.hexdigest() != sha256:
+            raise GateFailed(f"{name} in storage is not what its manifest says (SHA-256)", probe="sha256")
 
 
 def read_manifest(storage: Storage, ref: str) -> Manifest:

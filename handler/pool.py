@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from common.errors import WorkerLost
+from common.errors import ExportError
 from handler.process import ChildProcess
 from handler.protocol import ChildConfig
 
@@ -102,7 +102,7 @@ class WorkerPool:
         while count:
             try:
                 child = await ChildProcess.start(self._config)
-            except (WorkerLost, OSError) as error:  # The machine may be short of processes, files or memory.
+            except (ExportError, OSError) as error:  # The machine may be short of processes, files or memory.
                 log.error("a worker does not start", reason=str(error), again_in_seconds=wait)
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, MAX_RESTART_SECONDS)

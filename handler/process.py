@@ -43,7 +43,8 @@ class ChildProcess:
 
     @classmethod
     async def start(cls, config: ChildConfig) -> ChildProcess:
-        """Start a child and wait until it takes commands. Raises WorkerLost if it does not come up."""
+        """Start a child and wait until it takes commands. Raises WorkerLost if it does not come up, or why
+        its engine cannot be loaded."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -13,9 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import httpx
 import msgspec
 
-from common.errors import ExportError
+from common.contract import JobError
+from common.errors import DeadlineExceeded, ExportError, WorkerLost
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
+from handler.protocol import export_error
 
 WINDOW_SECONDS = 10.0
 LIMITS = {"run": 500, "status": 1_000, "cancel": 50}
@@ -187,3 +189,30 @@ class _Route:
         if retry_after and retry_after.isdecimal():
             pause = min(max(pause, float(retry_after)), MAX_PAUSE_SECONDS)
         self._until = max(self._until, asyncio.get_running_loop().time() + pause)
+
+
+_SILENT_ENDS: dict[str, ExportError] = {
+    "TIMED_OUT": DeadlineExceeded("Runpod ended the export after its execution timeout"),
+    "CANCELLED": WorkerLost("the job was canceled at Runpod"),
+    "COMPLETED": WorkerLost("the worker ended without publishing anything"),
+}
+
+
+def why(answer: JobStatus | None) -> ExportError:
+    """Why an attempt published nothing; None is a job that Runpod does not know."""
+    if answer is None:
+        return WorkerLost("Runpod does not know the job any more")
+    if answer.status != "FAILED":
+        end = _SILENT_ENDS.get(answer.status)
+        return end or WorkerLost(f"the job published nothing in its time; Runpod has it as {answer.status}")
+    text = answer.error if isinstance(answer.error, str) else msgspec.json.encode(answer.error).decode()
+    try:
+        told = msgspec.json.decode(text, type=JobError)
+    except msgspec.MsgspecError:
+        return WorkerLost(f"the worker failed: {text[:300]}")
+    return of_worker(told)
+
+
+def of_worker(told: JobError) -> ExportError:
+    """What a worker says of its run; one that was stopped is lost, unless it is we who stopped it."""
+    return WorkerLost("the run was stopped") if told.code == "CANCELED" else export_error(told)

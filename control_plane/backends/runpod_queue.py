@@ -8,7 +8,6 @@ is begun, so two attempts never publish.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import secrets
 from collections.abc import Coroutine
@@ -19,11 +18,10 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import JobError, JobInput, JobOutput, Links, Progress, Report, WorkerProgress
+from common.contract import JobInput, JobOutput, Links, Progress, Report, WorkerProgress
 from common.embedding.routing import fields_of
 from common.errors import (
     CapsuleUnreadable,
-    DeadlineExceeded,
     ExportError,
     GateFailed,
     StorageFailed,
@@ -33,15 +31,14 @@ from common.graph.names import capsule_file_name
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
 from control_plane.backends.port import Means
-from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, RunpodRefused
+from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, RunpodRefused, of_worker, why
 from control_plane.errors import PlatformUnavailable
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
 from control_plane.operations.profiles import Profiles
 from handler import claim
-from handler.job import Published, published, ref_of
+from handler.job import Published, check_bytes, published, ref_of
 from handler.pool import WorkerPool
-from handler.protocol import export_error
 
 log = structlog.get_logger()
 
@@ -427,7 +424,7 @@ class RunpodQueue:
     async def _over(self, tracked: _Tracked, answer: JobStatus | None, error: ExportError | None = None) -> None:
         """The platform has nothing more to say: what lies in storage decides."""
         job = tracked.job
-        error = error or _why(answer)
+        error = error or why(answer)
         prefix = self._layout.output_prefix(job.id, job.attempt)
         try:
             if await self._completed(tracked, answer):
@@ -446,7 +443,7 @@ class RunpodQueue:
             self._spawn(self._cancel_there(job.id, job.runpod_id))
         closed = await asyncio.to_thread(claim.read, self._storage, prefix)
         if closed is not None and closed.error is not None and (answer is None or answer.status == "COMPLETED"):
-            error = _of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
+            error = of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
         ran = answer is not None and answer.worker_id is not None
         if not ran or await self._started(tracked, answer):  # A run that failed at once was never seen at work.
             await self._requeue(tracked.job, error)
@@ -482,17 +479,7 @@ class RunpodQueue:
         found = published(self._storage, prefix, job.id)
         if found is None:
             return None
-        manifest = found.manifest
-        if manifest.report.input.sha256 != job.payload_sha256:
-            raise GateFailed("the worker exported another payload", probe="payload_sha256")
-        files = [(part.file_name, part.size_bytes, part.sha256) for part in manifest.parts]
-        files.append((manifest.sidecar_file_name, manifest.sidecar_size_bytes, manifest.sidecar_sha256))
-        for name, size, sha256 in files:
-            digest = hashlib.sha256()
-            for piece in self._storage.read(ref_of(prefix, name), 0, size):
-                digest.update(piece)
-            if digest.hexdigest() != sha256:
-                raise GateFailed(f"{name} in storage is not what its manifest says (SHA-256)", probe="sha256")
+        check_bytes(self._storage, prefix, found.manifest, job.payload_sha256)
         return found
 
     async def _kept(self, ask: Any, *arguments: object) -> Any:
@@ -516,28 +503,3 @@ def _with_timings(published: JobOutput, answered: dict[str, Any]) -> JobOutput:
         return published
     known.timings, known.peak_memory_bytes = told.timings, told.peak_memory_bytes
     return msgspec.structs.replace(published, metrics=msgspec.to_builtins(known))
-
-
-_SILENT_ENDS: dict[str, ExportError] = {
-    "TIMED_OUT": DeadlineExceeded("Runpod ended the export after its execution timeout"),
-    "CANCELLED": WorkerLost("the job was canceled at Runpod"),
-    "COMPLETED": WorkerLost("the worker ended without publishing anything"),
-}
-
-
-def _why(answer: JobStatus | None) -> ExportError:
-    """Why an attempt published nothing."""
-    if answer is None:
-        return WorkerLost("Runpod does not know the job any more")
-    if answer.status != "FAILED":
-        return _SILENT_ENDS[answer.status]
-    text = answer.error if isinstance(answer.error, str) else msgspec.json.encode(answer.error).decode()
-    try:
-        told = msgspec.json.decode(text, type=JobError)
-    except msgspec.MsgspecError:
-        return WorkerLost(f"the worker failed: {text[:300]}")
-    return _of_worker(told)
-
-
-def _of_worker(told: JobError) -> ExportError:
-    return WorkerLost("the run was stopped") if told.code == "CANCELED" else export_error(told)

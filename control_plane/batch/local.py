@@ -15,8 +15,8 @@ import msgspec
 from common.contract import JobInput, Progress, Report
 from common.errors import DeadlineExceeded, DeviceFailed, ExportError, StorageFailed, WorkerLost
 from common.storage import Storage
-from control_plane.batch.slots import Kept, Plan, Work, files_of
-from handler.job import MANIFEST_ENDING, published, ref_of
+from control_plane.batch.slots import Kept, Plan, Work
+from handler.job import MANIFEST_ENDING, files_of, published, ref_of
 from handler.process import FATAL, ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run
 

@@ -17,15 +17,15 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from common.contract import JobError, JobInput, Progress, Report, WorkerProgress
-from common.errors import CapsuleUnreadable, DeadlineExceeded, ExportError, GateFailed, WorkerLost
+from common.contract import JobInput, Progress, Report, WorkerProgress
+from common.embedding.routing import fields_of
+from common.errors import CapsuleUnreadable, ExportError, GateFailed
 from common.storage import Storage
-from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi
-from control_plane.batch.slots import Kept, Plan, Work, files_of
+from control_plane.backends.runpod_api import ENDED, RUNNING, JobStatus, RunpodApi, of_worker, why
+from control_plane.batch.slots import Kept, Plan, Work
 from control_plane.errors import PlatformUnavailable
 from handler import claim
-from handler.job import Published, published, ref_of
-from handler.protocol import export_error
+from handler.job import Published, check_bytes, published
 
 FIRST_LOOK_SECONDS = 0.5
 """After a job is handed over; each further look comes half as late again, up to the interval of the settings."""
@@ -91,21 +91,14 @@ class RunpodSlot:
         return partial(self._check, work, prefix, found)
 
     def _input(self, work: Work, payload: str, prefix: str) -> JobInput:
-        plan, choice = self._at.plan, self._at.plan.choice
+        plan = self._at.plan
         return JobInput(
             job_id=prefix.rstrip("/").rpartition("/")[2],
             payload_ref=payload,
             payload_sha256=work.payload.sha256,
             payload_size=work.payload.size,
             output_prefix=prefix,
-            embedding_mode=choice.mode,
-            embedding_provider=choice.provider,
-            embedding_model=choice.model,
-            embedding_dimension=choice.dimension,
-            embedding_layout=choice.layout,
-            embedding_what=list(choice.what),
-            embedding_max_tokens=choice.max_tokens,
-            embedding_max_usd=choice.max_usd,
+            **fields_of(plan.choice),
             options=plan.options,
             source=work.graph.origin,
             created_at=plan.generated_at,
@@ -169,8 +162,8 @@ class RunpodSlot:
             return found
         closed = claim.read(storage, prefix)
         if closed is not None and closed.error is not None and (answer is None or answer.status == "COMPLETED"):
-            raise _of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
-        raise _why(answer)
+            raise of_worker(closed.error)  # The run that held the claim was another delivery of this attempt.
+        raise why(answer)
 
     def _found(self, prefix: str) -> Published | None:
         """What an attempt has published. Raises GateFailed, after which nobody may publish there."""
@@ -213,16 +206,9 @@ class RunpodSlot:
 
     def _check(self, work: Work, prefix: str, found: Published) -> Kept:
         """Compare every byte with the manifest, then remove what earlier attempts left."""
-        storage, manifest = self._at.storage, found.manifest
+        storage = self._at.storage
         try:
-            if manifest.report.input.sha256 != work.payload.sha256:
-                raise GateFailed("the worker exported another payload", probe="payload_sha256")
-            for name, size, sha256 in files_of(manifest):
-                digest = hashlib.sha256()
-                for piece in storage.read(ref_of(prefix, name), 0, size):
-                    digest.update(piece)
-                if digest.hexdigest() != sha256:
-                    raise GateFailed(f"{name} in storage is not what its manifest says (SHA-256)", probe="sha256")
+            check_bytes(storage, prefix, found.manifest, work.payload.sha256)
         except GateFailed:
             self._spoil(prefix)
             raise
@@ -248,22 +234,3 @@ def _last_step(told: object) -> Progress | None:
         return msgspec.convert(told, WorkerProgress).steps[-1]
     except (msgspec.ValidationError, IndexError):
         return None  # a run that has not reported yet
-
-
-def _why(answer: JobStatus | None) -> ExportError:
-    """Why an attempt published nothing."""
-    if answer is None:
-        return WorkerLost("Runpod does not know the job any more")
-    if answer.status == "TIMED_OUT":
-        return DeadlineExceeded("Runpod ended the export after its execution timeout")
-    if answer.status != "FAILED":
-        return WorkerLost(f"the job ended at Runpod as {answer.status} and published nothing")
-    text = answer.error if isinstance(answer.error, str) else msgspec.json.encode(answer.error).decode()
-    try:
-        return _of_worker(msgspec.json.decode(text, type=JobError))
-    except msgspec.MsgspecError:
-        return WorkerLost(f"the worker failed: {text[:300]}")
-
-
-def _of_worker(told: JobError) -> ExportError:
-    return WorkerLost("the run was stopped") if told.code == "CANCELED" else export_error(told)

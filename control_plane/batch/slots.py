@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from common.contract import Manifest, Progress, Report
+from common.contract import Progress, Report
 from common.embedding.choice import Choice
 from control_plane.batch.journal import Record
 from control_plane.batch.sources import Graph, Payload
@@ -69,9 +69,3 @@ class Slot(Protocol):
     async def close(self) -> None:
         """End what runs."""
         ...
-
-
-def files_of(manifest: Manifest) -> list[tuple[str, int, str]]:
-    """Name, bytes and SHA-256 of what a manifest names."""
-    files = [(part.file_name, part.size_bytes, part.sha256) for part in manifest.parts]
-    return [*files, (manifest.sidecar_file_name, manifest.sidecar_size_bytes, manifest.sidecar_sha256)]

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.contract import JobInput
-from common.embedding.choice import Engines
+from common.contract import JobInput, Source
+from common.embedding.choice import Choice, Engines
 from common.errors import Canceled, DeadlineExceeded, InvalidRef, InvalidRequest, PayloadMismatch, WorkerLost
 from common.graph.model import GraphLimits
 from common.storage import StorageConfig
@@ -111,6 +111,22 @@ def test_keys_reach_a_child_without_being_shown_to_others(tmp_path: Path) -> Non
             await child.close()
 
     asyncio.run(inside())
+
+
+def test_a_child_whose_engine_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    choice = Choice(mode="local_cpu", provider="torch", model="nowhere-to-be-found")
+    config = msgspec.structs.replace(_config(tmp_path), choice=choice, models=frozenset([choice.model]), preload=True)
+    with pytest.raises(InvalidRequest, match="nowhere-to-be-found"):
+        asyncio.run(ChildProcess.start(config))
+
+
+def test_a_raw_graph_is_named_after_where_its_job_says_it_comes_from(tmp_path: Path) -> None:
+    async def scenario(child: ChildProcess) -> None:
+        raw = {name: GRAPH[name] for name in ("nodes", "relationships")}
+        await child.send(_run(tmp_path, payload_ref=_payload(tmp_path, raw), source=Source(base_name="engine")))
+        assert (await _end(child)).output.artifact_ref.rpartition("/")[2].startswith("engine-gitnexus-")
+
+    _with_child(tmp_path, scenario)
 
 
 def test_one_child_checks_and_runs_one_job_after_the_other(tmp_path: Path) -> None:
