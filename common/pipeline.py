@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -497,11 +497,9 @@ class _Export:
     def _waited(
         self, group: list[list[Frame]], future: Future[NDArray[np.float32]]
     ) -> Iterator[tuple[list[Frame], NDArray[np.float32] | None]]:
-        while True:
-            with suppress(TimeoutError):
-                vectors = future.result(POLL_SECONDS)
-                break
+        while not wait([future], POLL_SECONDS).done:  # what the engine raises may be a TimeoutError too
             self._should_stop()
+        vectors = future.result()
         done = 0
         for batch in group:
             texts = _texts(batch)

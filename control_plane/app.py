@@ -23,7 +23,7 @@ from common.embedding.port import Embedder
 from common.embedding.routing import check_choice
 from common.graph.model import GraphLimits
 from common.settings import Settings
-from common.storage import Storage, open_storage
+from common.storage import open_storage
 from control_plane.backends.checker import CHECKERS, PayloadChecker
 from control_plane.backends.legacy_vps import LegacyVps
 from control_plane.backends.port import Backend, Means
@@ -72,11 +72,12 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         backend = LegacyVps(means, pool=pool, profiles=profiles)
     notifier = Notifier(database, hub, backend.wake)
     retention = Retention(settings, store, storage, layout, backend)
+    engines = OpenEngines(settings.engines(), storage)
     mcp = mcp_route(
         store,
         settings.root,
         Artifacts(storage, layout.copies, settings.mcp_cache_bytes),
-        _engines(settings, storage),
+        _allowed(settings, engines),
         response_budget_bytes=settings.mcp_response_budget_bytes,
         allow_external_capsules=settings.mcp_allow_external_capsules,
         cache_capacity=settings.mcp_cache_capacity,
@@ -122,6 +123,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             await pool.close()
             await notifier.stop()
             await database.close()
+            await asyncio.to_thread(engines.close)
 
     app = Litestar(
         route_handlers=[
@@ -171,13 +173,11 @@ def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
     return WorkerPool(config, slots + CHECKERS)
 
 
-def _engines(settings: Settings, storage: Storage) -> Callable[[Choice], Embedder]:
-    """Opens the engines that embed questions. What a capsule says of its model is held to the same rules as a job."""
-    engines = settings.engines()
-    opened = OpenEngines(engines, storage)
+def _allowed(settings: Settings, opened: OpenEngines) -> Callable[[Choice], Embedder]:
+    """The engines that embed questions. What a capsule says of its model is held to the same rules as a job."""
 
     def engine(choice: Choice) -> Embedder:
-        check_choice(choice, engines, runs_here=True, allowed=settings.allowed_models())
+        check_choice(choice, settings.engines(), runs_here=True, allowed=settings.allowed_models())
         return opened.get(choice)
 
     return engine

@@ -320,6 +320,16 @@ def test_a_failing_embedder_ends_the_export_with_its_own_error(example: Path, tm
     assert content(tmp_path) == set()
 
 
+def test_an_engine_that_raises_a_timeout_of_the_system_ends_the_export_too(tmp_path: Path, gate: Gate) -> None:
+    class Late(StaticEmbedder):
+        def embed(self, texts: Any, **_: Any) -> Any:
+            raise TimeoutError(110, "Connection timed out")
+
+    with nothing_left(), pytest.raises(StorageFailed, match="timed out"):
+        run(small(), tmp_path, gate, engine=Late())
+    assert content(tmp_path) == set()
+
+
 # --- a set is replaced whole --------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ callers, callees and container of what fits are found too; re-ranking by the sco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -66,11 +66,20 @@ class Vectors:
         self.matrix = matrix
         self.embedder = embedder
 
-    def nearest(self, query: str, depth: int, allowed: NDArray[np.int64] | None) -> list[tuple[int, float]]:
-        """(position, cosine) of the nearest frames, best first, equal ones by position. Raises EmbeddingFailed."""
+    def nearest(
+        self,
+        query: str,
+        depth: int,
+        allowed: NDArray[np.int64] | None,
+        should_stop: Callable[[], None] = lambda: None,
+    ) -> list[tuple[int, float]]:
+        """(position, cosine) of the nearest frames, best first, equal ones by position.
+
+        Raises what ``embed`` does, and what ``should_stop`` raises while it waits for that.
+        """
         if not len(self.positions):
             return []
-        vectors = self.embedder.embed([query], purpose="query").vectors
+        vectors = self.embedder.embed([query], purpose="query", should_stop=should_stop).vectors
         # Rounded, so that the last bits of a sum, which depend on the machine, decide no order.
         scores = np.round(self.matrix @ vectors[0], 5)
         if allowed is not None:
@@ -93,11 +102,12 @@ def search(
     limit: int = 10,
     scope: Scope = Scope(),  # noqa: B008 - immutable
     vectors: Vectors | None = None,
+    should_stop: Callable[[], None] = lambda: None,
 ) -> list[Hit]:
     """The nodes that fit a query, by score, equal ones by id.
 
     ``query`` is text of any kind, never query syntax; an empty one finds nothing. ``hybrid`` uses ``vectors`` where
-    there are any; ``semantic`` needs them. Raises InvalidRequest, EmbeddingFailed.
+    there are any; ``semantic`` needs them. Raises InvalidRequest, and what ``Vectors.nearest`` does.
     """
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidRequest(f"limit: a number from 1 to {MAX_LIMIT} is needed", field="limit")
@@ -113,7 +123,7 @@ def search(
     semantic: list[tuple[int, float]] = []
     if mode != "lexical" and vectors is not None and words:
         allowed = None if scope == Scope() else np.array(sidecar.kept(scope), dtype=np.int64)
-        semantic = vectors.nearest(split_identifier(query), depth, allowed)
+        semantic = vectors.nearest(split_identifier(query), depth, allowed, should_stop)
     scores = _fused(lexical, semantic, depth)
     found = _Found({node.position: node for node in sidecar.nodes(scores)}, scores, {})
     if not scope.labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,6 +24,8 @@ DEPENDING = ("CALLS", "IMPORTS", "EXTENDS", "IMPLEMENTS", "METHOD_OVERRIDES", "O
 """Relations whose source may break when their target changes."""
 HOTSPOTS = 10
 LOW_CONFIDENCE = 0.6
+MEANING_SECONDS = 5.0
+"""That a question's vector may take; without one the answer is what words find."""
 SCOPES: dict[str, tuple[str, ...]] = {
     "files": ("File", "Folder"),
     "sections": ("Section",),
@@ -483,7 +486,15 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
         try:
             known = capsule.vectors
             if known is not None:
-                hits = search(sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known)
+                until = time.monotonic() + MEANING_SECONDS
+
+                def in_time() -> None:
+                    if time.monotonic() > until:
+                        raise EmbeddingFailed("the question's vector was long in coming")
+
+                hits = search(
+                    sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known, should_stop=in_time
+                )
                 semantic = True
         except InvalidRequest:
             warnings.append("SEMANTIC_MODEL_MISSING")

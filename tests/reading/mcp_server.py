@@ -101,9 +101,17 @@ class Exports:
 class McpServer:
     """An application that has the read tools alone, in a thread; use as a context manager."""
 
-    def __init__(self, root: Path, exports: Exports, artifacts: Artifacts | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        exports: Exports,
+        artifacts: Artifacts | None = None,
+        engines: Engines = Engines(),  # noqa: B008 - immutable
+        **settings: Any,
+    ) -> None:
         artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
-        route = mcp_route(exports, root, artifacts, OpenEngines(Engines()).get, **settings)
+        self._engines = OpenEngines(engines)
+        route = mcp_route(exports, root, artifacts, self._engines.get, **settings)
         app = Litestar(
             [route.handler],
             lifespan=[route.lifespan],
@@ -127,6 +135,7 @@ class McpServer:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
+        self._engines.close()
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[Client]:

@@ -16,8 +16,14 @@ import httpx
 import networkx as nx
 import pytest
 from mcp_server import GRAPHS, KEY, Exports, McpServer, raw_graph
+from provider_server import provider_server
 
+from common.capsule.gate import Gate
+from common.embedding.choice import Choice, Engines
+from common.embedding.engine import OpenEngines
 from common.frames.guide import TOOLS
+from common.graph.read import read_graph
+from common.pipeline import export
 from common.sidecar.open import Sidecar
 
 DEPENDING = {"CALLS", "IMPORTS", "EXTENDS", "METHOD_OVERRIDES", "ACCESSES"}
@@ -297,6 +303,36 @@ def test_meaning_is_used_only_where_words_find_little(mcp_server: McpServer) -> 
     unsure = mcp_server.ask("text_search", query="shrink numbers so that humans comprehend them quickly")
     assert (sure["result"]["semanticUsed"], sure["confidence"]["tier"]) == (False, "high")
     assert (unsure["result"]["semanticUsed"], unsure["confidence"]["tier"]) == (True, "low")
+
+
+def test_a_provider_that_keeps_a_question_waiting_leaves_it_to_the_words(
+    real_graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    choice = Choice(mode="external_api", provider="ollama", model="all-minilm")
+    with provider_server("ollama", 384) as ollama:
+        engines = Engines(urls={"ollama": ollama.url})
+        with Gate() as gate, closing(OpenEngines(engines)) as opened:
+            export(
+                read_graph(real_graphs[EXAMPLE]),
+                out_dir=tmp_path,
+                gate=gate,
+                generated_at="2026-01-02T03:04:05.000Z",
+                embedder=opened.get(choice),
+                choice=choice,
+                on_progress=lambda _: None,
+                should_stop=lambda: None,
+            )
+        (capsule,) = tmp_path.glob("*.mv2")
+        asked = {"query": "shrink numbers so that humans comprehend", "locator": {"capsulePath": capsule.name}}
+        with McpServer(tmp_path, Exports(), engines=engines) as server:
+            before = server.ask("text_search", **asked)
+            ollama.fault("slow")
+            meanwhile = server.ask("text_search", **asked)
+            after = server.ask("text_search", **asked)
+    assert [answer["result"]["semanticUsed"] for answer in (before, meanwhile, after)] == [True, False, True]
+    assert meanwhile["confidence"]["warnings"] == ["SEMANTIC_UNAVAILABLE"]
+    assert meanwhile["result"]["items"]
+    assert before["result"] == after["result"]
 
 
 def test_a_scope_keeps_what_it_names(mcp_server: McpServer) -> None:
