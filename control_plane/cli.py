@@ -30,7 +30,7 @@ from common.errors import Canceled, ExportError, InvalidRequest, InvalidSettings
 if TYPE_CHECKING:
     from common.capsule.gate import Gate
     from common.contract import Source, WriterName
-    from common.embedding.choice import Choice
+    from common.embedding.choice import Choice, Engines
     from common.embedding.engine import OpenEngines
     from common.embedding.port import Embedder
     from common.settings import Settings
@@ -141,17 +141,22 @@ class _Engines:
         from common.embedding.engine import OpenEngines
         from common.storage import open_storage
 
-        settings, engines = self._settings, self._settings.engines()
-        if not (settings.embed_cache or settings.storage_url):  # a command has no root of its own
-            caches = Path(self._env.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
-            engines = msgspec.structs.replace(engines, cache=str(caches / "memvid-export" / "vectors.sqlite"))
-        return OpenEngines(engines, open_storage(settings.storage()))
+        return OpenEngines(engines_of(self._settings, self._env), open_storage(self._settings.storage()))
 
     @cached_property
     def _settings(self) -> Settings:
         from common.settings import Settings
 
         return Settings.read(self._env, dev=True)  # the key of our own API is not needed here
+
+
+def engines_of(settings: Settings, env: Mapping[str, str]) -> Engines:
+    """The engines of a command. It has no root of its own: its cache lies with those of its user."""
+    engines = settings.engines()
+    if settings.embed_cache or settings.storage_url:
+        return engines
+    caches = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    return msgspec.structs.replace(engines, cache=str(caches / "memvid-export" / "vectors.sqlite"))
 
 
 def _local(graph: str) -> tuple[BinaryIO | Path, Source]:

@@ -118,7 +118,7 @@ def _download(name: str) -> Path:
         raise _refused(f"the Hugging Face hub did not give {name}: {type(error).__name__}") from error
 
 
-def _revision(folder: Path) -> str:
+def revision_of(folder: Path) -> str:
     """A hash of every file that decides a vector: weights, tokenizer, configurations."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     found = [folder / name for name in _CONFIGS if (folder / name).is_file()]
@@ -358,7 +358,7 @@ class TorchEmbedder:
         self.model = Model(
             provider="torch",
             name=folder.name if Path(model).is_absolute() else model,
-            revision=_revision(folder),
+            revision=revision_of(folder),
             dimension=_dimension(loaded, dimension, torch_model.dimensions_allowed(loaded.config)),
             precision=precision,
             layout=layout,

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 import typer
 
-from common.embedding.choice import Engines
 from common.embedding.routing import check_choice
 from common.errors import ExportError, InvalidRequest, InvalidSettings
 from common.graph.model import GraphLimits
@@ -34,6 +33,7 @@ from control_plane.batch.journal import Journal
 from control_plane.batch.run import Batch, Summary
 from control_plane.batch.slots import Plan, Slot
 from control_plane.batch.sources import FolderSource, GitNexusSource, GraphSource, S3Source
+from control_plane.cli import engines_of
 from control_plane.client import GitNexus
 from control_plane.operations.profiles import Profile, Profiles
 
@@ -147,8 +147,7 @@ def _plan(chosen: Profile, profile: str | None, settings: Settings, *, semantic:
     if embedding is not None and embedding.provider == "voyage":
         decides += [settings.voyage_input_type, settings.voyage_output_dtype, settings.voyage_truncation]
     if embedding is not None and embedding.provider == "torch" and runs_here:
-        from common.embedding.torch_engine import _revision as revision_of
-        from common.embedding.torch_engine import find_model
+        from common.embedding.torch_engine import find_model, revision_of
 
         decides.append(revision_of(find_model(embedding.model, settings.engines())))
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -281,7 +280,7 @@ def _local(given: Given, settings: Settings, plan: Plan, out: Place, scratch: Pa
     from handler.protocol import ChildConfig
     from handler.worker import concurrency
 
-    engines = _engines(settings)
+    engines = engines_of(settings, os.environ)
     devices = _usable(given.devices, plan)
     if given.workers is not None:
         count = given.workers
@@ -319,15 +318,6 @@ def _local(given: Given, settings: Settings, plan: Plan, out: Place, scratch: Pa
         )
         for number in range(count)
     ]
-
-
-def _engines(settings: Settings) -> Engines:
-    engines = settings.engines()
-    if settings.embed_cache or settings.storage_url:
-        return engines
-    # As for the other commands, which have no root of their own.
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
-    return msgspec.structs.replace(engines, cache=str(caches / "memvid-export" / "vectors.sqlite"))
 
 
 def _usable(wanted: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
