@@ -419,6 +419,17 @@ def test_a_spoiled_vector_is_made_anew(
     assert export(cached(), texts).hits == len(texts)
 
 
+def test_a_cache_that_lost_its_clock_goes_on(
+    file: Path, texts: list[str], plain: bytes, cached: Callable[..., CachedEmbedder]
+) -> None:
+    export(cached(), texts[:1_000])
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("DELETE FROM clock")
+    for hits in (1_000, len(texts)):
+        found = export(cached(), texts)
+        assert (found.vectors, found.hits, found.trouble) == (plain, hits, None)
+
+
 def test_a_database_of_something_else_is_left_as_it_is(
     file: Path, texts: list[str], cached: Callable[..., CachedEmbedder]
 ) -> None:

@@ -125,7 +125,7 @@ class SqliteCache:
     # --- inside a transaction -------------------------------------------------------------------------
 
     def _epoch(self, database: sqlite3.Connection) -> int:
-        (written,) = database.execute("SELECT written FROM clock").fetchone()
+        (written,) = database.execute("SELECT coalesce(max(written), 0) FROM clock").fetchone()
         return int(written) * _EPOCHS // self._max_bytes
 
     def _touch(self, database: sqlite3.Connection) -> None:
