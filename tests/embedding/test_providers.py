@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,18 @@ def test_voyage_is_told_what_its_settings_say_and_the_model_is_another_by_it(ask
         engine.embed(["a"], purpose="query")
     sent = [(seen.body["input_type"], seen.body["truncation"]) for seen in server.seen]
     assert sent == [("document", True), ("query", True), (None, False), ("query", False)]
-    assert (plain.model.revision, told.model.revision) == ("voyage-code-3", "voyage-code-3 input_type=none")
+    assert plain.model.revision.startswith("voyage-code-3 at ")
+    assert told.model.revision.startswith("voyage-code-3 input_type=none at ")
+
+
+def test_a_name_at_another_address_is_another_model(ask: Ask) -> None:
+    servers = [ask.server("openai"), ask.server("openai")]
+    revisions = {ask.engine(server).model.revision for server in [*servers, *servers]}
+    assert len(revisions) == 2
+    assert not any(server.url.partition("//")[2] in "".join(revisions) for server in servers)
+    for urls in ({}, {"openai": "https://api.openai.com/v1/"}):
+        with closing(open_provider(choice("openai"), Engines(keys=KEY, urls=urls), layout=None)) as engine:
+            assert engine.model.revision == "text-embedding-3-small"
 
 
 def test_a_model_of_ollama_sees_the_words_that_it_was_trained_with(ask: Ask) -> None:

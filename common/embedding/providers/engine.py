@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -81,10 +82,14 @@ def open_provider(
     url = engines.urls.get(known.provider) or URLS[known.provider]
     channel = Channel(url, key, most, field="embedding_provider")
     seconds = engines.request_timeout_seconds
+    if known.provider == "ollama":
+        revision = _ollama_digest(channel, known.name, seconds)
+    else:
+        revision = _revision(spoken.revision, url, URLS[known.provider])
     model = Model(
         provider=known.provider,
         name=known.name,
-        revision=_ollama_digest(channel, known.name, seconds) if known.provider == "ollama" else spoken.revision,
+        revision=revision,
         dimension=dimension,
         precision="float",
         layout=layout or known.layout,
@@ -93,6 +98,13 @@ def open_provider(
     )
     limits = Limits(known.request_texts, known.request_tokens, most, seconds)
     return ProviderEmbedder(model, spoken, channel, limits, patience=patience or Patience(), key=key)
+
+
+def _revision(own: str, url: str, usual: str) -> str:
+    """Who serves a name at another address (a gateway, a NIM, a stand-in for tests) decides which weights it stands
+    for; the address itself is nobody's business who reads a manifest."""
+    elsewhere = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return own if url.rstrip("/") == usual else f"{own} at {elsewhere}"
 
 
 def _ollama_digest(channel: Channel, name: str, seconds: float) -> str:
