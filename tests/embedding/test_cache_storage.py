@@ -11,9 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from processes import REPOSITORY, free_port
 from services import S3, s3
@@ -325,6 +327,20 @@ def test_a_prefix_that_may_not_be_used_is_told(opens: Opens, texts: list[str], t
     assert found.right
     assert found.trouble is not None
     assert "could not be read" in found.trouble
+
+
+def test_what_was_paid_for_is_there_for_others_at_once(place: Place, opens: Opens, texts: list[str]) -> None:
+    class Priced(StaticEmbedder):
+        model = msgspec.structs.replace(StaticEmbedder.model, price_per_million_tokens=0.13)
+
+    def opened() -> CachedEmbedder:
+        return CachedEmbedder(Priced(), StorageCache(place.storage, place.prefix, 1 << 30))
+
+    with closing(opened()) as paying, closing(opened()) as other:
+        paying.embed(texts[:300])  # whose worker may be killed now
+        assert other.embed(texts[:400]).cache_hits == 300
+        assert paying.flush() is None
+        assert export(paying, texts[:400]) == Export(True, 400, None)
 
 
 KILLED = """

@@ -81,6 +81,8 @@ class CachedEmbedder:
             cut[missing[engine.truncated]] = True
             made = [seal(keys[row], vectors[row].tobytes(), _TRUNCATED * int(cut[row])) for row in missing]
             self._try("written", lambda: self._cache.put(space, made), should_stop)
+            if self.model.price_per_million_tokens:  # a worker that is killed must not pay again
+                self._try("shared", self._cache.flush, should_stop)
         return Embedded(
             vectors[row_of] if len(rows) < len(texts) else vectors,
             engine.tokens,

@@ -78,7 +78,7 @@ class VectorCache(Protocol):
         ...
 
     def flush(self) -> None:
-        """Let others see what was put; call it when an export ends, however it does."""
+        """Let others see what was put; call it when an export ends, however it does, or sooner."""
         ...
 
     def close(self) -> None:
