@@ -20,7 +20,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from common.embedding.choice import Choice, Engines
 from common.embedding.engine import OpenEngines
 from common.embedding.port import Embedder
-from common.embedding.routing import check_choice
+from common.embedding.routing import check_question
 from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import open_storage
@@ -174,10 +174,10 @@ def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
 
 
 def _allowed(settings: Settings, opened: OpenEngines) -> Callable[[Choice], Embedder]:
-    """The engines that embed questions. What a capsule says of its model is held to the same rules as a job."""
+    """The engines that embed questions, where a capsule may ask for them here."""
 
     def engine(choice: Choice) -> Embedder:
-        check_choice(choice, settings.engines(), runs_here=True, allowed=settings.allowed_models())
+        check_question(choice, settings.engines(), mode=settings.embedding_mode, allowed=settings.allowed_models())
         return opened.get(choice)
 
     return engine

@@ -136,6 +136,21 @@ class _Engines:
         """The engine of a choice."""
         return self._open.get(choice)
 
+    def ask(self, choice: Choice) -> Embedder:
+        """The engine of a capsule's vectors, for questions. Raises InvalidRequest where it may not be used here."""
+        from common.embedding.routing import check_question
+
+        settings = self._settings
+        try:
+            check_question(choice, settings.engines(), mode=settings.embedding_mode, allowed=settings.allowed_models())
+        except InvalidRequest as error:
+            field = str(error.details["field"])
+            name = str(error.details.get("setting") or field)
+            what = " must be set" if name.endswith("_API_KEY") else error.message.removeprefix(field)
+            message = f"The vectors are of {choice.provider} {choice.model}: {name}{what}; --mode lexical needs none"
+            raise InvalidRequest(message, **error.details) from error
+        return self.open(choice)
+
     @cached_property
     def _open(self) -> OpenEngines:
         from common.embedding.engine import OpenEngines
@@ -205,6 +220,8 @@ def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: 
     options.made.add(name)
     profile = request.options.profile
     choice = options.engines.choice(profile) if request.options.semantic_enabled or profile else None
+    if options.profile and not request.options.semantic_enabled:
+        show.note("note: a profile says what is embedded; no vectors are made without --semantic")
     _folder(options.out, "--out")
     result = run(
         request,
@@ -539,7 +556,7 @@ def search(
         raise typer.BadParameter("give a query, or --queries FILE", param_hint="QUERY")
     files = Files(capsule)
     with Show(json=json) as show, opened_sidecar(files) as sidecar:
-        loaded = None if mode is Mode.lexical else vectors(files, sidecar, _Engines(os.environ).open)
+        loaded = None if mode is Mode.lexical else vectors(files, sidecar, _Engines(os.environ).ask)
         if queries is not None:
             for answer in rank_all(sidecar, _queries(queries), mode=mode.value, vectors=loaded):
                 print(msgspec.json.encode(answer).decode())

@@ -100,6 +100,18 @@ def check_choice(choice: Choice, engines: Engines, *, runs_here: bool, allowed: 
         _check_engine(choice, engines)
 
 
+def check_question(choice: Choice, engines: Engines, *, mode: Mode, allowed: Collection[str]) -> None:
+    """Raise InvalidRequest for the engine of a capsule's vectors where it may not embed questions on this machine.
+
+    What a capsule says of its engine is held to the same rules as a job. Capsules come from anywhere: what is asked of
+    one goes to who wants a key only where ``mode``, that of this machine, says that texts may leave it.
+    """
+    if choice.provider in PAID and mode != "external_api":
+        must = f"be external_api for questions to vectors of {choice.provider}; it is {_shown(mode)}"
+        raise _wrong("embedding_mode", must, setting="MEMVID_EMBEDDING_MODE")
+    check_choice(choice, engines, runs_here=True, allowed=allowed)
+
+
 def choice_of(job: JobInput, default: Choice, *, ollama_host: str | None = None) -> Choice:
     """What a job wants embedded; what it leaves out comes from ``default``, and its ceilings are at most those.
 

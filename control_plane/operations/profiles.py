@@ -188,7 +188,8 @@ class Profiles:
         try:
             return cls._of({} if path is None else _document(path), settings)
         except InvalidSettings as error:
-            raise InvalidSettings(f"{path}: {error.message}", **error.details) from error
+            variable = "MEMVID_EXPORT_PROFILES_FILE, " if path == settings.profiles_file else ""
+            raise InvalidSettings(f"{variable}{path}: {error.message}", **error.details) from error
 
     @classmethod
     def _of(cls, document: dict[str, Any], settings: Settings) -> Profiles:
@@ -260,6 +261,8 @@ def _document(path: Path) -> dict[str, Any]:
         raise InvalidSettings("the file is not UTF-8", field="file") from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettings(f"the file is not TOML: {error}", field="file") from error
+    except RecursionError as error:
+        raise InvalidSettings("the file is nested too deeply", field="file") from error
 
 
 Table = TypeVar("Table", bound=msgspec.Struct)

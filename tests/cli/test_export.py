@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import zstandard
 from processes import EXAMPLE, command
+from provider_server import KEY, provider_server
+
+SMALL = Path(__file__).parents[1] / "fixtures/graphs/accepted/plain.json"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,36 @@ def test_semantic_search_without_vectors_is_a_usage_error(tmp_path: Path) -> Non
     done = command("search", next(tmp_path.glob("*.mv2")), "x", "--mode", "semantic")
     assert done.returncode == 2
     assert b"no vectors" in done.stderr
+
+
+def test_a_question_to_vectors_of_a_paid_provider_leaves_this_machine_only_in_the_mode_for_it(tmp_path: Path) -> None:
+    with provider_server("openai", dimension=3_072) as openai:
+        keys = {
+            "OPENAI_API_KEY": KEY["openai"],
+            "OPENAI_EMBED_BASE_URL": openai.url,
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
+        outside = {**keys, "MEMVID_EMBEDDING_MODE": "external_api", "MEMVID_EMBED_PROVIDER": "openai"}
+        made = command("export", SMALL, "--out", tmp_path, "--semantic", "--json", env=outside)
+        assert made.returncode == 0, made.stderr
+        asked = len(openai.seen)
+
+        refused = command("search", json.loads(made.stdout)["capsule"]["path"], "a secret", env=keys)
+        assert refused.returncode == 2
+        assert b"MEMVID_EMBEDDING_MODE must be external_api" in refused.stderr
+        assert b"--mode lexical" in refused.stderr
+        assert KEY["openai"].encode() not in refused.stderr
+        assert len(openai.seen) == asked
+
+        done = command("search", json.loads(made.stdout)["capsule"]["path"], "a secret", env=outside)
+        assert done.returncode == 0, done.stderr
+        assert len(openai.seen) == asked + 1
+
+
+def test_a_profile_without_vectors_says_that_none_are_made(tmp_path: Path) -> None:
+    done = command("export", SMALL, "--out", tmp_path, "--profile", "speed")
+    assert done.returncode == 0
+    assert b"no vectors are made without --semantic" in done.stderr
 
 
 def test_inspect_counts_what_is_inside(capsule: Path) -> None:

@@ -11,7 +11,7 @@ from common.contract import JobInput
 from common.embedding import routing
 from common.embedding.catalog import DEFAULTS, MODELS
 from common.embedding.choice import MODES, PROVIDERS, Choice, Engines, Mode, Provider
-from common.embedding.routing import CATALOG, check_choice, choice_of, fields_of, switch, tier_of
+from common.embedding.routing import CATALOG, check_choice, check_question, choice_of, fields_of, switch, tier_of
 from common.errors import InvalidRequest
 
 HOST = "http://127.0.0.1:11434"
@@ -183,6 +183,22 @@ def test_the_machine_that_calls_a_paid_provider_needs_its_key_and_no_other() -> 
     assert error.details["setting"] == "OPENAI_API_KEY"
     assert "pa-secret" not in error.message
     check(OPENAI)
+
+
+@pytest.mark.parametrize("mode", ["local_cpu", "runpod_gpu"])
+def test_a_question_goes_to_a_paid_provider_only_where_texts_may_leave_this_machine(mode: Mode) -> None:
+    engines = Engines(keys={"openai": "sk-x"})
+    check_question(OPENAI, engines, mode="external_api", allowed=CATALOG)
+    with pytest.raises(InvalidRequest) as caught:
+        check_question(OPENAI, engines, mode=mode, allowed=CATALOG)
+    assert caught.value.details["setting"] == "MEMVID_EMBEDDING_MODE"
+
+
+def test_a_question_is_embedded_by_an_allowed_model_or_not_at_all() -> None:
+    choice = routing.choose("local_cpu", "ollama")
+    check_question(choice, Engines(), mode="external_api", allowed=CATALOG)
+    with pytest.raises(InvalidRequest):
+        check_question(choice, Engines(), mode="external_api", allowed={"another"})
 
 
 # --- tiers ---

@@ -128,6 +128,7 @@ def test_the_example_file_is_in_order() -> None:
         (f"{WORKERS}[[schedule]]\nworkers_min = 0", "schedule[0].workers_max is missing"),
         ("queue_depth", "the file is not TOML: "),
         ("# " + "x" * (1 << 20), "the file has more than 1,048,576 bytes"),
+        ("x = " + "[" * 5_000, "the file is nested too deeply"),
     ],
 )
 def test_a_wrong_line_is_named_with_what_it_is_and_what_is_allowed(tmp_path: Path, text: str, words: str) -> None:
@@ -158,6 +159,15 @@ def test_a_file_that_is_not_there_and_one_that_is_no_text_are_refused(tmp_path: 
     (tmp_path / "latin").write_bytes(b"# \xe9")
     with pytest.raises(InvalidSettings, match="the file is not UTF-8"):
         Profiles.load(tmp_path / "latin", SETTINGS)
+
+
+def test_a_file_that_a_setting_names_is_refused_by_the_name_of_that_setting(tmp_path: Path) -> None:
+    file = tmp_path / "nowhere.toml"
+    settings = Settings.read({"MEMVID_EXPORT_PROFILES_FILE": str(file)}, dev=True)
+    with pytest.raises(
+        InvalidSettings, match=r"^MEMVID_EXPORT_PROFILES_FILE, .*nowhere\.toml: the file cannot be read"
+    ):
+        Profiles.load(settings.profiles_file, settings)
 
 
 # --- what is embedded ---
