@@ -462,7 +462,7 @@ class _Export:
                 self._progress.report(
                     "frame_prep",
                     done / self._total,
-                    f"Prepared {done:,} of {self._total:,} frames",
+                    f"Prepared {done:,} of {self._total:,} frames{self._embedded_so_far()}",
                     frames=done,
                     texts=self._report.embedding.texts,
                 )
@@ -471,6 +471,10 @@ class _Export:
         for size in parts:
             yield META_FRAMES + size, batches(size)
         next(stream, None)  # runs the generator to its end, where it counts its warnings
+
+    def _embedded_so_far(self) -> str:
+        texts = self._report.embedding.texts
+        return f", embedded {texts:,} texts" if texts else ""
 
     def _embedded(
         self, batches: Iterator[list[Frame]], ahead: ThreadPoolExecutor, abandoned: threading.Event

@@ -338,6 +338,10 @@ class WorkerSettings(BaseModel):
 
     def _check_choice(self) -> None:
         """Raise InvalidSettings where the default engine could not run."""
+        if self.embedding_mode == "local_cpu" and any(device != "cpu" for device in self.embed_devices):
+            name = "MEMVID_EMBED_DEVICES"
+            message = f"{name} must be cpu where MEMVID_EMBEDDING_MODE is local_cpu; runpod_gpu uses GPUs"
+            raise InvalidSettings(message, field=name)
         try:
             choice = self.choice()
             routing.check_choice(choice, self.engines(), runs_here=self.embeds_here, allowed=self.allowed_models())

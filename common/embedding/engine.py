@@ -10,7 +10,7 @@ import msgspec
 
 from common.embedding.cache import CachedEmbedder, open_cache
 from common.embedding.choice import WHAT, Choice, Engines
-from common.embedding.port import Embedded, Embedder, Purpose
+from common.embedding.port import Embedded, Embedder, Keep, Purpose
 from common.embedding.static import StaticEmbedder
 from common.errors import EmbeddingFailed
 from common.frames.embed_text import CODE_V1
@@ -90,10 +90,11 @@ class _Reopened:
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
         """See the port."""
         with self._same() as embedder:
-            return embedder.embed(texts, purpose=purpose, should_stop=should_stop)
+            return embedder.embed(texts, purpose=purpose, should_stop=should_stop, keep=keep)
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """See the port."""

@@ -46,6 +46,10 @@ class Embedded(NamedTuple):
     retries: int = 0
 
 
+Keep = Callable[[int, NDArray[np.float32], bool], None]
+"""Place of a text, its unit vector, and whether the text was cut."""
+
+
 class Embedder(Protocol):
     """Turns texts into unit vectors; the same text gives the same vector in any batch. Threads may share one."""
 
@@ -59,9 +63,11 @@ class Embedder(Protocol):
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
-        """Embed texts. ``should_stop`` is called ten times a second while this waits for anything slow (on the thread
-        that calls); what it raises ends the call.
+        """Embed texts. An engine that is paid calls ``keep``, from any thread, for each text as it is answered: what
+        was paid for can be kept whatever becomes of the rest. ``should_stop`` is called ten times a second while this
+        waits for anything slow (on the thread that calls); what it raises ends the call.
 
         Raises EmbeddingFailed, ProviderRejected, DeviceFailed.
         """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from common.embedding.port import Embedded, Model, Purpose
+from common.embedding.port import Embedded, Keep, Model, Purpose
 from common.errors import EmbeddingFailed
 
 _WEIGHTS = "weights/l2_supercat_256.safetensors"
@@ -54,6 +54,7 @@ class StaticEmbedder:
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
         """See the port. A text without a single token gets the first axis, as there is no direction to normalise."""
         weights, _ = _load()

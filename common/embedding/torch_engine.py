@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.embedding.choice import Engines
-from common.embedding.port import Embedded, Model, Purpose
+from common.embedding.port import Embedded, Keep, Model, Purpose
 from common.errors import DeviceFailed, EmbeddingFailed, ExportError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -397,6 +399,7 @@ class TorchEmbedder:
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
         """See the port. While devices run one group, the next is tokenised; two threads may embed at once."""
         if self._dead:
@@ -536,6 +539,9 @@ def _devices(engines: Engines) -> list[str]:
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     allowed = [f"cuda:{number}" for number in range(found)]
+    if not engines.devices and not found and (listed := _listed_gpus()):
+        # At the price of a GPU nobody wants the speed of a CPU.
+        raise DeviceFailed(f"the driver lists {listed} GPUs that torch {torch.__version__} cannot use")
     wanted = [f"{device}:0" if device == "cuda" else device for device in engines.devices] or allowed or ["cpu"]
     lacking = [device for device in wanted if device not in (*allowed, "cpu")]
     gpus = [device for device in wanted if device != "cpu"]
@@ -545,6 +551,18 @@ def _devices(engines: Engines) -> list[str]:
             f"the devices {', '.join(wanted)} cannot be used together here; there are {has}", field="embedding_devices"
         )
     return wanted
+
+
+def _listed_gpus() -> int:
+    """GPUs that the driver knows of."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return 0
+    try:
+        told = subprocess.run([command, "-L"], capture_output=True, timeout=10, check=False, text=True)
+    except (subprocess.SubprocessError, OSError):
+        return 0
+    return sum(line.startswith("GPU ") for line in told.stdout.splitlines())
 
 
 def _dimension(loaded: Loaded, wanted: int | None, allowed: Sequence[int] | None) -> int:

@@ -73,8 +73,9 @@ class Endings:
             return False
         self._metrics.duration.observe((now - job.created_at) / 1000)
         self._metrics.write.observe(report.timings.write)
-        self._metrics.embed.observe(report.timings.embed)
-        self._metrics.embedded(report.embedding)
+        if report.embedding.texts:
+            self._metrics.embed.observe(report.timings.embed)
+            self._metrics.embedded(report.embedding)
         await self._remove(
             self._layout.payload_ref(job.id),
             *(self._layout.output_prefix(job.id, attempt) for attempt in range(1, job.attempt)),

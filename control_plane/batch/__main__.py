@@ -321,8 +321,9 @@ def _local(given: Given, settings: Settings, plan: Plan, out: Place, scratch: Pa
 
 
 def _usable(wanted: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
-    """The devices that are wanted, all GPUs where none is; only torch uses any. Raises InvalidRequest."""
-    if plan.choice.provider != "torch" or not plan.options["semanticEnabled"]:
+    """The devices that are wanted, all GPUs where none is; only torch uses any, and not in the mode local_cpu. Raises
+    InvalidRequest."""
+    if plan.choice.provider != "torch" or plan.choice.mode == "local_cpu" or not plan.options["semanticEnabled"]:
         return ("cpu",)
     import torch
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 from urllib.parse import unquote
 
 from common.contract import Source
@@ -73,7 +74,7 @@ class FolderSource:
     def graphs(self) -> list[Graph]:
         """Files that end as those that ``export`` takes: .json, .ndjson, .jsonl, also with .gz or .zst."""
         found = []
-        for parent, folders, files in os.walk(self._folder):
+        for parent, folders, files in os.walk(self._folder, onerror=_unreadable):
             at = Path(parent)
             folders[:] = [name for name in folders if not name.startswith(".") and at / name != self._without]
             for path in (at / name for name in files if _is_graph(name)):
@@ -88,10 +89,18 @@ class FolderSource:
         """The file itself: nothing is copied."""
         path = self._folder / graph.key
         try:
-            _check_size(size := path.stat().st_size, limit)
-            return Payload(path, size, sha256_of(path))
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for who writes to it
+                raise StorageFailed(f"{path}: it is no file")
+            _check_size(status.st_size, limit)
+            return Payload(path, status.st_size, sha256_of(path))
         except OSError as error:
             raise StorageFailed(f"{path}: {error.strerror or error}") from error
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """A folder that cannot be listed may hold graphs: a batch without them would not be whole."""
+    raise StorageFailed(f"{error.filename}: {error.strerror or error}") from error
 
 
 class S3Source:

@@ -298,6 +298,13 @@ def test_a_child_that_is_killed_is_replaced_and_its_graph_has_one_more_try(
     assert summary["completed"] == len(SLOW) - (kills == 2)
 
 
+def test_what_is_no_file_fails_alone_and_is_not_waited_for(graphs: Path, tmp_path: Path) -> None:
+    os.mkfifo(graphs / "pipe.json")
+    summary = batch(graphs, "--out", tmp_path / "out", *LIGHT, code=3)
+    assert {status for name, status in statuses(summary).items() if name != "pipe"} == {"completed"}
+    assert statuses(summary)["pipe"] == "failed"
+
+
 def test_names_are_unique_and_safe_whatever_the_files_are_called(tmp_path: Path) -> None:
     folder = tmp_path / "graphs"
     (folder / "x").mkdir(parents=True)
@@ -321,7 +328,7 @@ def test_names_are_unique_and_safe_whatever_the_files_are_called(tmp_path: Path)
         (["{in}", "--out", "{out}", "--workers", "0"], "--workers"),
         (["{in}", "--out", "{out}", "--profile", "nightly"], "no profile of that name"),
         (["{in}", "--out", "{out}", "--devices", "gpu"], "--devices"),
-        (["{in}", "--out", "{out}", "--profile", "quality", "--devices", "cuda:77"], "no cuda:77 here"),
+        (["{in}", "--out", "{out}", "--profile", "quality", "--devices", "cuda:77"], "--devices must be cpu"),
         (["{in}", "--out", "{out}", "--json", "{in}/none/summary"], "--json"),
         (["{in}", "--out", "{out}", "--runpod"], "S3"),
         (["{in}", "--out", "s3://exports/x", "--runpod"], "RUNPOD_ENDPOINT_ID"),

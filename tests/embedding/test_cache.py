@@ -22,7 +22,7 @@ from processes import REPOSITORY
 from common.capsule.gate import Gate
 from common.embedding.cache import CachedEmbedder, open_cache
 from common.embedding.choice import Engines
-from common.embedding.port import Embedded, Purpose
+from common.embedding.port import Embedded, Keep, Purpose
 from common.embedding.static import StaticEmbedder
 from common.errors import Canceled, InvalidSettings
 from common.frames.build import frames
@@ -42,9 +42,14 @@ class Changed(StaticEmbedder):
         self.model = msgspec.structs.replace(StaticEmbedder.model, **changes)
 
     def embed(
-        self, texts: Sequence[str], *, purpose: Purpose = "document", should_stop: Callable[[], None] = lambda: None
+        self,
+        texts: Sequence[str],
+        *,
+        purpose: Purpose = "document",
+        should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
-        found = StaticEmbedder().embed(texts, purpose=purpose, should_stop=should_stop)
+        found = StaticEmbedder().embed(texts, purpose=purpose, should_stop=should_stop, keep=keep)
         vectors = found.vectors[:, : self.model.dimension]
         return found._replace(vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 

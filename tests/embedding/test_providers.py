@@ -20,6 +20,8 @@ import pytest
 from provider_faults import PROVIDERS, rows_of, strike
 from provider_server import KEY, ProviderServer, provider_server
 
+from common.embedding.cache import CachedEmbedder
+from common.embedding.cache.sqlite import SqliteCache
 from common.embedding.catalog import DEFAULTS, MODE_TIERS, MODELS, TIERS, find_model
 from common.embedding.choice import PROVIDERS as OF_MODE
 from common.embedding.choice import Choice, Engines
@@ -667,3 +669,16 @@ def test_a_layout_that_is_named_replaces_the_models_own(ask: Ask) -> None:
     engine = open_provider(choice("ollama"), Engines(urls={"ollama": server.url}), layout="static-v1")
     engine.close()
     assert (engine.model.layout, ask.engine(server).model.layout) == ("static-v1", "code-v1")
+
+
+def test_what_was_paid_for_before_a_call_failed_is_not_paid_for_again(ask: Ask, tmp_path: Path) -> None:
+    server = ask.server("openai")
+    cached = CachedEmbedder(ask.engine(server), SqliteCache(tmp_path / "vectors.sqlite", 1 << 26))
+    texts = [f"text number {number} of many" for number in range(6_000)]
+    server.max_text_tokens = 64
+    with pytest.raises(ProviderRejected):
+        cached.embed([*texts, "far too long " * 2_000])
+    again = cached.embed(texts)
+    assert again.cache_hits > 2_000
+    assert server.paid == sum(map(server.tokens, texts))
+    cached.close()

@@ -434,6 +434,22 @@ def test_a_worker_runs_as_many_jobs_at_once_as_memory_processors_and_gpu_allow(
     assert jobs(1 << 20) == min(most, len(os.sched_getaffinity(0)))
 
 
+def test_a_gpu_that_torch_cannot_use_fails_the_job_and_asks_for_a_fresh_worker(tmp_path: Path) -> None:
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text('#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"\nexit 0\n')
+    smi.chmod(0o755)
+    env = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "MEMVID_EXPORT_WORKER_MEMORY_BYTES": str(4 << 30)}
+    with platform() as (runpod, url), worker(url, tmp_path / "root", env):
+        place = Place(tmp_path / "root", "broken")
+        wanted = place.input(embedding_mode="runpod_gpu", options={"semanticEnabled": True})
+        result = runpod.result(runpod.submit(wanted))
+        error = failure(result)
+        assert (error.code, error.retryable, result["stopPod"]) == ("DEVICE_FAILED", True, True)
+        assert "1 GPUs" in error.message
+        assert place.objects() == []
+
+
 def test_a_worker_without_a_folder_to_write_says_which_setting_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ended = command("worker", env={"MEMVID_EXPORT_ROOT": str(tmp_path / "file")})

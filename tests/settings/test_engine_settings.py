@@ -197,12 +197,19 @@ def test_a_key_is_in_no_text_of_the_settings_or_the_engines() -> None:
     assert all(KEY not in text for text in (repr(settings), str(settings), repr(engines), str(engines)))
 
 
+def test_gpus_go_with_the_mode_that_uses_them() -> None:
+    error = refused({"MEMVID_EMBED_DEVICES": "cuda:0"})
+    assert error.details["field"] == "MEMVID_EMBED_DEVICES"
+    assert "runpod_gpu" in error.message
+
+
 def test_engines_have_what_the_settings_say(tmp_path: Path) -> None:
     engines = WorkerSettings.read(
         {
             "MEMVID_EMBED_MODELS": f"/opt/models:{tmp_path}",
             "MEMVID_EMBED_DOWNLOADS": "true",
             "MEMVID_EMBED_PRECISION": "float16",
+            "MEMVID_EMBEDDING_MODE": "runpod_gpu",
             "MEMVID_EMBED_DEVICES": "cuda:0, cuda:1",
             "MEMVID_EMBED_REQUEST_TIMEOUT_SECONDS": "7.5",
             "MEMVID_EMBED_CACHE_BYTES": "2000000",

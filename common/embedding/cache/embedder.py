@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.embedding.cache.port import KEY_BYTES, Space, VectorCache, is_whole, seal, space_of
-from common.embedding.port import Embedded, Embedder, Model, Purpose
+from common.embedding.port import Embedded, Embedder, Keep, Model, Purpose
 from common.errors import ExportError
 
 _POLL_SECONDS = 0.1
@@ -54,11 +54,12 @@ class CachedEmbedder:
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
         """See the port. ``truncated`` names the same texts whether they came from the cache or not; ``cache_hits``
         counts all texts whose vector the cache had."""
         if purpose != "document":
-            return self._embedder.embed(texts, purpose=purpose, should_stop=should_stop)
+            return self._embedder.embed(texts, purpose=purpose, should_stop=should_stop, keep=keep)
         space = space_of(self.model, purpose)
         rows: dict[bytes, int] = {}
         by_text = space.keys(texts)
@@ -76,7 +77,21 @@ class CachedEmbedder:
         missing = np.flatnonzero(~known)
         engine = Embedded(vectors[:0], 0, [], 0)
         if len(missing):
-            engine = self._embedder.embed([distinct[keys[row]] for row in missing], should_stop=should_stop)
+            answered: dict[int, bytes] = {}
+
+            def answer(place: int, vector: NDArray[np.float32], was_cut: bool) -> None:
+                key = keys[missing[place]]
+                answered[place] = seal(key, vector.tobytes(), _TRUNCATED * was_cut)
+
+            try:
+                engine = self._embedder.embed(
+                    [distinct[keys[row]] for row in missing], should_stop=should_stop, keep=answer
+                )
+            except ExportError:
+                kept = list(answered.values())  # paid for: the next attempt need not pay again
+                if kept:
+                    self._try("written", lambda: self._cache.put(space, kept), lambda: None)
+                raise
             vectors[missing] = engine.vectors
             cut[missing[engine.truncated]] = True
             made = [seal(keys[row], vectors[row].tobytes(), _TRUNCATED * int(cut[row])) for row in missing]

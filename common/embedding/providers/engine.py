@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.embedding.catalog import find_model
 from common.embedding.choice import PAID, Choice, Engines, Provider
-from common.embedding.port import Embedded, Embedder, Model, Purpose
+from common.embedding.port import Embedded, Embedder, Keep, Model, Purpose
 from common.embedding.providers.channel import Channel, Lost, Reply, TimedOut, TooLong
 from common.embedding.providers.formats import (
     URLS,
@@ -151,8 +151,8 @@ class _Stopped(Exception):
 class _Call:
     """One call of ``embed``: what its requests have in common."""
 
-    def __init__(self, vectors: NDArray[np.float32], purpose: Purpose) -> None:
-        self.vectors, self.purpose = vectors, purpose
+    def __init__(self, vectors: NDArray[np.float32], purpose: Purpose, keep: Keep | None) -> None:
+        self.vectors, self.purpose, self.keep = vectors, purpose, keep
         self.stop = threading.Event()
         self.truncated: set[int] = set()
         self.tokens = self.batches = self.retries = 0
@@ -202,6 +202,7 @@ class ProviderEmbedder:
         *,
         purpose: Purpose = "document",
         should_stop: Callable[[], None] = lambda: None,
+        keep: Keep | None = None,
     ) -> Embedded:
         """See the port. ``tokens`` are those that the API says it read, also for answers that were of no use; cut texts
         are named by our estimate where the API cuts them, and exactly where we do.
@@ -211,7 +212,7 @@ class ProviderEmbedder:
         """
         should_stop()
         vectors = np.zeros((len(texts), self.model.dimension), dtype=np.float32)
-        call = _Call(vectors, purpose)
+        call = _Call(vectors, purpose, keep)
         given: list[_Text] = []
         for place, text in enumerate(map(_clean, texts)):
             if text:
@@ -401,6 +402,8 @@ class ProviderEmbedder:
                 reason = f"a length of {length:.3g} where the API promises 1"
             else:
                 call.vectors[text.place] = row.astype(np.float64) / length
+                if call.keep is not None:
+                    call.keep(text.place, call.vectors[text.place], text.place in call.truncated)
                 continue
             bad.append(text)
         return bad, reason
