@@ -50,6 +50,8 @@ from control_plane.reading.inspect import verify
 CODES = {"WORKER_LOST", "DEADLINE_EXCEEDED", "STORAGE_FAILED"}
 """What an accepted job may fail with: a worker that was lost twice, two time limits, a bucket that stays away."""
 POLL_SECONDS = 0.5
+CACHE = "vectors/"
+"""Below the bucket: what workers keep there is bounded, and belongs to no job."""
 STRAY_SECONDS = 15
 TAKE_OVER_SECONDS = 10.0
 WAIT = 300.0
@@ -624,10 +626,10 @@ class Look:
                 item["Key"]
                 for page in pages
                 for item in page.get("Contents", [])
-                if item["Size"] or item["Key"][-1] != "/"
+                if (item["Size"] or item["Key"][-1] != "/") and not item["Key"].startswith(CACHE)
             ]
             uploads = client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", [])
-            wrong = [f"an upload of {upload['Key']}" for upload in uploads]
+            wrong = [f"an upload of {upload['Key']}" for upload in uploads if not upload["Key"].startswith(CACHE)]
             attempts: dict[str, list[tuple[str, str]]] = defaultdict(list)
             for key in keys:
                 kind, _, rest = key.partition("/")
