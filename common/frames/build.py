@@ -278,8 +278,12 @@ _OWN_WARNINGS = frozenset({"PROPERTY_CUT", "SNIPPET_NOT_FOUND"})
 
 
 def _neighbours(graph: Graph) -> dict[str, list[str]]:
-    """Names of the nodes that a node is joined to, by its id: the first ones by the relationships' ids."""
-    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes}
+    """Names of the symbols that a node is joined to, by its id: the first ones by the relationships' ids.
+
+    Files and folders are in a text by their path already; the name of a community or a process would make the texts of
+    all its members depend on it.
+    """
+    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes if node.label not in _WHAT}
     found: dict[str, list[str]] = defaultdict(list)
     for relation in graph.relations:
         ends = relation.source_id, relation.target_id

@@ -11,7 +11,7 @@ from common.text import split_identifier
 STATIC_V1 = "static-v1"
 CODE_V1 = "code-v1"
 NEIGHBOURS = 8
-"""Names of neighbours in a text; with more, one renamed node changes the texts of too many others."""
+"""Names of neighbours in a text; with more, one renamed node changes too many texts of others."""
 _MAX_KEYWORDS = 20
 _MAX_DESCRIPTION = 300
 _MAX_BODY = 300

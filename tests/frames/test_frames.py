@@ -340,3 +340,16 @@ def test_a_text_names_a_bounded_number_of_neighbours_whatever_the_order_of_the_i
     }
     assert len(texts) == 1
     assert str(texts.pop()).count("callee") == NEIGHBOURS
+
+
+def test_one_percent_of_nodes_renamed_leaves_95_percent_of_the_texts(real_graphs: dict[str, Path]) -> None:
+    def texts(*, renamed: bool) -> list[str]:
+        request = read_graph(real_graphs["memvid-export.graph.ndjson.gz"])
+        for node in request.nodes[50::100] if renamed else ():
+            node.properties["name"] += "_renamed"
+        made = frames(canonical(request), generated_at=AT, layout="code-v1")
+        return [frame.embed_text for frame in made if frame.embed_text is not None]
+
+    before, after = set(texts(renamed=False)), texts(renamed=True)
+    changed = sum(text not in before for text in after)
+    assert len(after) // 100 <= changed <= len(after) // 20
