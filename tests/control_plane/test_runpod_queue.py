@@ -189,7 +189,7 @@ def test_a_payload_that_changes_after_it_was_accepted_fails_the_job_at_once(hous
     )
     assert house.server.attempts(job) == 1
     assert house.platform.status(there)["status"] == "FAILED"
-    assert house.files(job) == []
+    eventually(lambda: house.files(job) == [])
     assert house.server.client.get(f"/v1/exports/{job}/download").status_code == 409
 
 
