@@ -219,7 +219,7 @@ class WorkerSettings(BaseModel):
             raise ValueError("not a name of a model")
         return models
 
-    @field_validator("nvidia_api_key", "openai_api_key", "voyage_api_key")
+    @field_validator("nvidia_api_key", "openai_api_key", "voyage_api_key", "runpod_api_key", check_fields=False)
     @classmethod
     def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
@@ -557,13 +557,6 @@ class Settings(WorkerSettings):
             whole = False
         if not whole:
             raise ValueError("not a URL of a host")
-        return value
-
-    @field_validator("runpod_api_key")
-    @classmethod
-    def _check_runpod_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-            raise ValueError("a key is printable ASCII without spaces")
         return value
 
     @property

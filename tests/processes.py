@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import pty
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -107,3 +112,48 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """The URL of a server whose requests ``handler`` answers, each in a thread."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that went away is part of the game."""
+            if not isinstance(sys.exception(), OSError):
+                super().handle_error(request, client_address)
+
+    with Server(("127.0.0.1", 0), handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def on_a_terminal(arguments: Sequence[object], env: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """What a program that is run to its end writes to standard output, and what it draws on a terminal, its error
+    output."""
+    terminal, far_end = pty.openpty()
+    with subprocess.Popen([*map(str, arguments)], stdout=subprocess.PIPE, stderr=far_end, env=dict(env)) as process:
+        os.close(far_end)
+        drawn = bytearray()
+        while chunk := _read(terminal):
+            drawn += chunk
+        stdout, _ = process.communicate()
+    os.close(terminal)
+    return stdout, bytes(drawn)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:  # the other side is closed
+        return b""

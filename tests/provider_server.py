@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from processes import answering
 
 Fault = Literal[
     "429", "503", "500", "529", "quota", "payment", "expired key", "forbidden", "unknown model", "too long",
@@ -335,26 +336,12 @@ def provider_server(provider: str, dimension: int = 8, tls: ssl.SSLContext | Non
             self.end_headers()
             self.wfile.write(body)
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128
-
-        def handle_error(self, *_: object) -> None:
-            """A client that went away is part of the game."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    if tls is not None:
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-    url = f"{'https://localhost' if tls else 'http://127.0.0.1'}:{server.server_port}"
-    known = ProviderServer(provider, url, dimension)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield known
-    finally:
-        known.ended.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with answering(Handler, tls) as url:
+        known = ProviderServer(provider, url.replace("127.0.0.1", "localhost") if tls else url, dimension)
+        try:
+            yield known
+        finally:
+            known.ended.set()
 
 
 _ANSWERED = (

@@ -8,11 +8,9 @@ import gzip
 import http.server
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import zstandard
-from processes import command
+from processes import answering, command, on_a_terminal
 from runpod_local import local_runpod, wait_for
 from services import S3, s3
 
@@ -356,27 +354,12 @@ def test_a_destination_takes_one_batch_at_a_time(slow: Path, tmp_path: Path) -> 
 
 
 def test_on_a_terminal_a_table_moves_and_standard_output_is_pure_json(graphs: Path, tmp_path: Path) -> None:
-    terminal, far_end = pty.openpty()
     arguments = [*BATCH, graphs, "--out", tmp_path / "out", *LIGHT, "--json", "-"]
-    env = environment({"TERM": "xterm", "COLUMNS": "120"})
-    with subprocess.Popen([*map(str, arguments)], stdout=subprocess.PIPE, stderr=far_end, env=env) as process:
-        os.close(far_end)
-        drawn = bytearray()
-        while chunk := _read(terminal):
-            drawn += chunk
-        stdout, _ = process.communicate()
-    os.close(terminal)
+    stdout, drawn = on_a_terminal(arguments, environment({"TERM": "xterm", "COLUMNS": "120"}))
     assert json.loads(stdout)["completed"] == 3
     assert b"frames/s" in drawn
     assert b"3 of 3 graphs" in drawn
     assert b"\x1b" in drawn
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65_536)
-    except OSError:  # the other side is closed
-        return b""
 
 
 # --- S3, GitNexus, Runpod ---------------------------------------------------------------------------
@@ -471,14 +454,8 @@ def gitnexus(repos: Mapping[str, bytes]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Quiet."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as url:
+        yield url
 
 
 @contextmanager

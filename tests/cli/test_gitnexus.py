@@ -5,13 +5,12 @@ from __future__ import annotations
 import http.server
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import command, free_port, gitnexus
+from processes import answering, command, free_port, gitnexus
 
 CODE = '''\
 """A tiny program."""
@@ -139,11 +138,5 @@ def fake_gitnexus(lines: list[bytes], *, cut: bool) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Quiet."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as url:
+        yield url

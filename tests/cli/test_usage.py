@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from processes import COMMAND, EXAMPLE, command
+from processes import COMMAND, EXAMPLE, command, on_a_terminal
 
 
 @pytest.mark.parametrize(
@@ -106,23 +105,8 @@ def _until_it_reads(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_on_a_terminal_bars_move_while_standard_output_stays_pure_json(tmp_path: Path) -> None:
-    terminal, far_end = pty.openpty()
     arguments = [COMMAND, "export", EXAMPLE, "--out", tmp_path, "--json"]
-    env = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, stderr=far_end, env=env) as process:
-        os.close(far_end)
-        drawn = bytearray()
-        while chunk := _read(terminal):
-            drawn += chunk
-        stdout, _ = process.communicate()
-    os.close(terminal)
+    stdout, drawn = on_a_terminal(arguments, {**os.environ, "TERM": "xterm"})
     assert json.loads(stdout)["status"] == "completed"
     assert b"100%" in drawn
     assert "━".encode() in drawn
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # the other side is closed
-        return b""

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from processes import COMMAND
+from processes import COMMAND, answering
 
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 60
@@ -175,14 +175,8 @@ def platform() -> Iterator[tuple[Platform, str]]:
     """A platform that is up, and its URL."""
     found = Platform()
     handler = type("Requests", (_Requests,), {"platform": found})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield found, f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(handler) as url:
+        yield found, url
 
 
 @contextmanager

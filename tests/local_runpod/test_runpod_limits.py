@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 from noted import Started
+from processes import answering
 from runpod_local import Platform, wait_for
 
 MIB = 1 << 20
@@ -43,15 +43,9 @@ def hook(*answers: int) -> Iterator[Hook]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found = Hook(f"http://127.0.0.1:{server.server_port}/hook", list(answers))
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield found
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as url:
+        found = Hook(f"{url}/hook", list(answers))
+        yield found
 
 
 def test_a_webhook_gets_the_status_of_the_finished_job(platform: Platform) -> None:

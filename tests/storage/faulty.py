@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal, NamedTuple, TypeVar
+
+from processes import answering
 
 Kind = Literal["429", "500", "503", "failed", "lost", "cut", "slow", "spoiled"]
 P = TypeVar("P", bound="Proxy")
@@ -120,7 +122,7 @@ def proxy(upstream: str, make: Callable[[str], P] = Proxy) -> Iterator[P]:  # ty
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815
 
-    with _serving(Handler) as url:
+    with answering(Handler) as url:
         known = make(url)
         yield known
 
@@ -171,27 +173,6 @@ def site(tls: ssl.SSLContext | None = None) -> Iterator[Site]:
             known.seen.append(self.path)
             known.pages.get(self.path, page(b"", status=404))(self)
 
-    with _serving(Handler, tls) as url:
+    with answering(Handler, tls) as url:
         known = Site(url)
         yield known
-
-
-@contextmanager
-def _serving(handler: type[BaseHTTPRequestHandler], tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128
-
-        def handle_error(self, *_: object) -> None:
-            """A client that went away is part of the game."""
-
-    server = Server(("127.0.0.1", 0), handler)
-    if tls is not None:
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
