@@ -548,7 +548,7 @@ def search(
 ) -> None:
     """Search a capsule."""
     from control_plane.reading.inspect import Files, opened_sidecar, vectors
-    from control_plane.reading.search import rank_all
+    from control_plane.reading.search import Searched, rank_all
     from control_plane.reading.search import search as find
     from control_plane.terminal import Show
 
@@ -557,15 +557,27 @@ def search(
     files = Files(capsule)
     with Show(json=json) as show, opened_sidecar(files) as sidecar:
         loaded = None if mode is Mode.lexical else vectors(files, sidecar, _Engines(os.environ).ask)
+        searched = [Searched(str(capsule), sidecar, loaded)]
         if queries is not None:
-            for answer in rank_all(sidecar, _queries(queries), mode=mode.value, vectors=loaded):
+            for answer in rank_all(searched, _queries(queries), mode=mode.value):
                 print(msgspec.json.encode(answer).decode())
             return
         assert query is not None
         query = _text(query)
-        hits = find(sidecar, query, mode=mode.value, limit=limit, vectors=loaded)
-        show.data({"query": query, "mode": mode.value, "hits": hits})
-        show.result(*(f"{hit.score:6.3f}  {hit.title}\n        {hit.id}\n        {hit.why}" for hit in hits))
+        hits = find(searched, query, mode=mode.value, limit=limit)
+        found = [
+            {
+                "id": node.id,
+                "uri": node.uri,
+                "kind": node.kind,
+                "title": node.title,
+                "score": score,
+                "why": why,
+            }
+            for _, node, score, why in hits
+        ]
+        show.data({"query": query, "mode": mode.value, "hits": found})
+        show.result(*(f"{hit.score:6.3f}  {hit.node.title}\n        {hit.node.id}\n        {hit.why}" for hit in hits))
         if not hits:
             show.result("Nothing found.")
 

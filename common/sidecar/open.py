@@ -95,10 +95,16 @@ class Edge(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """Which nodes a search looks at: those of these labels, and whose path starts so; all by default."""
+    """Which nodes a search looks at; all by default."""
 
-    labels: Sequence[str] = ()
+    labels: tuple[str, ...] = ()
+    """Nodes of any of these labels."""
     file_prefix: str | None = None
+    """Nodes whose path starts so."""
+    community: str | None = None
+    """Members of the community of this id."""
+    types: tuple[str, ...] = ()
+    """Nodes with a relationship of any of these types, in or out."""
 
 
 class Process(NamedTuple):
@@ -261,6 +267,19 @@ class Sidecar:
         """Positions of all nodes of a scope, in order; reads every node."""
         condition, parameters = _filter(scope)
         return self._column(f"SELECT id FROM nodes WHERE true{condition} ORDER BY id", *parameters)  # noqa: S608 - marks
+
+    def within(self, nodes: Sequence[Node], scope: Scope) -> list[Node]:
+        """Those of the nodes that a scope has, in their order."""
+        if scope == Scope():
+            return list(nodes)
+        condition, parameters = _filter(scope)
+        kept: set[int] = set()
+        for start in range(0, len(nodes), _MAX_VARIABLES):
+            some = [node.position for node in nodes[start : start + _MAX_VARIABLES]]
+            kept.update(
+                self._column(f"SELECT id FROM nodes WHERE id IN ({_marks(some)}){condition}", *some, *parameters)  # noqa: S608
+            )
+        return [node for node in nodes if node.position in kept]
 
     # --- edges ---
 
@@ -458,6 +477,19 @@ def _filter(scope: Scope) -> tuple[str, list[str]]:
     if scope.file_prefix is not None:
         condition += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
         parameters += [scope.file_prefix, scope.file_prefix + _LAST]
+    if scope.community is not None:
+        condition += (
+            " AND nodes.id IN (SELECT members.node FROM members JOIN nodes AS own ON own.id = members.community"
+            " WHERE own.node_id = ?)"
+        )
+        parameters.append(scope.community)
+    if scope.types:
+        wanted = f"type IN (SELECT id FROM types WHERE name IN ({_marks(scope.types)}))"  # noqa: S608
+        condition += (
+            f" AND (EXISTS (SELECT 1 FROM edges WHERE source = nodes.id AND {wanted})"  # noqa: S608
+            f" OR EXISTS (SELECT 1 FROM edges WHERE target = nodes.id AND {wanted}))"
+        )
+        parameters += [*scope.types, *scope.types]
     return condition, [_storable(text) for text in parameters]
 
 

@@ -15,7 +15,7 @@ from common.sidecar.build import SCHEMA_VERSION, snippet_of
 from common.sidecar.open import Edge, Node, Scope, Sidecar
 from common.text import split_identifier
 from control_plane.reading.library import OpenCapsule
-from control_plane.reading.search import MAX_LIMIT, PLAIN_LABELS, query_words, search
+from control_plane.reading.search import MAX_LIMIT, PLAIN_LABELS, Searched, query_words, search
 
 MAX_PATH_STEPS = 20_000
 """Calls followed for one ``call_trace``."""
@@ -480,8 +480,8 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
     limit = min(MAX_LIMIT, page.offset + given.limit + 1)
     warnings: list[str] = []
     semantic = False
-    hits = search(sidecar, given.query, mode="lexical", limit=limit, scope=scope)
-    score, factor = _coverage(sidecar, given.query, hits[0].id if hits else None)
+    hits = search([Searched("", sidecar)], given.query, mode="lexical", limit=limit, scope=scope)
+    score, factor = _coverage(given.query, hits[0].node if hits else None)
     if score < LOW_CONFIDENCE and query_words(given.query):
         try:
             known = capsule.vectors
@@ -492,17 +492,15 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
                     if time.monotonic() > until:
                         raise EmbeddingFailed("the question's vector was long in coming")
 
-                hits = search(
-                    sidecar, given.query, mode="hybrid", limit=limit, scope=scope, vectors=known, should_stop=in_time
-                )
+                searched = [Searched("", sidecar, known)]
+                hits = search(searched, given.query, limit=limit, scope=scope, should_stop=in_time)
                 semantic = True
         except InvalidRequest:
             warnings.append("SEMANTIC_MODEL_MISSING")
         except (EmbeddingFailed, ProviderRejected, DeviceFailed):
             warnings.append("SEMANTIC_UNAVAILABLE")
-    nodes = {node.id: node for node in map(sidecar.node, (hit.id for hit in hits[page.offset :])) if node}
     items = [
-        {**_item(nodes[hit.id]), "title": hit.title, "score": hit.score, "why": hit.why}
+        {**_item(hit.node), "title": hit.node.title, "score": hit.score, "why": hit.why}
         for hit in hits[page.offset : page.offset + given.limit]
     ]
     result = {"query": given.query, "scope": given.scope, "items": items, "semanticUsed": semantic}
@@ -510,9 +508,8 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
     return Answer(result, score, factors, warnings, items="items", more=len(hits) > page.offset + given.limit)
 
 
-def _coverage(sidecar: Sidecar, query: str, best: str | None) -> tuple[float, str]:
+def _coverage(query: str, node: Node | None) -> tuple[float, str]:
     """How sure a search by words is, from the words that its best hit has in its name and path."""
-    node = sidecar.node(best) if best else None
     if node is None:
         return 0.1, "no_match"
     if node.name == query.strip():

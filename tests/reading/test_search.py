@@ -17,7 +17,7 @@ from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from common.sidecar.build import SidecarBuilder
 from common.sidecar.open import Scope, Sidecar
-from control_plane.reading.search import MAX_LIMIT, Hit, Mode, Vectors, query_words, rank_all, search
+from control_plane.reading.search import MAX_LIMIT, Hit, Mode, Searched, Vectors, query_words, rank_all, search
 
 MODES: tuple[Mode, ...] = ("lexical", "semantic", "hybrid")
 
@@ -27,7 +27,11 @@ class Opened(NamedTuple):
     vectors: Vectors
 
     def search(self, query: str, mode: Mode = "hybrid", limit: int = 10, scope: Scope | None = None) -> list[Hit]:
-        return search(self.sidecar, query, mode=mode, limit=limit, scope=scope or Scope(), vectors=self.vectors)
+        return search(self.all, query, mode=mode, limit=limit, scope=scope or Scope())
+
+    @property
+    def all(self) -> list[Searched]:
+        return [Searched("example", self.sidecar, self.vectors)]
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +52,20 @@ def opened(real_graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("mode", ["lexical", "hybrid"])
 def test_an_exact_name_comes_first(opened: Opened, mode: Mode) -> None:
     first = opened.search("ProgressReporter", mode)[0]
-    assert first.title == "Class: ProgressReporter"
+    assert first.node.title == "Class: ProgressReporter"
     assert first.why.startswith("exact name")
-    assert first.uri == f"mv2://nodes/{first.id}"
+    assert first.node.uri == f"mv2://nodes/{first.node.id}"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_words_find_the_symbol_that_they_describe(opened: Opened, mode: Mode) -> None:
-    titles = [hit.title for hit in opened.search("report progress of a stage", mode)]
+    titles = [hit.node.title for hit in opened.search("report progress of a stage", mode)]
     assert any("ProgressReporter" in title or "report" in title for title in titles)
 
 
 def test_a_name_in_another_style_is_found_first(opened: Opened) -> None:
     first = opened.search("progress_reporter")[0]
-    assert first.title == "Class: ProgressReporter"
+    assert first.node.title == "Class: ProgressReporter"
     assert first.why.startswith("the same name written differently")
 
 
@@ -69,9 +73,9 @@ def test_a_name_in_another_style_is_found_first(opened: Opened) -> None:
 def test_scores_fall_and_equal_ones_are_ordered_by_id(opened: Opened, mode: Mode) -> None:
     hits = opened.search("capsule writer frames", mode, limit=200)
     assert len(hits) > 20
-    assert [(-hit.score, hit.id) for hit in hits] == sorted((-hit.score, hit.id) for hit in hits)
+    assert [(-hit.score, hit.node.id) for hit in hits] == sorted((-hit.score, hit.node.id) for hit in hits)
     assert hits == opened.search("capsule writer frames", mode, limit=200)
-    assert len({hit.id for hit in hits}) == len(hits)
+    assert len({hit.node.id for hit in hits}) == len(hits)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,10 +85,10 @@ def test_a_smaller_limit_gives_the_beginning_of_the_same_answer(opened: Opened, 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_filters_keep_labels_and_paths(opened: Opened, mode: Mode) -> None:
-    hits = opened.search("frames of a capsule", mode, scope=Scope(labels=["Class"], file_prefix="common/"))
+    hits = opened.search("frames of a capsule", mode, scope=Scope(labels=("Class",), file_prefix="common/"))
     assert hits
-    assert {hit.title.partition(":")[0] for hit in hits} == {"Class"}
-    assert all(":common/" in hit.id for hit in hits)
+    assert {hit.node.title.partition(":")[0] for hit in hits} == {"Class"}
+    assert all(":common/" in hit.node.id for hit in hits)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -122,8 +126,8 @@ def test_stop_words_are_dropped_unless_there_is_nothing_else() -> None:
 
 def test_semantic_search_needs_vectors_and_hybrid_does_without(opened: Opened) -> None:
     with pytest.raises(InvalidRequest, match="no vectors"):
-        search(opened.sidecar, "writer", mode="semantic")
-    assert search(opened.sidecar, "writer", mode="hybrid") != []
+        search([Searched("example", opened.sidecar)], "writer", mode="semantic")
+    assert search([Searched("example", opened.sidecar)], "writer", mode="hybrid") != []
 
 
 @pytest.mark.parametrize("limit", [0, -1, MAX_LIMIT + 1])
@@ -133,19 +137,19 @@ def test_a_limit_out_of_range_is_refused(opened: Opened, limit: int) -> None:
 
 
 def test_the_callers_of_what_fits_are_found_too(opened: Opened) -> None:
-    hits = search(opened.sidecar, "normalise_name", mode="lexical", limit=100)
-    node = opened.sidecar.node(hits[0].id)
+    hits = search(opened.all, "normalise_name", mode="lexical", limit=100)
+    node = opened.sidecar.node(hits[0].node.id)
     assert node
     assert node.name == "normalise_name"
     callers = {caller.id for caller in opened.sidecar.nodes(opened.sidecar.sources(node.position, "CALLS"))}
     assert callers
-    assert callers <= {hit.id for hit in hits}
+    assert callers <= {hit.node.id for hit in hits}
 
 
 def test_a_batch_ranks_as_single_queries_do(opened: Opened) -> None:
     queries = [("q1", "open the sidecar"), ("q2", ""), ("q3", "ProgressReporter")]
-    ranked = list(rank_all(opened.sidecar, queries, mode="hybrid", limit=20, vectors=opened.vectors))
+    ranked = list(rank_all(opened.all, queries, mode="hybrid", limit=20))
     assert ranked == [
-        {"query_id": query_id, "ranked": [hit.id for hit in opened.search(text, limit=20)]}
+        {"query_id": query_id, "ranked": [hit.node.id for hit in opened.search(text, limit=20)]}
         for query_id, text in queries
     ]
