@@ -47,7 +47,10 @@ from control_plane.operations.openapi import MCP
 from control_plane.operations.profiles import Profiles
 from control_plane.operations.retention import Retention
 from control_plane.reading.artifacts import Artifacts
-from control_plane.reading.mcp import mcp_route
+from control_plane.reading.library import Library
+from control_plane.reading.mcp_http import mcp_route
+from control_plane.reading.places import ExportPlaces
+from control_plane.reading.reader import Reader
 from handler.pool import WorkerPool
 from handler.protocol import ChildConfig
 
@@ -73,15 +76,10 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     notifier = Notifier(database, hub, backend.wake)
     retention = Retention(settings, store, storage, layout, backend)
     engines = OpenEngines(settings.engines(), storage)
-    mcp = mcp_route(
-        store,
-        settings.root,
-        Artifacts(storage, layout.copies, settings.mcp_cache_bytes),
-        _allowed(settings, engines),
-        response_budget_bytes=settings.mcp_response_budget_bytes,
-        allow_external_capsules=settings.mcp_allow_external_capsules,
-        cache_capacity=settings.mcp_cache_capacity,
-    )
+    artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes)
+    library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
+    places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
+    mcp = mcp_route(Reader(places, library, budget=settings.mcp_response_budget_bytes))
     parts: dict[str, Any] = {
         "store": store,
         "hub": hub,
@@ -123,6 +121,8 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             await pool.close()
             await notifier.stop()
             await database.close()
+            artifacts.close()
+            await asyncio.to_thread(library.close)
             await asyncio.to_thread(engines.close)
 
     app = Litestar(

@@ -35,7 +35,10 @@ from control_plane.errors import to_response
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.auth import BearerAuth
 from control_plane.reading.artifacts import Artifacts
-from control_plane.reading.mcp import mcp_route
+from control_plane.reading.library import Library
+from control_plane.reading.mcp_http import mcp_route
+from control_plane.reading.places import ExportPlaces
+from control_plane.reading.reader import Reader
 
 KEY = "test-key"
 GRAPHS = ["memvid-export.graph.ndjson.gz", "runpod-python.export.json.gz", "litestar.export.json.gz"]
@@ -108,14 +111,25 @@ class McpServer:
         exports: Exports,
         artifacts: Artifacts | None = None,
         engines: Engines = Engines(),  # noqa: B008 - immutable
-        **settings: Any,
+        response_budget_bytes: int = 65_536,
+        allow_external_capsules: bool = False,
+        cache_capacity: int = 16,
     ) -> None:
         artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
         self._engines = OpenEngines(engines)
-        route = mcp_route(exports, root, artifacts, self._engines.get, **settings)
+        library = Library(artifacts, self._engines.get, capacity=cache_capacity)
+        places = ExportPlaces(exports, root, external=allow_external_capsules)
+        route = mcp_route(Reader(places, library, budget=response_budget_bytes))
+
+        @asynccontextmanager
+        async def closing(_app: Litestar) -> AsyncIterator[None]:
+            yield
+            artifacts.close()
+            library.close()
+
         app = Litestar(
             [route.handler],
-            lifespan=[route.lifespan],
+            lifespan=[closing, route.lifespan],
             middleware=[BearerAuth(KEY)],
             logging_config=None,
             exception_handlers={Exception: to_response},

@@ -1,0 +1,246 @@
+"""Answers one question of a read tool: finds the capsule, asks the tool, and puts the answer in its envelope."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import sqlite3
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+import structlog
+
+from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, StorageFailed
+from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
+from control_plane.jobs.records import JobRecord
+from control_plane.reading.library import Library
+from control_plane.reading.places import Places
+from control_plane.reading.tools import REGISTRY, Answer, Arguments, NotFound, Page
+
+SCHEMA_VERSION = "gitnexus.mcp.v1"
+THREADS = 4
+"""Questions answered at once."""
+SECONDS = 20.0
+"""How long an answer may take."""
+_PAGING = frozenset({"locator", "cursor", "limit", "max_chars"})
+_SHORT = 200
+"""Characters that the texts of an item keep which alone passes the budget."""
+
+log = structlog.get_logger()
+
+
+class Reply(NamedTuple):
+    """What a question was answered with."""
+
+    body: bytes
+    """JSON: the envelope, or an error ``{code, message, traceId, retryable}``."""
+    is_error: bool
+
+
+class _Question(NamedTuple):
+    tool: str
+    given: Arguments
+    place: Path | JobRecord
+    trace_id: str
+    started: float
+
+
+class Reader:
+    """Answers the read tools over the capsules of ``places``."""
+
+    def __init__(self, places: Places, library: Library, *, budget: int) -> None:
+        """An answer has at most ``budget`` bytes."""
+        self._places = places
+        self._library = library
+        self._budget = budget
+        self._threads = anyio.CapacityLimiter(THREADS)
+
+    async def ask(self, tool: str, arguments: Mapping[str, Any]) -> Reply:
+        """Answer one call; raises nothing but cancellation."""
+        trace_id = uuid.uuid4().hex
+        started = time.perf_counter()
+        try:
+            if tool not in REGISTRY:
+                raise InvalidRequest(f"name: there is no tool {tool[:100]}", field="name")
+            given = _arguments(tool, arguments)
+            place = await self._places.find(given.locator)
+            question = _Question(tool, given, place, trace_id, started)
+            body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
+        except ExportError as error:
+            return Reply(error_body(error, trace_id), is_error=True)
+        except Exception as error:
+            # The boundary: what nobody foresaw is logged and answered.
+            log.error("read tool failed", tool=tool, trace_id=trace_id, exc_info=error)
+            unforeseen = ExportError("Something went wrong on our side; the log has it under this trace id.")
+            return Reply(error_body(unforeseen, trace_id), is_error=True)
+        return Reply(body, is_error=False)
+
+    def _answer(self, question: _Question) -> bytes:
+        try:
+            with self._library.lease(question.place) as capsule:
+                tag = _tag(question, capsule.sidecar.capsule_sha256)
+                page = Page(_offset(question.given.cursor, tag))
+                capsule.allow(SECONDS)
+                answer = REGISTRY[question.tool][1](capsule, question.given, page)
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
+        except sqlite3.DatabaseError as error:
+            # A sidecar that turns out to be damaged is built anew for the next question.
+            log.warning("damaged sidecar", trace_id=question.trace_id, exc_info=error)
+            self._library.discard(question.place)
+            raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
+        return _envelope(question, answer, page, tag, self._budget)
+
+
+def _arguments(tool: str, given: Mapping[str, Any]) -> Arguments:
+    try:
+        return msgspec.convert(given, REGISTRY[tool][0])
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        field = place.strip("`").lstrip(".") or "arguments"
+        raise InvalidRequest(f"{field}: {message}", field=field) from error
+
+
+def _tag(question: _Question, capsule_sha256: str) -> str:
+    """Ties a cursor to its question and capsule; how much a page holds may change from page to page."""
+    asked = {name: getattr(question.given, name) for name in question.given.__struct_fields__ if name not in _PAGING}
+    return hashlib.sha256(msgspec.json.encode([question.tool, capsule_sha256, asked])).hexdigest()[:16]
+
+
+def _cursor(offset: int, tag: str) -> str:
+    return base64.urlsafe_b64encode(f"{tag}{offset}".encode()).decode().rstrip("=")
+
+
+def _offset(cursor: str | None, tag: str) -> int:
+    if cursor is None:
+        return 0
+    try:
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except (binascii.Error, ValueError):
+        text = ""
+    offset = text[len(tag) :]
+    if not text.startswith(tag) or not offset.isdecimal() or len(offset) > 9:
+        raise InvalidRequest("cursor: not one that this question was answered with", field="cursor")
+    return int(offset)
+
+
+def _envelope(question: _Question, answer: Answer, page: Page, tag: str, budget: int) -> bytes:
+    """The answer as JSON of at most ``budget`` bytes: cut at an item, with a cursor that goes on there."""
+    score = round(min(1.0, max(0.0, answer.score)), 4)
+    tier = "high" if score >= 0.85 else "medium" if score >= 0.6 else "low"
+    warnings = list(answer.warnings)
+    found = answer.result[answer.items] if answer.items else None
+    result = dict(answer.result)
+    body = {
+        "schemaVersion": SCHEMA_VERSION,
+        "traceId": question.trace_id,
+        "tool": question.tool,
+        "confidence": {"score": score, "tier": tier, "factors": answer.factors, "warnings": warnings},
+        "result": result,
+        "pagination": {"nextCursor": _cursor(10**8, tag), "truncated": False, "returned": 0},
+        "timingMs": 10**6,
+    }
+    warnings.append("RESULT_TRUNCATED")
+    if answer.items:
+        result[answer.items] = "" if isinstance(found, str) else []
+    if answer.properties:
+        result[answer.properties] = {}
+    room = budget - len(msgspec.json.encode(body))
+    warnings.pop()
+    cut = False
+    if answer.properties:
+        result[answer.properties], cut = _fitting_properties(answer.result[answer.properties], room)
+    returned = 1
+    more = answer.more
+    if found is not None:
+        kept = _fitting_text(found, room) if isinstance(found, str) else _fitting_items(found, room, warnings)
+        cut = len(kept) < len(found)
+        more = more or cut
+        returned = len(kept)
+        result[answer.items or ""] = kept
+    if cut:
+        warnings.append("RESULT_TRUNCATED")
+    body["pagination"] = {
+        "nextCursor": _cursor(page.offset + returned, tag) if more and found is not None else None,
+        "truncated": more or cut,
+        "returned": returned,
+    }
+    body["timingMs"] = round(1000 * (time.perf_counter() - question.started))
+    return msgspec.json.encode(body)
+
+
+def _fitting_items(items: list[Any], room: int, warnings: list[str]) -> list[Any]:
+    kept: list[Any] = []
+    for item in items:
+        room -= len(msgspec.json.encode(item)) + 1
+        if room < 0:
+            break
+        kept.append(item)
+    if items and not kept:
+        warnings.append("ITEM_SHORTENED")
+        return [_shortened(items[0])]
+    return kept
+
+
+def _shortened(value: Any) -> Any:
+    """The value with long texts cut and long lists ended: one item that alone passes the budget."""
+    if isinstance(value, str):
+        return value if len(value) <= _SHORT else f"{value[:_SHORT]}...[truncated]"
+    if isinstance(value, list):
+        return [_shortened(item) for item in value[:20]]
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    return value
+
+
+def _fitting_text(text: str, room: int) -> str:
+    """The longest beginning whose JSON fits."""
+    low, high = 0, min(len(text), max(0, room))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(msgspec.json.encode(text[:middle])) - 2 <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low]
+
+
+def _fitting_properties(properties: dict[str, Any], room: int) -> tuple[dict[str, Any], bool]:
+    """The properties without the largest ones that do not fit, and whether any had to go."""
+    sizes = {key: len(msgspec.json.encode({key: value})) - 1 for key, value in properties.items()}
+    total = sum(sizes.values())
+    gone: set[str] = set()
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        if total <= room:
+            break
+        total -= sizes[key]
+        gone.add(key)
+    return {key: value for key, value in properties.items() if key not in gone}, bool(gone)
+
+
+def error_body(error: ExportError, trace_id: str) -> bytes:
+    """The JSON ``{code, message, traceId, retryable}`` of an error."""
+    code = _CODES.get(type(error), "INTERNAL_ERROR")
+    # Of our own failures the retryable ones say so; a wrong question stays wrong.
+    retryable = code in ("INDEX_BUILD_IN_PROGRESS", "RATE_LIMITED", "TIMEOUT", "INTERNAL_ERROR")
+    body = {"code": code, "message": error.message, "traceId": trace_id, "retryable": retryable}
+    return msgspec.json.encode(body)
+
+
+_CODES: dict[type[ExportError], str] = {
+    InvalidRequest: "INVALID_ARGUMENT",
+    NotFound: "NOT_FOUND",
+    CapsuleUnreadable: "CAPSULE_INCOMPATIBLE",
+    IndexBuildInProgress: "INDEX_BUILD_IN_PROGRESS",
+    TimedOut: "TIMEOUT",
+    RateLimited: "RATE_LIMITED",
+    StorageFailed: "INTERNAL_ERROR",
+}
