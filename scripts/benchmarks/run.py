@@ -42,6 +42,7 @@ from common.sidecar.build import SidecarBuilder  # noqa: E402
 from scripts.benchmarks.control_plane import cold_start, files, overhead, servers  # noqa: E402
 from scripts.benchmarks.embedding import compare, static_rate  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
+from scripts.benchmarks.reading import CLIENTS, PACE, Times, measure, synthetic  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 from scripts.benchmarks.vector_cache import engine, largest, rates, repeats, times_faster  # noqa: E402
 
@@ -392,6 +393,33 @@ def control_plane(folder: Path, *, short: bool) -> list[Row]:
     return [*rows, row("cold start of a worker to its first job", statistics.median(times), "s", note, at_most=5)]
 
 
+def reading(folder: Path, *, short: bool) -> list[Row]:
+    """The read tools of a server, over HTTP: alone, by many at a pace, and by many back to back."""
+    graphs = {"synthetic": synthetic(*((2_000, 4_800) if short else (50_000, 120_000)))}
+    litestar = SHARED / "litestar.export.json.gz"
+    if litestar.exists() and not short:
+        graphs["litestar"] = json.loads(gzip.decompress(litestar.read_bytes()))
+        graphs["litestar"]["options"]["semanticEnabled"] = True
+    rows = []
+    for name, graph in graphs.items():
+        found = measure(folder / name, graph, count=64 if short else 2_000)
+        of = f"{found.nodes:,} nodes, {found.relationships:,} relationships"
+        for tool in found.tools:
+            rows += [
+                _asked(f"{tool.tool}: {name}, {CLIENTS} clients back to back", tool.crowd, tool.goal),
+                _asked(f"  {CLIENTS} clients, {PACE:.0f} questions/s each", tool.paced, tool.goal),
+                _asked("  alone", tool.alone, tool.goal),
+            ]
+        more = f"{of}, static vectors; {found.before:,.0f} MB before the first question"
+        rows.append(row(f"memory for questions: {name}", found.after - found.before, "MB", more, at_most=300))
+    return rows
+
+
+def _asked(name: str, times: Times, goal: float) -> Row:
+    note = f"p95 of {len(times.seconds):,}; p50 {times.at(0.5):.1f}, p99 {times.at(0.99):.1f}; {times.rate:,.0f}/s"
+    return row(name, times.at(0.95), "ms", note, at_most=goal)
+
+
 def _p95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
@@ -402,6 +430,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "sidecar": sidecar,
     "service": service,
     "control-plane": control_plane,
+    "reading": reading,
     "storage": storage,
     "cache": cache,
     "embedding": embedding,
