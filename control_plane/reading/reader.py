@@ -8,7 +8,8 @@ import hashlib
 import sqlite3
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ import structlog
 from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, StorageFailed
 from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
-from control_plane.reading.library import Library
+from control_plane.reading.inspect import META_URI
+from control_plane.reading.library import Library, OpenCapsule
 from control_plane.reading.places import Places
-from control_plane.reading.tools import REGISTRY, Answer, Arguments, NotFound, Page
+from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page
 
 SCHEMA_VERSION = "gitnexus.mcp.v1"
 THREADS = 4
@@ -81,22 +83,46 @@ class Reader:
             return Reply(error_body(unforeseen, trace_id), is_error=True)
         return Reply(body, is_error=False)
 
-    def _answer(self, question: _Question) -> bytes:
+    async def document(self, uri: str, locator: Locator | None) -> str:
+        """The manifest of a capsule as JSON, or the text of one of its other documents, by uri.
+
+        Raises NotFound, InvalidRequest, CapsuleUnreadable, IndexBuildInProgress, StorageFailed, TimedOut.
+        """
+        place = await self._places.find(locator)
+        return await anyio.to_thread.run_sync(self._document, place, uri, limiter=self._threads)
+
+    def _document(self, place: Path | JobRecord, uri: str) -> str:
+        with self._opened(place, uuid.uuid4().hex) as capsule:
+            if uri == META_URI and capsule.sidecar.manifest:
+                return capsule.sidecar.manifest
+            position = capsule.sidecar.document(uri)
+            if position is None:
+                raise NotFound(f"This capsule has no document {uri[:200]}", field="uri")
+            text, _, _ = capsule.frame(position).text.rpartition("\nmetadata=")
+            return text
+
+    @contextmanager
+    def _opened(self, place: Path | JobRecord, trace_id: str) -> Iterator[OpenCapsule]:
+        """A capsule for one question, which may take ``SECONDS``."""
         try:
-            with self._library.lease(question.place) as capsule:
-                tag = _tag(question, capsule.sidecar.capsule_sha256)
-                page = Page(_offset(question.given.cursor, tag))
+            with self._library.lease(place) as capsule:
                 capsule.allow(SECONDS)
-                answer = REGISTRY[question.tool][1](capsule, question.given, page)
+                yield capsule
         except sqlite3.OperationalError as error:
             if "interrupted" not in str(error):
                 raise
             raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
         except sqlite3.DatabaseError as error:
             # A sidecar that turns out to be damaged is built anew for the next question.
-            log.warning("damaged sidecar", trace_id=question.trace_id, exc_info=error)
-            self._library.discard(question.place)
+            log.warning("damaged sidecar", trace_id=trace_id, exc_info=error)
+            self._library.discard(place)
             raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
+
+    def _answer(self, question: _Question) -> bytes:
+        with self._opened(question.place, question.trace_id) as capsule:
+            tag = _tag(question, capsule.sidecar.capsule_sha256)
+            page = Page(_offset(question.given.cursor, tag))
+            answer = REGISTRY[question.tool][1](capsule, question.given, page)
         return _envelope(question, answer, page, tag, self._budget)
 
 
