@@ -12,10 +12,11 @@ from litestar.handlers import HTTPRouteHandler
 from control_plane.operations.auth import OPEN
 
 _FILES = Path(__file__).parent / "static"
+_SCRIPTS = ["api", "charts", "dashboard", "dom", "exports", "graph", "report", "search", "timeline", "walk", "words"]
 # The framework adds the charset to text.
 _TYPES = {
     "index.html": "text/html",
-    "dashboard.js": "text/javascript",
+    **{f"{name}.js": "text/javascript" for name in _SCRIPTS},
     "dashboard.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
