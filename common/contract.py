@@ -192,6 +192,76 @@ class ErrorBody(Wire, kw_only=True):
     error: ErrorInfo
 
 
+# --- reading ----------------------------------------------------------------------
+
+
+class SearchHit(Wire, kw_only=True):
+    """A node that fits a question; ``score`` compares hits of one answer only, ``why`` says what matched."""
+
+    job_id: str
+    id: str
+    uri: str
+    kind: str
+    label: str
+    name: str
+    title: str
+    file_path: str | None
+    start_line: int | None
+    """Lines as the graph gives them."""
+    end_line: int | None
+    score: float
+    why: str
+
+
+class SearchAnswer(Wire, kw_only=True):
+    """``GET /v1/exports/{jobId}/search``; best hits first."""
+
+    query: str
+    mode: str
+    semantic_used: bool
+    hits: list[SearchHit]
+    warnings: list[str]
+
+
+class QueueStats(Wire, kw_only=True):
+    """The queue now."""
+
+    queued: int
+    running: int
+    capacity: int
+    oldest_seconds: float
+    """That the oldest waiting job has waited; 0 where none does."""
+
+
+class StatsBucket(Wire, kw_only=True):
+    """What happened from ``start`` on for ``bucketSeconds``; ``frames`` are those of the completed exports."""
+
+    start: str
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    canceled: int = 0
+    frames: int = 0
+
+
+class FailureCount(Wire, kw_only=True):
+    """How many jobs ended with an error of this code."""
+
+    code: str
+    count: int
+
+
+class Stats(Wire, kw_only=True):
+    """``GET /v1/stats``: the queue, and the jobs of the last hours in equal buckets, oldest first, none left out."""
+
+    at: str
+    queue: QueueStats
+    bucket_seconds: int
+    buckets: list[StatsBucket]
+    failures: list[FailureCount]
+    """Most frequent first."""
+
+
 # --- worker ---------------------------------------------------------------------
 
 

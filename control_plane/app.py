@@ -33,6 +33,7 @@ from control_plane.errors import to_response
 from control_plane.exports.hooks import hook_route
 from control_plane.exports.intake import Intake
 from control_plane.exports.routes import ExportController
+from control_plane.exports.search import ExportSearch
 from control_plane.exports.service import ExportService
 from control_plane.jobs.database import Database
 from control_plane.jobs.hub import EventHub
@@ -46,6 +47,7 @@ from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
 from control_plane.operations.profiles import Profiles
 from control_plane.operations.retention import Retention
+from control_plane.operations.stats import StatsController
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
 from control_plane.reading.mcp_http import mcp_route
@@ -80,13 +82,15 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
     places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
     mcp = mcp_route(Reader(places, library, budget=settings.mcp_response_budget_bytes))
+    exports = ExportService(store, hub, storage, backend, max_streams=settings.max_streams)
     parts: dict[str, Any] = {
         "store": store,
         "hub": hub,
         "layout": layout,
         "backend": backend,
         "metrics": metrics,
-        "exports": ExportService(store, hub, storage, backend, max_streams=settings.max_streams),
+        "exports": exports,
+        "search": ExportSearch(exports, library),
         "intake": Intake(
             store,
             storage,
@@ -130,6 +134,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             ExportController,
             *hooks,
             HealthController,
+            StatsController,
             metrics_route(need_key=settings.metrics_need_key),
             *dashboard_routes(),
             mcp.handler,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
@@ -104,6 +105,13 @@ class TimedOut(ExportError):
     retryable = True
 
 
+class SemanticUnavailable(ExportError):
+    """The engine that made a capsule's vectors does not answer a question now."""
+
+    code = "SEMANTIC_UNAVAILABLE"
+    retryable = True
+
+
 STATUS: dict[str, int] = {
     "UNAUTHORIZED": 401,
     "INVALID_EXPORT_REQUEST": 400,
@@ -121,9 +129,13 @@ STATUS: dict[str, int] = {
     "PLATFORM_UNAVAILABLE": 503,
     "STORAGE_FAILED": 503,
     "WORKER_LOST": 503,
+    "INDEX_BUILD_IN_PROGRESS": 503,
+    "SEMANTIC_UNAVAILABLE": 503,
+    "TIMEOUT": 503,
 }
 """HTTP status of each code; any other code is a 500."""
 
+_MISSING = re.compile(r"Missing required query parameter '(\w+)'")
 _FRAMEWORK: dict[int, type[ExportError]] = {404: NotFound, 405: MethodNotAllowed}
 
 
@@ -176,7 +188,12 @@ def _known(error: Exception) -> ExportError | None:
         return kind("There is no such route." if error.status_code == 404 else "This route does not know that method.")
     wrong = [item for item in error.extra if "key" in item] if isinstance(error.extra, list) else []
     if not wrong:
-        return InvalidRequest(error.detail)
+        missing = _MISSING.match(error.detail)
+        return (
+            InvalidRequest(f"{missing[1]}: must be given", field=missing[1])
+            if missing
+            else InvalidRequest(error.detail)
+        )
     what = "; ".join(f"{_wire_name(item)}: {_said(item['message'])}" for item in wrong)
     return InvalidRequest(what, field=_wire_name(wrong[0]))
 

@@ -194,9 +194,31 @@ class Sidecar:
         counts["files"] = self._count("SELECT count(node) FROM files")
         return counts
 
+    def document(self, uri: str) -> int | None:
+        """The position of the frame of the manifest or of a page of the guide."""
+        return _first(iter(self._column("SELECT id FROM documents WHERE uri = ?", _storable(uri))))
+
     def labels(self) -> list[str]:
         """The labels of nodes, in order."""
         return [name for (name,) in self._db.execute("SELECT DISTINCT name FROM labels ORDER BY name")]
+
+    def types(self) -> list[str]:
+        """The types of relationships, in order."""
+        return sorted(self._types)
+
+    def is_community(self, node_id: str) -> bool:
+        """Whether there is a community of that id."""
+        row = self._db.execute(
+            "SELECT 1 FROM nodes JOIN communities ON communities.id = nodes.id WHERE nodes.key = ? AND node_id = ?",
+            (node_key(_storable(node_id)), _storable(node_id)),
+        )
+        return row.fetchone() is not None
+
+    def has_path(self, prefix: str) -> bool:
+        """Whether any node's path starts so."""
+        prefix = _storable(prefix)
+        rows = self._db.execute("SELECT 1 FROM files WHERE path >= ? AND path < ? LIMIT 1", (prefix, prefix + _LAST))
+        return rows.fetchone() is not None
 
     def stop_when(self, should_stop: Callable[[], bool] | None) -> None:
         """Ask ``should_stop`` now and then while a query runs; one that it ends raises sqlite3.OperationalError."""

@@ -66,6 +66,7 @@ class Endings:
             backend=self._backend,
             output=msgspec.json.encode(output).decode(),
             manifest=msgspec.json.encode(manifest).decode(),
+            frames=manifest.frames,
             expires_at=now + self._settings.retention_seconds * 1000,
         )
         if not moved:
@@ -128,7 +129,8 @@ class Endings:
         told = job_error(error)
         meta = {"code": told.code, "retryable": told.retryable}
         event = NewEvent("job_failed", step("failed", 0, told.message, meta))
-        if await self._settle(job, "failed", event, error=msgspec.json.encode(told).decode()):
+        error_text = msgspec.json.encode(told).decode()
+        if await self._settle(job, "failed", event, error=error_text, error_code=told.code):
             await self.remove_files(job.id)
         else:
             await self._now_gone(job, "failed")

@@ -12,12 +12,15 @@ from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import Parameter
 from litestar.types import ASGIApp
 
-from common.contract import EventPage, Job, JobCreated, JobPage, Report, Status
+from common.contract import EventPage, Job, JobCreated, JobPage, Report, SearchAnswer, Status
 from common.errors import InvalidRequest
 from control_plane.exports.intake import CONTENT_TYPES, Intake
+from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
 from control_plane.operations.openapi import error_specs
+from control_plane.reading.ask import MAX_CAPSULES
+from control_plane.reading.search import MAX_QUERY_CHARS
 
 MAX_DIGITS = 18
 
@@ -67,6 +70,8 @@ _GRAPH = Schema(
     },
 )
 _SEQ = {"type": OpenAPIType.INTEGER, "minimum": 0, "default": 0}
+_MODE = {"enum": list(MODES)}
+_LIMIT = {"minimum": 1, "maximum": MAX_HITS}
 _BINARY = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
 
 
@@ -259,6 +264,46 @@ class ExportController(Controller):
     async def manifest(self, request: Request[Any, Any, Any], exports: ExportService, job_id: str) -> ASGIApp:
         """Hashes, counts and versions of all files."""
         return await exports.manifest(job_id, request.headers)
+
+    @get(
+        "/{job_id:str}/search",
+        operation_id="searchExport",
+        summary="Search the capsule of an export, or those of several",
+        responses=_errors(
+            "INVALID_EXPORT_REQUEST",
+            "JOB_NOT_FOUND",
+            "ARTIFACT_NOT_READY",
+            "JOB_EXPIRED",
+            "ARTIFACT_MISSING",
+            "INDEX_BUILD_IN_PROGRESS",
+            "SEMANTIC_UNAVAILABLE",
+            "STORAGE_FAILED",
+            "TIMEOUT",
+        ),
+    )
+    async def search(
+        self,
+        search: ExportSearch,
+        job_id: str,
+        *,
+        q: Annotated[str, Parameter(description=f"Words, or a name; at most {MAX_QUERY_CHARS:,} characters")],
+        mode: Annotated[str, Parameter(schema_extra=_MODE, description="By words, by meaning, or both")] = "hybrid",
+        limit: Annotated[int, Parameter(schema_extra=_LIMIT, description=f"1 to {MAX_HITS}")] = 20,
+        label: Annotated[list[str] | None, Parameter(description="Only nodes with one of these labels")] = None,
+        file: Annotated[str | None, Parameter(description="Only nodes whose path begins so")] = None,
+        community: Annotated[str | None, Parameter(description="Only members of the community of this id")] = None,
+        type_: Annotated[
+            list[str] | None,
+            Parameter(query="type", description="Only nodes with a relationship of one of these types"),
+        ] = None,
+        also: Annotated[
+            list[str] | None,
+            Parameter(description=f"Exports searched together with this one, {MAX_CAPSULES - 1} at most"),
+        ] = None,
+    ) -> SearchAnswer:
+        """Best first. `warnings` says where `hybrid` had to do without vectors that are there."""
+        question = Question(q, mode, limit, label or (), file, community, type_ or (), also or ())
+        return await search.search(job_id, question)
 
     @get("/{job_id:str}/report", operation_id="getReport", summary="Report", responses=_errors("JOB_NOT_FOUND"))
     async def report(self, exports: ExportService, job_id: str) -> Report:

@@ -84,7 +84,7 @@ class ExportService:
 
     async def download(self, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
         """A part of the capsule."""
-        job, manifest = await self._finished(job_id)
+        job, manifest = await self.finished(job_id)
         if not 1 <= part <= len(manifest.parts):
             raise InvalidRequest(f"part must be 1 to {len(manifest.parts)}.", field="part", allowed=len(manifest.parts))
         found = manifest.parts[part - 1]
@@ -97,7 +97,7 @@ class ExportService:
 
     async def sidecar(self, job_id: str, headers: Mapping[str, str]) -> Download:
         """The SQLite index."""
-        job, manifest = await self._finished(job_id)
+        job, manifest = await self.finished(job_id)
         name = manifest.sidecar_file_name
         artifact = Artifact(
             self._ref(job, name),
@@ -110,7 +110,7 @@ class ExportService:
 
     async def manifest(self, job_id: str, headers: Mapping[str, str]) -> Download:
         """The manifest, byte by byte as it was published."""
-        job, manifest = await self._finished(job_id)
+        job, manifest = await self.finished(job_id)
         assert job.output is not None
         ref = job.output.manifest_ref
         size, sha256 = await asyncio.to_thread(self._hash, ref)
@@ -126,7 +126,8 @@ class ExportService:
             digest.update(piece)
         return size, digest.hexdigest()
 
-    async def _finished(self, job_id: str) -> tuple[JobRecord, Manifest]:
+    async def finished(self, job_id: str) -> tuple[JobRecord, Manifest]:
+        """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady."""
         job = await self.record(job_id)
         if job.status == "expired" or (job.expires_at is not None and job.expires_at <= now_ms()):
             raise JobExpired("The files of this export were removed after their time.")

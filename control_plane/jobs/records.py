@@ -90,6 +90,10 @@ class JobRecord:
     submitted_at: int | None
     secret: str
     """Stands in the webhook's path."""
+    frames: int | None
+    """Of the capsule; what it was made of is in ``manifest``."""
+    error_code: str | None
+    """That of ``error``, for counting."""
 
     @classmethod
     def of(cls, row: Row[Any]) -> JobRecord:

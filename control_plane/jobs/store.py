@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, text, tuple_, update
+from sqlalchemy import delete, func, insert, literal, select, text, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from common.contract import Event, Progress, Status
@@ -47,7 +47,8 @@ class JobStore:
         self.replica = replica
         self._database = database
         self._hub = hub
-        self._capacity = queue_capacity
+        self.capacity = queue_capacity
+        """Jobs that may wait at once."""
 
     async def create(self, job: NewJob, idempotency_key: str | None = None) -> tuple[JobRecord, bool]:
         """Queue a job; with a key that was used before for the same body, answer that job and False.
@@ -101,14 +102,14 @@ class JobStore:
                     insert(idempotency_keys).values(key=key, job_id=job.id, body_sha256=job.payload_sha256)
                 )
             queued = await connection.scalar(select(func.count()).where(jobs.c.status == "queued"))
-            if queued is not None and queued > self._capacity:
+            if queued is not None and queued > self.capacity:
                 raise self._full()
             record = JobRecord.of(row)
             announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
 
     def _full(self) -> QueueUnavailable:
-        return QueueUnavailable(f"The queue is full ({self._capacity:,} jobs are waiting). Try again later.")
+        return QueueUnavailable(f"The queue is full ({self.capacity:,} jobs are waiting). Try again later.")
 
     async def find_key(self, key: str, body_sha256: str) -> JobRecord | None:
         """The job that a key stands for. Raises InvalidRequest when it came with another body."""
@@ -318,6 +319,35 @@ class JobStore:
             query = query.where(jobs.c.profile == profile)
         async with self._database.read.connect() as connection:
             return await connection.scalar(query) or 0
+
+    async def running(self) -> int:
+        """How many jobs run."""
+        async with self._database.read.connect() as connection:
+            return await connection.scalar(select(func.count()).where(jobs.c.status == "running")) or 0
+
+    async def submissions(self, step: int, since: int) -> list[tuple[int, int]]:
+        """(bucket, jobs) of those that came at ``since`` or later; bucket ``n`` begins ``n`` times ``step``
+        milliseconds after 1970."""
+        bucket = (jobs.c.created_at // literal(step, literal_execute=True)).label("bucket")
+        query = select(bucket, func.count()).where(jobs.c.created_at >= since).group_by("bucket")
+        async with self._database.read.connect() as connection:
+            return [(row[0], row[1]) for row in await connection.execute(query)]
+
+    async def endings(self, step: int, since: int) -> list[tuple[int, Status, str | None, int, int | None]]:
+        """(bucket, status, error code, jobs, frames) of those that ended at ``since`` or later, buckets as in
+        ``submissions``; one that has expired has frames where it was completed before."""
+        bucket = (jobs.c.finished_at // literal(step, literal_execute=True)).label("bucket")
+        made = jobs.c.frames.is_not(None)
+        query = (
+            select(bucket, jobs.c.status, jobs.c.error_code, func.count(), func.sum(jobs.c.frames))
+            .where(jobs.c.finished_at >= since)
+            .group_by("bucket", jobs.c.status, jobs.c.error_code, made)
+        )
+        async with self._database.read.connect() as connection:
+            return [
+                (row[0], row[1], row[2], row[3], None if row[4] is None else int(row[4]))
+                for row in await connection.execute(query)
+            ]
 
     async def counts(self) -> dict[Status, int]:
         """How many jobs are in each state that has any."""

@@ -44,9 +44,12 @@ jobs = Table(
     Column("runpod_id", String(128)),
     Column("submitted_at", BigInteger),
     Column("secret", String(64), nullable=False),
+    Column("frames", BigInteger),
+    Column("error_code", String(64)),
     Index("ix_jobs_status_created", "status", "created_at", "id"),
     Index("ix_jobs_created", "created_at", "id"),
     Index("ix_jobs_owner_status", "owner", "status"),
+    Index("ix_jobs_finished", "finished_at", "status", "error_code", "frames"),
 )
 
 events = Table(

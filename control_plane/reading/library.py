@@ -7,10 +7,10 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,19 @@ class Library:
         """
         with self._artifacts.held(place, PATIENCE) as held, self._leased(held) as capsule:
             yield capsule
+
+    @contextmanager
+    def lease_all(self, places: Mapping[str, Path | JobRecord]) -> Iterator[list[tuple[str, OpenCapsule]]]:
+        """Open capsules with the names that they are given, in that order; one that has two comes once, by its first.
+
+        All are leased in the order of their paths, so that no two users wait for each other. Raises as ``lease``.
+        """
+        named: dict[Path, str] = {}
+        for name, place in places.items():
+            named.setdefault(self._artifacts.path(place), name)
+        with ExitStack() as leases:
+            opened = {name: leases.enter_context(self.lease(places[name])) for _, name in sorted(named.items())}
+            yield [(name, opened[name]) for name in named.values()]
 
     @contextmanager
     def _leased(self, held: Held) -> Iterator[OpenCapsule]:

@@ -1,0 +1,151 @@
+"""Search over the capsules of completed exports, for HTTP."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Final, NamedTuple, cast, get_args
+
+import anyio
+import structlog
+
+from common.contract import SearchAnswer, SearchHit
+from common.errors import CapsuleUnreadable, DeviceFailed, EmbeddingFailed, InvalidRequest, ProviderRejected
+from common.sidecar.open import Scope
+from control_plane.errors import ArtifactMissing, IndexBuildInProgress, SemanticUnavailable, TimedOut
+from control_plane.exports.service import ExportService
+from control_plane.jobs.records import JobRecord
+from control_plane.reading.ask import MAX_CAPSULES, Found, Names, find
+from control_plane.reading.library import Library
+from control_plane.reading.search import MAX_QUERY_CHARS, Hit, Mode
+
+THREADS = 4
+"""Questions answered at once; others wait their turn, and no longer than they may take."""
+SECONDS = 20.0
+"""How long an answer may take, and how long a question waits for its turn."""
+MAX_HITS = 200
+MAX_FILTERS = 50
+"""Labels, or types, of one question."""
+MAX_FILTER_CHARS = 4096
+MODES: Final = get_args(Mode)
+
+log = structlog.get_logger()
+
+
+class Question(NamedTuple):
+    """What a client asks, as it came."""
+
+    query: str
+    mode: str
+    limit: int
+    labels: Sequence[str]
+    file: str | None
+    community: str | None
+    types: Sequence[str]
+    also: Sequence[str]
+    """Ids of further exports."""
+
+
+class ExportSearch:
+    """Answers questions over exports in a few threads of its own."""
+
+    def __init__(self, exports: ExportService, library: Library) -> None:
+        self._exports = exports
+        self._library = library
+        self._threads = anyio.CapacityLimiter(THREADS)
+
+    async def search(self, job_id: str, question: Question) -> SearchAnswer:
+        """The nodes of exports that fit a question.
+
+        Raises InvalidRequest; JobNotFound, ArtifactNotReady, JobExpired, ArtifactMissing; IndexBuildInProgress,
+        TimedOut, SemanticUnavailable, StorageFailed.
+        """
+        _check(question)
+        jobs: dict[str, JobRecord] = {}
+        for found in dict.fromkeys([job_id, *question.also]):
+            jobs[found], _ = await self._exports.finished(found)
+        answer: SearchAnswer | None = None
+        with anyio.move_on_after(SECONDS):  # while it waits for a thread; one that runs ends by its own clock
+            answer = await anyio.to_thread.run_sync(self._answer, jobs, question, limiter=self._threads)
+        if answer is None:
+            raise TimedOut("Too many questions are asked at once; try again.")
+        return answer
+
+    def _answer(self, jobs: dict[str, JobRecord], question: Question) -> SearchAnswer:
+        try:
+            found = self._find(jobs, question)
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            raise TimedOut("The answer took too long; ask with fewer words, or of fewer exports.") from error
+        except sqlite3.DatabaseError as error:
+            # A sidecar that turns out to be damaged is built anew for the next question.
+            log.warning("damaged sidecar", jobs=list(jobs), exc_info=error)
+            for job in jobs.values():
+                self._library.discard(job)
+            raise IndexBuildInProgress("The index of an export is damaged and is built anew; ask again.") from error
+        except CapsuleUnreadable as error:
+            raise ArtifactMissing(f"The files of an export cannot be read: {error.message}") from error
+        except (EmbeddingFailed, ProviderRejected, DeviceFailed) as error:
+            message = f"The engine for questions gave no vector ({error.message}); lexical and hybrid need none."
+            raise SemanticUnavailable(message, field="mode") from error
+        return SearchAnswer(
+            query=question.query,
+            mode=question.mode,
+            semantic_used=found.semantic_used,
+            hits=[_shown(hit) for hit in found.hits],
+            warnings=found.warnings,
+        )
+
+    def _find(self, jobs: dict[str, JobRecord], question: Question) -> Found:
+        scope = Scope(
+            labels=tuple(question.labels),
+            file_prefix=question.file or None,
+            community=question.community or None,
+            types=tuple(question.types),
+        )
+        with self._library.lease_all(jobs) as capsules:
+            for _, capsule in capsules:
+                capsule.allow(SECONDS)
+            mode = cast(Mode, question.mode)
+            return find(capsules, question.query, mode=mode, limit=question.limit, scope=scope, names=Names())
+
+
+def _shown(hit: Hit) -> SearchHit:
+    node = hit.node
+    return SearchHit(
+        job_id=hit.capsule,
+        id=node.id,
+        uri=node.uri,
+        kind=node.kind,
+        label=node.label,
+        name=node.name,
+        title=node.title,
+        file_path=node.file_path,
+        start_line=node.start_line,
+        end_line=node.end_line,
+        score=hit.score,
+        why=hit.why,
+    )
+
+
+def _check(question: Question) -> None:
+    if question.mode not in MODES:
+        raise InvalidRequest(f"mode must be one of {', '.join(MODES)}.", field="mode", allowed=list(MODES))
+    if not 1 <= question.limit <= MAX_HITS:
+        raise InvalidRequest(f"limit must be 1 to {MAX_HITS}.", field="limit", allowed=[1, MAX_HITS])
+    if len(question.query) > MAX_QUERY_CHARS:
+        message = f"q must have at most {MAX_QUERY_CHARS:,} characters."
+        raise InvalidRequest(message, field="q", allowed=MAX_QUERY_CHARS)
+    for field, most, values in (
+        ("label", MAX_FILTERS, question.labels),
+        ("type", MAX_FILTERS, question.types),
+        ("also", MAX_CAPSULES - 1, question.also),
+        ("file", 1, [question.file or ""]),
+        ("community", 1, [question.community or ""]),
+    ):
+        if len(values) > most:
+            raise InvalidRequest(f"{field} may be given at most {most} times.", field=field, allowed=most)
+        if any(len(value) > MAX_FILTER_CHARS for value in values):
+            message = f"{field} must have at most {MAX_FILTER_CHARS:,} characters."
+            raise InvalidRequest(message, field=field, allowed=MAX_FILTER_CHARS)

@@ -1,0 +1,113 @@
+"""A question to one or several open capsules: its filters are checked, and words answer where meaning cannot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from common.errors import DeviceFailed, EmbeddingFailed, InvalidRequest, ProviderRejected
+from common.sidecar.open import Scope, Sidecar
+from control_plane.reading.library import OpenCapsule
+from control_plane.reading.search import Hit, Mode, Searched, search
+
+MEANING_SECONDS = 5.0
+"""That a question's vector may take; without one the answer is what words find."""
+MAX_CAPSULES = 8
+"""Searched together."""
+MAX_LISTED = 40
+"""Labels or types that an error names."""
+AWAY = (EmbeddingFailed, ProviderRejected, DeviceFailed)
+"""What an engine raises that gives a question no vector."""
+
+
+class Names(NamedTuple):
+    """What a door calls the filters of a ``Scope``, for errors."""
+
+    label: str = "label"
+    file: str = "file"
+    community: str = "community"
+    type: str = "type"
+
+
+class Found(NamedTuple):
+    """The hits of a question, and how it was answered."""
+
+    hits: list[Hit]
+    semantic_used: bool
+    warnings: list[str]
+    """``SEMANTIC_MODEL_MISSING``: a capsule's model may not, or cannot, be asked here. ``SEMANTIC_UNAVAILABLE``: its
+    engine gave no vector. What words find is there in both cases."""
+
+
+def find(
+    capsules: Sequence[tuple[str, OpenCapsule]], query: str, *, mode: Mode, limit: int, scope: Scope, names: Names
+) -> Found:
+    """Search capsules by their names; ``hybrid`` does without the vectors that cannot be asked, ``semantic`` does not.
+
+    Raises InvalidRequest (a filter that nothing here has, ``semantic`` without vectors or their engine), what an
+    engine does, and what ``OpenCapsule.vectors`` does.
+    """
+    check_scope([capsule.sidecar for _, capsule in capsules], scope, names)
+    warnings: dict[str, None] = {}
+    searched = []
+    for name, capsule in capsules:
+        vectors = None
+        if mode != "lexical":
+            try:
+                vectors = capsule.vectors
+            except InvalidRequest as error:
+                if mode == "semantic":
+                    message = f"mode: {error.message}; lexical and hybrid need no such engine"
+                    raise InvalidRequest(message, field="mode", allowed=["lexical", "hybrid"]) from error
+                warnings["SEMANTIC_MODEL_MISSING"] = None
+            except AWAY:
+                if mode == "semantic":
+                    raise
+                warnings["SEMANTIC_UNAVAILABLE"] = None
+        searched.append(Searched(name, capsule.sidecar, vectors))
+    until = time.monotonic() + MEANING_SECONDS
+
+    def in_time() -> None:
+        if time.monotonic() > until:
+            raise EmbeddingFailed("The question's vector was long in coming; ask again.")
+
+    try:
+        hits = search(searched, query, mode=mode, limit=limit, scope=scope, should_stop=in_time)
+    except AWAY:
+        if mode == "semantic":
+            raise
+        warnings["SEMANTIC_UNAVAILABLE"] = None
+        searched = [one._replace(vectors=None) for one in searched]
+        hits = search(searched, query, mode="lexical", limit=limit, scope=scope)
+    used = mode != "lexical" and any(one.vectors is not None for one in searched)
+    return Found(hits, used, list(warnings))
+
+
+def check_scope(sidecars: Sequence[Sidecar], scope: Scope, names: Names) -> None:
+    """Raise InvalidRequest for a filter that none of the capsules knows: an empty answer would say that nothing fits
+    the words."""
+    for field, wanted, known in (
+        (names.label, scope.labels, [sidecar.labels() for sidecar in sidecars] if scope.labels else []),
+        (names.type, scope.types, [sidecar.types() for sidecar in sidecars] if scope.types else []),
+    ):
+        here = sorted(set().union(*known))
+        if unknown := [name for name in wanted if name not in here]:
+            message = f"{field}: there is no {_shown(unknown[0])} here; there are {_listed(here)}"
+            raise InvalidRequest(message, field=field, allowed=here[:MAX_LISTED])
+    if scope.community is not None and not any(sidecar.is_community(scope.community) for sidecar in sidecars):
+        message = f"{names.community}: there is no community {_shown(scope.community)} here; give the id of one"
+        raise InvalidRequest(message, field=names.community)
+    if scope.file_prefix is not None and not any(sidecar.has_path(scope.file_prefix) for sidecar in sidecars):
+        message = f"{names.file}: no path here begins with {_shown(scope.file_prefix)}"
+        raise InvalidRequest(message, field=names.file)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:100]}…")
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [name[:100] for name in names]
+    more = f" and {len(shown) - MAX_LISTED} more" if len(shown) > MAX_LISTED else ""
+    return (", ".join(shown[:MAX_LISTED]) or "none") + more
