@@ -16,52 +16,101 @@ class Tool(NamedTuple):
     use: str
 
 
+class Playbook(NamedTuple):
+    """The calls that answer one kind of question."""
+
+    name: str
+    question: str
+    about: str | None
+    """What the question is about, as the name of an argument."""
+    steps: tuple[str, ...]
+
+
 TOOLS: tuple[Tool, ...] = (
-    Tool("symbol_lookup", "query, limit, cursor", "query, items", "You have a name, or a part of one: start here."),
-    Tool("node_get", "nodeId", "node, degree, metadata", "You have an id and want all that is known about it."),
+    Tool(
+        "symbol_lookup",
+        "query, limit, cursor",
+        "query, items",
+        "You have a name, or a part of one: start here. Give the name alone (getUser, Class.method); its ids go into "
+        "the other tools.",
+    ),
+    Tool(
+        "node_get",
+        "nodeId",
+        "node, degree, metadata",
+        "You have an id and want all that is known about it; check here that it is the right one of its name.",
+    ),
     Tool(
         "neighbors_get",
         "nodeId, direction, relationTypes[], limit, cursor",
         "nodeId, direction, items",
-        "Look one step around a node, by relation type.",
+        "Look one step around a node: what it contains, extends, imports, is a member of. Name relationTypes where a "
+        "node has many.",
     ),
-    Tool("edge_get", "edgeId", "edge, source, target, metadata", "Check one relation: its reason and confidence."),
+    Tool(
+        "edge_get",
+        "edgeId",
+        "edge, source, target, metadata",
+        "Check one relation, by the edgeId of neighbors_get: its reason and confidence.",
+    ),
     Tool(
         "text_search",
-        "query, scope, limit, cursor",
+        "query, scope, labels[], filePrefix, communityId, relationTypes[], also[], limit, cursor",
         "query, scope, items, semanticUsed",
-        "You have words, not a name; semantic search is added only where words alone find little.",
+        "You have words, not a name. Two to four rare words find more than a sentence; semantic search is added only "
+        "where words alone find little.",
     ),
     Tool(
         "call_trace",
         "fromNodeId, toNodeId?, maxDepth, limitPaths",
         "fromNodeId, toNodeId, maxDepth, paths, pathCount",
-        "How does the code get from here to there?",
+        "How does the code get from here to there? Without toNodeId: where do calls from here lead?",
     ),
-    Tool("callers_of", "nodeId, limit, cursor", "nodeId, items", "Who calls this?"),
-    Tool("callees_of", "nodeId, limit, cursor", "nodeId, items", "What does this call?"),
-    Tool("process_list", "limit, cursor", "items", "Which flows through the code are known?"),
-    Tool("process_get", "processId", "process, steps", "The steps of one flow, in order."),
+    Tool("callers_of", "nodeId, limit, cursor", "nodeId, items", "Who calls this? Direct callers only, all of them."),
+    Tool("callees_of", "nodeId, limit, cursor", "nodeId, items", "What does this call? Direct callees only."),
+    Tool(
+        "process_list",
+        "limit, cursor",
+        "items",
+        "Which flows through the code are known? The longest come first; process_get has their steps.",
+    ),
+    Tool("process_get", "processId", "process, steps", "The steps of one flow, in order, by an id of process_list."),
     Tool(
         "impact_analysis",
         "nodeId, maxDepth",
         "rootNodeId, maxDepth, impactedNodeCount, impactedEdgeCount, impactedNodes, hotspots",
-        "What may break when this changes?",
+        "What may break when this changes? Follows calls, imports and inheritance backwards; begin with maxDepth 2 and "
+        "read hotspots first.",
     ),
-    Tool("file_outline", "filePath", "filePath, symbols, symbolCount", "Which symbols does a file hold?"),
-    Tool("file_snippet", "nodeId | filePath, maxChars", "node, snippet, maxChars", "Read the source of a symbol."),
-    Tool("community_list", "limit, cursor", "items", "Which areas does the code fall into?"),
+    Tool(
+        "file_outline",
+        "filePath",
+        "filePath, symbols, symbolCount",
+        "Which symbols does a file hold? Give its path as other answers do (filePath), not a part of it.",
+    ),
+    Tool(
+        "file_snippet",
+        "nodeId | filePath, maxChars",
+        "node, snippet, maxChars",
+        "Read the source of a symbol, or the beginning of a file, as the capsule holds it.",
+    ),
+    Tool(
+        "community_list",
+        "limit, cursor",
+        "items",
+        "Which areas does the code fall into? The largest come first; neighbors_get with MEMBER_OF has the members.",
+    ),
     Tool(
         "manifest_get",
         "",
         "schemaVersion, indexSchemaVersion, manifest, capsuleCapabilities, counts",
-        "What is in this capsule, and from which source?",
+        "What is in this capsule, from which source, and of when?",
     ),
     Tool(
         "query_explain",
         "task, query",
         "task, query, retrievalLadder, rankingSignals, recommendedToolSequence",
-        "Unsure which tool fits a task.",
+        "Unsure which tool fits a task: say the task in words, and what you would search for as query.",
     ),
 )
 
@@ -88,25 +137,31 @@ _LADDER: tuple[tuple[str, str], ...] = (
     ),
 )
 
-_PLAYBOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
+PLAYBOOKS: tuple[Playbook, ...] = (
+    Playbook(
+        "find-code",
         "Where is this done?",
+        "what",
         (
             "symbol_lookup with the likely name; else text_search with the rarest words.",
             "file_snippet of the best hit: does the code do it?",
             "callers_of, to see who relies on it.",
         ),
     ),
-    (
+    Playbook(
+        "follow-flow",
         "How does this work from end to end?",
+        "what",
         (
             "process_list, then process_get of the flow whose name fits; its steps are in order.",
             "Without a fitting flow: call_trace from the entry point to the last function.",
             "file_snippet of each step that matters.",
         ),
     ),
-    (
+    Playbook(
+        "assess-change",
         "What breaks if this changes?",
+        "symbol",
         (
             "symbol_lookup, and check with node_get that it is the right one of its name.",
             "impact_analysis with maxDepth 2; read hotspots first.",
@@ -114,15 +169,19 @@ _PLAYBOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "edge_get where a relation's confidence is below 0.7 before relying on it.",
         ),
     ),
-    (
+    Playbook(
+        "survey-area",
         "What is in this file or area?",
+        "place",
         (
             "file_outline of the path; file_snippet where a name does not say enough.",
             "community_list for the area; neighbors_get with MEMBER_OF for its members.",
         ),
     ),
-    (
+    Playbook(
+        "get-to-know",
         "Getting to know the code base",
+        None,
         (
             "manifest_get: source, counts, labels and relation types.",
             "community_list for the areas, process_list for the flows.",
@@ -131,7 +190,7 @@ _PLAYBOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
 )
 
-_RULES = (
+RULES = (
     "Every fact has an id: give the ids and paths that an answer rests on.",
     "A relation's confidence says how sure the analysis was; 1.000 is certain, below 0.700 wants a look at the source.",
     "An answer that was cut says truncated: true and has a cursor that goes on where it stopped; go on or say so.",
@@ -160,7 +219,7 @@ def guide_pages() -> list[tuple[str, str, str, dict[str, Any]]]:
             "playbooks/core",
             "AI bible: core playbooks",
             _playbooks(),
-            {"playbooks": [name for name, _ in _PLAYBOOKS]},
+            {"playbooks": [playbook.question for playbook in PLAYBOOKS]},
         ),
     ]
 
@@ -186,7 +245,7 @@ def _overview() -> str:
         "The last line of every frame is metadata=<JSON> with all properties.",
         "",
         "Rules:",
-        *(f"- {rule}" for rule in _RULES),
+        *(f"- {rule}" for rule in RULES),
     ]
     return "\n".join(lines)
 
@@ -208,7 +267,7 @@ def _ladder() -> str:
 
 def _playbooks() -> str:
     lines = ["Core playbooks: questions and the calls that answer them"]
-    for question, steps in _PLAYBOOKS:
-        lines += ["", question]
-        lines += [f"{number}. {step}" for number, step in enumerate(steps, start=1)]
+    for playbook in PLAYBOOKS:
+        lines += ["", playbook.question]
+        lines += [f"{number}. {step}" for number, step in enumerate(playbook.steps, start=1)]
     return "\n".join(lines)
