@@ -504,6 +504,23 @@ class Settings(WorkerSettings):
         validation_alias="MEMVID_MCP_RESPONSE_BUDGET_BYTES",
         description="a number of bytes, at least 4096",
     )
+    mcp_rate_limit_per_minute: int = Field(
+        240_000,
+        ge=1,
+        le=60_000_000,
+        validation_alias="MEMVID_MCP_RATE_LIMIT_PER_MINUTE",
+        description="a number of requests, 1 to 60000000",
+    )
+    """Of one key, or of one address where there is no key. The default is more than one process answers: it keeps
+    nobody waiting, and a loop that went wrong shows in the headers."""
+    mcp_rate_limit_burst: int = Field(
+        8_000,
+        ge=1,
+        le=1_000_000,
+        validation_alias="MEMVID_MCP_RATE_LIMIT_BURST",
+        description="a number of requests, 1 to 1000000",
+    )
+    """Requests that may come at once."""
     mcp_allow_external_capsules: bool = Field(
         False, validation_alias="MEMVID_MCP_ALLOW_EXTERNAL_CAPSULES", description="true or false"
     )

@@ -43,8 +43,10 @@ from control_plane.jobs.store import JobStore
 from control_plane.operations.auth import BearerAuth
 from control_plane.operations.health import HealthController, metrics_route
 from control_plane.operations.http import cors, preflight_refusals, security_headers
+from control_plane.operations.limits import TokenBuckets
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
+from control_plane.operations.origins import Origins
 from control_plane.operations.profiles import Profiles
 from control_plane.operations.retention import Retention
 from control_plane.operations.stats import StatsController
@@ -81,7 +83,11 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
     artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes)
     library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
     places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
-    mcp = mcp_route(Reader(places, library, budget=settings.mcp_response_budget_bytes))
+    mcp = mcp_route(
+        Reader(places, library, budget=settings.mcp_response_budget_bytes),
+        origins=Origins.of(settings),
+        buckets=TokenBuckets(per_minute=settings.mcp_rate_limit_per_minute, burst=settings.mcp_rate_limit_burst),
+    )
     exports = ExportService(store, hub, storage, backend, max_streams=settings.max_streams)
     parts: dict[str, Any] = {
         "store": store,

@@ -39,6 +39,24 @@ class MethodNotAllowed(ExportError):
     code = "METHOD_NOT_ALLOWED"
 
 
+class NotAcceptable(ExportError):
+    """The client takes no answer of the kind that the route gives."""
+
+    code = "NOT_ACCEPTABLE"
+
+
+class HostRefused(ExportError):
+    """The request's Host is not a name of this server."""
+
+    code = "HOST_REFUSED"
+
+
+class OriginRefused(ExportError):
+    """The request comes from a page of another origin, which may not ask."""
+
+    code = "ORIGIN_REFUSED"
+
+
 class JobNotFound(ExportError):
     """No job of this id."""
 
@@ -119,6 +137,9 @@ STATUS: dict[str, int] = {
     "UNSUPPORTED_MEDIA_TYPE": 415,
     "NOT_FOUND": 404,
     "METHOD_NOT_ALLOWED": 405,
+    "NOT_ACCEPTABLE": 406,
+    "HOST_REFUSED": 421,
+    "ORIGIN_REFUSED": 403,
     "JOB_NOT_FOUND": 404,
     "JOB_EXPIRED": 410,
     "ARTIFACT_NOT_READY": 409,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from litestar.connection import ASGIConnection
@@ -24,12 +25,14 @@ class BearerAuth(ASGIMiddleware):
 
     def __init__(self, key: str | None) -> None:
         self._key = None if key is None else key.encode()
+        self._client = None if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        """Compare in constant time, then go on."""
+        """Compare in constant time, then go on; ``scope["auth"]`` names the key without telling it."""
         if self._key is not None:
             header = ASGIConnection(scope, receive, send).headers.get("authorization", "")
             scheme, _, given = header.partition(" ")
             if not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key)):
                 raise Unauthorized("This route wants the header Authorization: Bearer <key>.")
+            scope["auth"] = self._client
         await next_app(scope, receive, send)

@@ -1,21 +1,38 @@
-"""``POST /mcp``: the read tools over streamable HTTP, stateless, with JSON answers."""
+"""``POST /mcp``: the read tools over streamable HTTP, stateless, with JSON answers.
+
+What is wrong with the request as HTTP (method, content type, size, Host, Origin) is answered like everywhere here, with
+``{"error": {code, message}}``. What is wrong with a message is a JSON-RPC error, and so is one message too many: of an
+answer with a status of 400 or more a client of this protocol reads a JSON-RPC error and nothing else, so the body that
+errors of tools have (``{code: RATE_LIMITED, message, traceId, retryable}``) stands in its ``data``, beside the status
+429 and ``Retry-After`` for whatever only knows HTTP.
+"""
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 from litestar import Litestar, asgi
+from litestar.datastructures import Headers
 from litestar.enums import ScopeType
 from litestar.handlers import ASGIRouteHandler
-from litestar.types import Receive, Scope, Send
+from litestar.types import HTTPScope, Message, Receive, Scope, Send
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+from common.errors import ExportError, PayloadTooLarge, UnsupportedMediaType
+from control_plane.errors import MethodNotAllowed, NotAcceptable, RateLimited, body_of, headers_of, status_of
+from control_plane.operations.limits import Allowance, TokenBuckets
+from control_plane.operations.origins import Origins
 from control_plane.reading.mcp import mcp_server
-from control_plane.reading.reader import Reader
+from control_plane.reading.reader import Reader, error_body
 
 MAX_REQUEST_BYTES = 1 << 20
+TOO_MANY = -32029
+"""JSON-RPC code of a message over the rate limit; of the range that servers may use, after HTTP's 429."""
 
 
 class McpRoute(NamedTuple):
@@ -25,11 +42,16 @@ class McpRoute(NamedTuple):
     lifespan: Callable[[Litestar], AbstractAsyncContextManager[None]]
 
 
-def mcp_route(reader: Reader) -> McpRoute:
-    """The read tools that ``reader`` answers at ``/mcp``; the application's bearer check stands before it."""
-    server = mcp_server(reader)
+def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenBuckets | None = None) -> McpRoute:
+    """The read tools that ``reader`` answers at ``/mcp``; the application's bearer check stands before it.
+
+    Pages of ``origins`` may ask, as often as ``buckets`` allow for one key, or for one address where there is no key.
+    """
+    origins = origins or Origins(any_host=False)
+    buckets = buckets or TokenBuckets(per_minute=240_000, burst=8_000)
+    # Host and Origin are checked here: the package knows lists of names only, and its refusals are plain text.
     manager = StreamableHTTPSessionManager(
-        server, stateless=True, json_response=True, max_request_body_size=MAX_REQUEST_BYTES
+        mcp_server(reader), stateless=True, json_response=True, max_request_body_size=MAX_REQUEST_BYTES
     )
 
     @asgi("/mcp", copy_scope=True)
@@ -37,12 +59,24 @@ def mcp_route(reader: Reader) -> McpRoute:
         if scope["type"] != ScopeType.HTTP:
             await send({"type": "websocket.close", "code": 1008, "reason": None})
             return
-        if scope["method"] != "POST":
-            # Stateless: there is no stream to listen to (GET) and no session to end (DELETE).
-            await send({"type": "http.response.start", "status": 405, "headers": [(b"allow", b"POST")]})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        allowance = buckets.take(_client(scope), time.monotonic())
+        send = _with_headers(send, _headers(allowance))
+        try:
+            _check(scope, origins)
+            body = await _body(receive)
+        except ExportError as error:
+            await _answer(send, status_of(error), msgspec.json.encode(body_of(error)), _refusal_headers(error))
             return
-        await manager.handle_request(scope, receive, send)  # type: ignore[arg-type]
+        if body is None:
+            return
+        if allowance.retry_after_seconds is not None:
+            refusal = RateLimited(
+                f"Too many requests: at most {allowance.limit:,} at once, and then steadily; try again later.",
+                retryAfterSeconds=allowance.retry_after_seconds,
+            )
+            await _answer(send, status_of(refusal), _json_rpc(refusal, body), headers_of(refusal))
+            return
+        await manager.handle_request(scope, _replay(body, receive), send)  # type: ignore[arg-type]
 
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
@@ -50,3 +84,109 @@ def mcp_route(reader: Reader) -> McpRoute:
             yield
 
     return McpRoute(handler, lifespan)
+
+
+def _check(scope: HTTPScope, origins: Origins) -> None:
+    """Raise what is wrong with a request before its body is looked at."""
+    headers = Headers.from_scope(scope)
+    origins.check(headers.get("host", ""), headers.get("origin"))
+    if scope["method"] != "POST":
+        # Stateless: there is no stream to listen to (GET) and no session to end (DELETE).
+        raise MethodNotAllowed("Messages come by POST; there is no stream and no session here.")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("A message is application/json.")
+    accepted = {kind.partition(";")[0].strip().lower() for kind in headers.get("accept", "").split(",")}
+    if accepted.isdisjoint({"application/json", "application/*", "*/*"}):
+        raise NotAcceptable("Answers are application/json; Accept must allow it.")
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > MAX_REQUEST_BYTES:
+        raise _too_large()
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"A message has at most {MAX_REQUEST_BYTES:,} bytes.", limit=MAX_REQUEST_BYTES, field="body")
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body; None where the client went away. Raises PayloadTooLarge."""
+    body = bytearray()
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message["body"]
+        if len(body) > MAX_REQUEST_BYTES:
+            raise _too_large()
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once more."""
+    given = False
+
+    async def again() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _client(scope: Scope) -> str:
+    """Whom a request counts for: the key, by the name that the bearer check gave it, or the address."""
+    if name := scope.get("auth"):
+        return f"key {name}"
+    address = scope.get("client")
+    return f"address {address[0] if address else ''}"
+
+
+def _headers(allowance: Allowance) -> dict[str, str]:
+    return {
+        "X-RateLimit-Limit": str(allowance.limit),
+        "X-RateLimit-Remaining": str(allowance.remaining),
+        "X-RateLimit-Reset": str(allowance.reset_seconds),
+    }
+
+
+def _refusal_headers(error: ExportError) -> dict[str, str]:
+    return {**headers_of(error), **({"Allow": "POST"} if isinstance(error, MethodNotAllowed) else {})}
+
+
+def _json_rpc(error: RateLimited, request: bytes) -> bytes:
+    try:
+        id_ = msgspec.json.decode(request, type=_Request).id
+    except msgspec.MsgspecError:
+        id_ = None
+    data = msgspec.json.decode(error_body(error, uuid.uuid4().hex))
+    return msgspec.json.encode(
+        {"jsonrpc": "2.0", "id": id_, "error": {"code": TOO_MANY, "message": error.message, "data": data}}
+    )
+
+
+class _Request(msgspec.Struct):
+    id: str | int | None = None
+
+
+def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+def _with_headers(send: Send, headers: dict[str, str]) -> Send:
+    added = _encoded(headers)
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *added]
+        await send(message)
+
+    return sending
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
+    start = _encoded({"Content-Type": "application/json", "Content-Length": str(len(body)), **headers})
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

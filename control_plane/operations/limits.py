@@ -1,0 +1,57 @@
+"""How often one client may ask: a token bucket for each."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+MAX_CLIENTS = 10_000
+"""Buckets kept, about 1 MB; beyond, the one not asked for longest goes, and its client starts with a full one."""
+
+
+class Allowance(NamedTuple):
+    """What a client may still do."""
+
+    limit: int
+    """Requests that a full bucket holds."""
+    remaining: int
+    """Requests that it holds now."""
+    reset_seconds: int
+    """Until it is full again."""
+    retry_after_seconds: int | None
+    """Until the next request is answered; None where this one is."""
+
+
+class TokenBuckets:
+    """A bucket for each client, filled steadily; for one thread.
+
+    Of a bucket only the moment is kept at which it is full again, so one that is full needs nothing kept.
+    """
+
+    def __init__(self, *, per_minute: int, burst: int, clients: int = MAX_CLIENTS) -> None:
+        """A bucket holds ``burst`` requests, and gets ``per_minute`` more in a minute."""
+        self._seconds = 60 / per_minute
+        self._burst = burst
+        self._clients = clients
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+
+    def take(self, client: str, now: float) -> Allowance:
+        """One request of a client at a time, in seconds of any steady clock; a refused one takes nothing."""
+        full_at = max(self._full_at.get(client, now), now)
+        after = full_at + self._seconds
+        missing = after - now - self._burst * self._seconds
+        refused = missing > 1e-9 * after  # what adding floats has rounded is no request
+        if not refused:
+            full_at = after
+            self._full_at[client] = full_at
+            self._full_at.move_to_end(client)
+            if len(self._full_at) > self._clients:
+                self._full_at.popitem(last=False)
+        held = self._burst - (full_at - now) / self._seconds
+        return Allowance(
+            self._burst,
+            0 if refused else max(0, math.floor(held + 1e-6)),
+            math.ceil(full_at - now),
+            max(1, math.ceil(missing)) if refused else None,
+        )
