@@ -78,14 +78,18 @@ class EventHub:
         self._channels: dict[str, Channel] = {}
         self.closed = False
         self.listeners = 0
+        self.changes = 0
+        """Grows with every event that ends a job, and with all that other replicas tell."""
 
     def publish(self, job_id: str, events: Sequence[Event]) -> None:
         """Hand committed events to the listeners of a job."""
+        self.changes += any(event.type in TERMINAL_EVENTS for event in events)
         if channel := self._channels.get(job_id):
             channel.add([line_of(event) for event in events])
 
     def reaches(self, job_id: str, seq: int) -> None:
         """Tell the listeners of a job that its log in the database has events up to ``seq``."""
+        self.changes += 1
         if channel := self._channels.get(job_id):
             channel.reaches(seq)
 

@@ -50,6 +50,11 @@ class JobStore:
         self.capacity = queue_capacity
         """Jobs that may wait at once."""
 
+    @property
+    def changes(self) -> int:
+        """Grows with every job that ends, as far as this replica hears of it."""
+        return self._hub.changes
+
     async def create(self, job: NewJob, idempotency_key: str | None = None) -> tuple[JobRecord, bool]:
         """Queue a job; with a key that was used before for the same body, answer that job and False.
 

@@ -111,30 +111,37 @@ def vectors(files: Files, sidecar: Sidecar, engine: Callable[[Choice], Embedder]
 
     Raises InvalidRequest for a model that this machine does not have, and what opening an engine does.
     """
+    manifest = files.manifest
+    if manifest is not None and manifest.vectors == 0:
+        return None
     positions, matrices = [], []
-    model = None
+    embedder = None
     for part, path in enumerate(files.parts):
         with CapsuleReader(path) as reader:
+            if embedder is None and reader.model is not None:
+                # First, as it may not be here; vectors are large.
+                embedder = _engine(manifest, reader.model, manifest.dimension if manifest else None, engine)
             found = reader.vectors()
-            model = model or reader.model
         if found is not None:
             positions.append(found[0] + sidecar.position(part, 0))
             matrices.append(found[1])
     if not positions:
         return None
-    matrix = np.concatenate(matrices)
-    return Vectors(np.concatenate(positions), matrix, _engine(files.manifest, model, matrix.shape[1], engine))
+    if embedder is None:
+        raise InvalidRequest("The vectors are of an unknown model", field="mode")
+    matrix = matrices.pop() if len(matrices) == 1 else np.concatenate(matrices)  # a copy would double the memory
+    return Vectors(np.concatenate(positions), matrix, embedder)
 
 
 def _engine(
-    manifest: Manifest | None, model: str | None, dimension: int, engine: Callable[[Choice], Embedder]
+    manifest: Manifest | None, model: str, dimension: int | None, engine: Callable[[Choice], Embedder]
 ) -> Embedder:
     """The engine for questions to vectors of a model."""
     provider = manifest.embedding_provider if manifest else None
     if model == StaticEmbedder.model.name:
         return StaticEmbedder()
-    if provider is None or model is None:
-        message = f"The vectors are of model {model or 'unknown'}, and nothing says which engine made them"
+    if provider is None:
+        message = f"The vectors are of model {model}, and nothing says which engine made them"
         raise InvalidRequest(message, field="mode")
     mode = next((mode for mode in MODES if provider in PROVIDERS[mode]), None)
     if mode is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
 import threading
 import time
@@ -30,11 +31,52 @@ from control_plane.reading.inspect import Files, vectors
 from control_plane.reading.search import Vectors
 
 PATIENCE = 2.0
-"""Seconds that a question waits for files that are on their way, or for an index that is being built."""
+"""Seconds that a question waits for files that are on their way, for an index that is being built, or for others."""
+CONNECTIONS = 6
+"""To one sidecar at most; each keeps up to 2 MB of it in memory."""
+FRESH_SECONDS = 1.0
+"""For so long after a look at its files a capsule is taken for the same."""
 
 
 class OpenCapsule:
-    """A capsule with its sidecar, for one thread at a time."""
+    """A capsule with a connection to its sidecar, for one thread at a time."""
+
+    def __init__(self, opened: _Opened, sidecar: Sidecar) -> None:
+        self.sidecar = sidecar
+        self._opened = opened
+        self._deadline = float("inf")
+        self._waits = True
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here; and what
+        ``Held.wait`` raises."""
+        return self._opened.vectors(self.sidecar)
+
+    def frame(self, position: int) -> Frame:
+        """The frame at a position. Raises CapsuleUnreadable, and what ``Held.wait`` raises."""
+        part, frame_id = self.sidecar.locate(position)
+        return self._opened.reader(part, wait=self._waits).frames(frame_id, 1)[0]
+
+    def metadata(self, position: int) -> dict[str, Any]:
+        """All properties of the frame at a position. Raises CapsuleUnreadable."""
+        return msgspec.json.decode(self.frame(position).metadata, type=dict[str, Any])
+
+    def allow(self, seconds: float, *, waits: bool = True) -> None:
+        """Give what follows this long; then queries end and ``check`` raises TimedOut. Who does not ``waits`` gets it
+        from ``frame`` too where files have to be opened first."""
+        self._deadline = time.monotonic() + seconds
+        self._waits = waits
+        self.sidecar.stop_when(lambda: time.monotonic() > self._deadline)
+
+    def check(self) -> None:
+        """Raise TimedOut when the time is over."""
+        if time.monotonic() > self._deadline:
+            raise TimedOut("The answer took too long; ask for less, or for a smaller depth.")
+
+
+class _Opened:
+    """What the connections to one capsule share; closed with the last of them."""
 
     def __init__(self, held: Held, engine: Callable[[Choice], Embedder]) -> None:
         """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes. Raises
@@ -43,10 +85,11 @@ class OpenCapsule:
         self._engine = engine
         self._files = files = Files(held.path, whole=held.whole)
         self._readers: dict[int, CapsuleReader] = {}
+        self._reading = threading.Lock()
         self._vectors: Vectors | None = None
         self._vectors_read = False
+        self._vectors_lock = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._deadline = float("inf")
         path, expected = files.sidecar_path, _expected(files)
         sidecar = _current(path, expected)
         if sidecar is None:
@@ -56,48 +99,88 @@ class OpenCapsule:
             held.wait(None)
             rebuild(files.parts, path)
             sidecar = Sidecar.open(path)
-        self.sidecar = sidecar
+        self.sidecar_path = path
+        self._free = [OpenCapsule(self, sidecar)]
+        self._count = 1
+        self._closed = False
+        self._changed = threading.Condition()
 
-    @property
-    def vectors(self) -> Vectors | None:
-        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here; and what
-        ``Held.wait`` raises."""
-        if not self._vectors_read:
-            self._held.wait(PATIENCE)
-            self._vectors = vectors(self._files, self.sidecar, self._engine)
-            self._vectors_read = True
-        return self._vectors
+    def take(self) -> OpenCapsule:
+        """A connection that nobody uses. Raises TimedOut, CapsuleUnreadable."""
+        with self._changed:
+            if (
+                not self._free
+                and self._count == CONNECTIONS
+                and not self._changed.wait_for(lambda: self._free, PATIENCE)
+            ):
+                raise TimedOut("This capsule is busy with other questions; try again.")
+            if self._free:
+                return self._free.pop()
+            self._count += 1
+        try:
+            return OpenCapsule(self, Sidecar.open(self.sidecar_path))
+        except BaseException:
+            with self._changed:
+                self._count -= 1
+                self._close_if_done()
+            raise
 
-    def frame(self, position: int) -> Frame:
-        """The frame at a position. Raises CapsuleUnreadable, and what ``Held.wait`` raises."""
-        part, frame_id = self.sidecar.locate(position)
-        if part not in self._readers:
-            self._held.wait(PATIENCE)
-            self._readers[part] = CapsuleReader(self._files.parts[part])
-        return self._readers[part].frames(frame_id, 1)[0]
+    def take_free(self) -> OpenCapsule | None:
+        """A connection that nobody uses, if there is one just now."""
+        with self._changed:
+            return self._free.pop() if self._free else None
 
-    def metadata(self, position: int) -> dict[str, Any]:
-        """All properties of the frame at a position. Raises CapsuleUnreadable."""
-        return msgspec.json.decode(self.frame(position).metadata, type=dict[str, Any])
-
-    def allow(self, seconds: float) -> None:
-        """Give what follows this long; then queries end and ``check`` raises TimedOut."""
-        self._deadline = time.monotonic() + seconds
-        self.sidecar.stop_when(lambda: time.monotonic() > self._deadline)
-
-    def check(self) -> None:
-        """Raise TimedOut when the time is over."""
-        if time.monotonic() > self._deadline:
-            raise TimedOut("The answer took too long; ask for less, or for a smaller depth.")
+    def give_back(self, capsule: OpenCapsule) -> None:
+        """The end of one use."""
+        with self._changed:
+            self._free.append(capsule)
+            self._changed.notify()
+            self._close_if_done()
 
     def close(self) -> None:
-        """Close every file. Idempotent."""
-        self.sidecar.close()
+        """Close every file as soon as nobody uses any. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if not self._closed:
+            return
+        for capsule in self._free:
+            capsule.sidecar.close()
+        self._count -= len(self._free)
+        self._free.clear()
+        if self._count:
+            return
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
         if self._folder:
             self._folder.cleanup()
+
+    def reader(self, part: int, *, wait: bool) -> CapsuleReader:
+        """The open file of a part. Raises CapsuleUnreadable and what ``Held.wait`` does; TimedOut where it has to be
+        opened and nobody is to ``wait`` for that."""
+        reader = self._readers.get(part)
+        if reader is not None:
+            return reader
+        if not wait:
+            raise TimedOut("A file of this capsule has to be opened first.")
+        self._held.wait(PATIENCE)
+        with self._reading:
+            if part not in self._readers:
+                self._readers[part] = CapsuleReader(self._files.parts[part])
+            return self._readers[part]
+
+    def vectors(self, sidecar: Sidecar) -> Vectors | None:
+        """See ``OpenCapsule.vectors``; read once, by the first who asks, while others wait."""
+        if not self._vectors_read:
+            self._held.wait(PATIENCE)
+            with self._vectors_lock:
+                if not self._vectors_read:
+                    self._vectors = vectors(self._files, sidecar, self._engine)
+                    self._vectors_read = True
+        return self._vectors
 
 
 def _expected(files: Files) -> str:
@@ -120,10 +203,24 @@ def _current(path: Path, expected: str) -> Sidecar | None:
 
 
 class _Entry:
-    def __init__(self, opening: Future[OpenCapsule]) -> None:
+    def __init__(self, opening: Future[_Opened]) -> None:
         self.opening = opening
-        self.lock = threading.Lock()
         self.users = 0
+        self.damaged = False
+        self.seen = 0.0
+        """When its files were last found to be the same."""
+
+
+@contextmanager
+def _noting(entry: _Entry) -> Iterator[None]:
+    """Remember that the sidecar turned out to be damaged; a query that was ended says nothing about it."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        entry.damaged = True
+        raise
 
 
 class Library:
@@ -136,6 +233,7 @@ class Library:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
+        self._at_hand: dict[str, _Entry] = {}
         self._opener = ThreadPoolExecutor(1, "capsule-opener")
         artifacts.before_removal(self._forget)
 
@@ -145,8 +243,35 @@ class Library:
 
         Raises IndexBuildInProgress, CapsuleUnreadable, StorageFailed, TimedOut.
         """
-        with self._artifacts.held(place, PATIENCE) as held, self._leased(held) as capsule:
+        with self._artifacts.held(place, PATIENCE) as held, self._leased(held, _name(place)) as capsule:
             yield capsule
+
+    @contextmanager
+    def at_hand(self, place: Path | JobRecord) -> Iterator[OpenCapsule | None]:
+        """As ``lease``, without waiting for anything and without a look at any file; None where that cannot be: the
+        capsule is not open, was not leased within the last second, or all its connections are in use.
+
+        A connection that it gives may be used on the event loop, where no question may take long.
+        """
+        with self._lock:
+            entry = self._at_hand.get(_name(place))
+            if entry is None or entry.damaged or time.monotonic() > entry.seen + FRESH_SECONDS:
+                entry = None
+            else:
+                entry.users += 1
+        if entry is None:
+            yield None
+            return
+        opened = entry.opening.result()  # which is there, as the entry was seen
+        capsule = opened.take_free()
+        try:
+            with _noting(entry):
+                yield capsule
+        finally:
+            if capsule is not None:
+                opened.give_back(capsule)
+            with self._lock:
+                entry.users -= 1
 
     @contextmanager
     def lease_all(self, places: Mapping[str, Path | JobRecord]) -> Iterator[list[tuple[str, OpenCapsule]]]:
@@ -162,7 +287,7 @@ class Library:
             yield [(name, opened[name]) for name in named.values()]
 
     @contextmanager
-    def _leased(self, held: Held) -> Iterator[OpenCapsule]:
+    def _leased(self, held: Held, name: str) -> Iterator[OpenCapsule]:
         try:
             stat = held.mark.stat()
         except OSError as error:
@@ -170,28 +295,34 @@ class Library:
         key = (str(held.path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
         entry = self._entry(key, held)
         try:
-            capsule = self._opened(key, entry)
-            if not entry.lock.acquire(timeout=PATIENCE):
-                raise TimedOut("This capsule is busy with other questions; try again.")
+            opened = self._opened(key, entry)
             try:
-                yield capsule
+                capsule = opened.take()
+            except CapsuleUnreadable as error:
+                entry.damaged = True
+                raise IndexBuildInProgress("The index of this capsule is built anew; ask again.") from error
+            with self._lock:
+                entry.seen = time.monotonic()
+                self._at_hand[name] = entry
+            try:
+                with _noting(entry):
+                    yield capsule
             finally:
-                entry.lock.release()
+                opened.give_back(capsule)
         finally:
             with self._lock:
                 entry.users -= 1
                 self._shrink()
 
     def discard(self, place: Path | JobRecord) -> None:
-        """Remove the sidecar of a capsule, which turned out to be damaged: the next reader rebuilds it."""
+        """Remove the sidecar of a capsule where it turned out to be damaged: the next reader rebuilds it."""
         path = self._artifacts.path(place)
         with self._lock:
-            entries = [self._entries.pop(key) for key in list(self._entries) if key[0] == str(path)]
-        for entry in entries:
-            if entry.opening.done() and not entry.opening.exception():
-                with entry.lock:
-                    entry.opening.result().sidecar.path.unlink(missing_ok=True)
-            self._retire(entry)
+            damaged = [key for key, entry in self._entries.items() if key[0] == str(path) and entry.damaged]
+            for key in damaged:
+                entry = self._entries.pop(key)
+                entry.opening.result().sidecar_path.unlink(missing_ok=True)
+                self._retire(entry)
 
     def _forget(self, path: Path) -> None:
         """Close a capsule whose files are about to be removed."""
@@ -208,14 +339,17 @@ class Library:
                 self._retire(self._entries.popitem()[1])
 
     def _entry(self, key: tuple[object, ...], held: Held) -> _Entry:
-        def open_capsule() -> OpenCapsule:
+        def open_capsule() -> _Opened:
             try:
-                return OpenCapsule(held, self._engine)
+                return _Opened(held, self._engine)
             finally:
                 held.release()
 
         with self._lock:
             entry = self._entries.get(key)
+            if entry is not None and entry.damaged:
+                self._retire(self._entries.pop(key))
+                entry = None
             if entry is None:
                 held.hold()  # the opener goes on when the question that needs it has given up
                 entry = self._entries[key] = _Entry(self._opener.submit(open_capsule))
@@ -223,7 +357,7 @@ class Library:
             entry.users += 1
             return entry
 
-    def _opened(self, key: tuple[object, ...], entry: _Entry) -> OpenCapsule:
+    def _opened(self, key: tuple[object, ...], entry: _Entry) -> _Opened:
         try:
             return entry.opening.result(PATIENCE)
         except FutureTimeout as error:
@@ -241,7 +375,13 @@ class Library:
                 self._retire(self._entries.pop(key))
 
     def _retire(self, entry: _Entry) -> None:
-        """Close what an entry holds; one that is still being opened closes itself."""
+        """Close what an entry holds once nobody uses it; one that is still being opened closes itself."""
+        for name in [name for name, known in self._at_hand.items() if known is entry]:
+            del self._at_hand[name]
         entry.opening.add_done_callback(
             lambda done: None if done.cancelled() or done.exception() else done.result().close()
         )
+
+
+def _name(place: Path | JobRecord) -> str:
+    return str(place) if isinstance(place, Path) else place.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +12,18 @@ from common.errors import InvalidRequest
 from control_plane.jobs.records import JobRecord
 from control_plane.reading.tools import Locator, NotFound
 
+KNOWN_SECONDS = 1.0
+"""For so long an export that was found is not looked up again, unless a job has ended meanwhile."""
+MAX_KNOWN = 256
+
 
 class Jobs(Protocol):
     """Where exports are looked up; ``control_plane.jobs.store.JobStore`` is one."""
+
+    @property
+    def changes(self) -> int:
+        """Grows with every job that ends or expires, as far as this process hears of it."""
+        ...
 
     async def get(self, job_id: str) -> JobRecord | None:
         """The job of that id."""
@@ -40,6 +50,7 @@ class ExportPlaces:
         self._jobs = jobs
         self._root = root
         self._external = external
+        self._found: dict[str | None, tuple[JobRecord, int, float]] = {}
 
     async def find(self, locator: Locator | None) -> Path | JobRecord:
         """The capsule file or the completed export that a locator means. Raises NotFound, InvalidRequest."""
@@ -47,16 +58,27 @@ class ExportPlaces:
             if locator.job_id is not None:
                 raise InvalidRequest("locator: give jobId or capsulePath, not both", field="locator")
             return await anyio.to_thread.run_sync(self._inside, locator.capsule_path)
-        if locator is not None and locator.job_id is not None:
-            job = await self._jobs.get(locator.job_id)
+        job_id = locator.job_id if locator is not None else None
+        changes, now = self._jobs.changes, time.monotonic()
+        found, then, until = self._found.get(job_id, (None, -1, 0.0))
+        if found is not None and then == changes and now < until:
+            return found
+        found = await self._find(job_id)
+        while len(self._found) >= MAX_KNOWN:
+            del self._found[next(iter(self._found))]
+        self._found[job_id] = found, changes, now + KNOWN_SECONDS
+        return found
+
+    async def _find(self, job_id: str | None) -> JobRecord:
+        if job_id is not None:
+            job = await self._jobs.get(job_id)
             if job is None or job.status != "completed" or job.output is None:
                 raise NotFound("There is no completed export of that jobId", field="locator.jobId")
-        else:
-            newest = await self._jobs.page(status="completed", before=None, limit=1)
-            if not newest or newest[0].output is None:
-                raise NotFound("There is no completed export yet; give a locator", field="locator")
-            job = newest[0]
-        return job
+            return job
+        newest = await self._jobs.page(status="completed", before=None, limit=1)
+        if not newest or newest[0].output is None:
+            raise NotFound("There is no completed export yet; give a locator", field="locator")
+        return newest[0]
 
     def _inside(self, text: str) -> Path:
         path = Path(text)

@@ -79,6 +79,10 @@ class Exports:
     def __init__(self) -> None:
         self.records: dict[str, JobRecord] = {}
 
+    @property
+    def changes(self) -> int:
+        return len(self.records)
+
     def add(self, job_id: str, artifact_ref: str, manifest: Manifest | None = None) -> None:
         output = JobOutput(
             artifact_ref=artifact_ref, sidecar_ref="", manifest_ref="", sha256="", size_bytes=0, metrics={}
