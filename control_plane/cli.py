@@ -582,6 +582,23 @@ def search(
             show.result("Nothing found.")
 
 
+@app.command()
+def mcp(
+    capsules: Annotated[
+        list[Path],
+        typer.Argument(metavar="CAPSULE…", help="Capsules (.mv2); the first one answers where none is named."),
+    ],
+) -> None:
+    """Answer read tools to an MCP client over standard input and output, from capsule files and without a server."""
+    from common.settings import Settings
+    from control_plane.reading.mcp_stdio import CapsuleFiles, serve
+    from handler.logs import log_as_json
+
+    log_as_json()
+    settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
+    serve(CapsuleFiles(capsules), _Engines(os.environ).ask, budget=settings.mcp_response_budget_bytes)
+
+
 class _Query(msgspec.Struct):
     query_id: str
     text: str
