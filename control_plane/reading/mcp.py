@@ -122,14 +122,18 @@ def _protocol_error(error: ExportError) -> MCPError:
 
 
 def answer_schema(tool: str) -> dict[str, Any]:
-    """The JSON Schema of the envelope with the result of one tool, which refers to nothing outside itself."""
-    definitions = ANSWERS["$defs"]
-    envelope = copy.deepcopy(definitions["Envelope"])
+    """The JSON Schema of what one tool answers, the envelope with its result or an error; refers to nothing outside.
+
+    Errors are part of it because the TypeScript client holds the structured content of errors against it too.
+    """
+    envelope = copy.deepcopy(ANSWERS["$defs"]["Envelope"])
     envelope["properties"]["tool"] = {"const": tool}
-    envelope["properties"]["result"] = definitions[f"Result.{tool}"]
-    needed: dict[str, Any] = {}
+    envelope["properties"]["result"] = {"$ref": f"#/$defs/Result.{tool}"}
+    schema = {"type": "object", "oneOf": [{"$ref": "#/$defs/Envelope"}, {"$ref": "#/$defs/Error"}]}
+    needed: dict[str, Any] = {"Envelope": envelope}
     _collect(envelope, needed)
-    return {**envelope, "$defs": needed}
+    _collect(schema, needed)
+    return {**schema, "$defs": needed}
 
 
 def _collect(schema: Any, found: dict[str, Any]) -> None:
