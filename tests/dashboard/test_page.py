@@ -1,98 +1,19 @@
-"""The web page, driven by a person's hands: a real Chromium against the real server."""
+"""The list of exports, driven by a person's hands: a real Chromium against the real server."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
-from processes import EXAMPLE, REPOSITORY, serving
-
-KEY = "correct-horse-battery"
-SHOTS = REPOSITORY / ".artifacts" / "dashboard"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-DONE = 60_000  # milliseconds until an export must be done
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser(playwright: Playwright) -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path, "chromium is not installed; run scripts/setup chromium"
-    with playwright.chromium.launch(executable_path=path, args=[*FLAGS, "--disable-sync"]) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("dashboard") / "exports", key=KEY) as url:
-        yield url
-
-
-class Seen:
-    """What the page did behind its back."""
-
-    def __init__(self, page: Page) -> None:
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda m: self.errors.append(m.text) if "Content Security Policy" in m.text else None)
-        page.on("request", lambda request: self.requests.append(request.url))
-
-
-@pytest.fixture
-def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    options = getattr(request, "param", {})
-    with browser.new_context(accept_downloads=True, **options) as context:
-        yield context.new_page()
-
-
-def enter(page: Page, url: str, key: str = KEY) -> None:
-    page.goto(url)
-    page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Open").press("Enter")
-    if key == KEY:
-        expect(page.locator("#workspace")).to_be_visible()
-
-
-def begin(page: Page, graph: Path) -> Locator:
-    """Choose a file as a person would; the row of its export."""
-    before = page.locator(".export").count()
-    page.locator("#file").set_input_files(graph)
-    expect(page.locator(".export")).to_have_count(before + 1)
-    return page.locator(".export").first
-
-
-def large(path: Path) -> Path:
-    """The example graph, thirty times side by side: some seconds of work."""
-    lines = gzip.decompress(EXAMPLE.read_bytes()).splitlines()
-    records = [json.loads(line) for line in lines]
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        for kind in ("node", "relationship"):
-            for copy in range(30):
-                for record in (record for record in records if record["type"] == kind):
-                    data = {
-                        k: f"{v}~{copy}" if k in ("id", "sourceId", "targetId") else v
-                        for k, v in record["data"].items()
-                    }
-                    file.write(json.dumps({"type": kind, "data": data}).encode() + b"\n")
-    return path
-
-
-def shot(page: Page, name: str) -> None:
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+from browsing import DONE, KEY, Seen, begin, enter, function, graph, large, made, search, shot, town
+from playwright.sync_api import Page, expect
+from processes import COMMAND, EXAMPLE, free_port, running, serving
 
 
 def test_a_graph_goes_in_and_the_capsule_comes_out(page: Page, server: str, tmp_path: Path) -> None:
@@ -106,7 +27,12 @@ def test_a_graph_goes_in_and_the_capsule_comes_out(page: Page, server: str, tmp_
 
     row.get_by_role("button", name="Report").click()
     expect(row.get_by_text("Where the time went")).to_be_visible()
-    shot(page, "done")
+    expect(row.locator(".report").get_by_role("img")).to_have_attribute("aria-label", re.compile("Writing"))
+    # Warnings are sentences; the code and the first place stand behind them.
+    expect(row.get_by_text("The same relationship came more than once")).to_be_visible()
+    row.locator(".warnings summary").first.click()
+    expect(row.locator(".warnings code").first).to_be_visible()
+    shot(page, "report")
     with page.expect_download() as waiting:
         row.get_by_role("button", name="Download capsule").click()
     capsule = tmp_path / waiting.value.suggested_filename
@@ -122,13 +48,57 @@ def test_a_graph_goes_in_and_the_capsule_comes_out(page: Page, server: str, tmp_
     assert [url for url in seen.requests if not url.startswith((server, f"blob:{server}"))] == []
 
 
-def test_progress_is_shown_while_an_export_runs(page: Page, server: str, tmp_path: Path) -> None:
+def test_the_timeline_shows_each_stage_with_its_beginning_and_length(page: Page, server: str) -> None:
+    job_id = made(server, EXAMPLE.read_bytes())
+    events = httpx.get(
+        f"{server}/v1/exports/{job_id}/events", params={"limit": 2000}, headers={"Authorization": f"Bearer {KEY}"}
+    ).json()["events"]
+    enter(page, server)
+    row = page.locator(f'[data-job="{job_id}"]')
+    row.get_by_role("button", name="Timeline").click()
+    picture = row.locator(".timeline").get_by_role("img")
+    expect(picture).to_have_attribute("aria-label", re.compile("from start to end. Longest: "))
+    names = ["Waiting", "Reading the graph", "Preparing frames", "Writing the capsule", "Building the index"]
+    for name in [*names, "Checking it"]:
+        expect(picture.locator("text", has_text=name)).to_have_count(1)
+    bars = [bar.bounding_box() for bar in picture.locator("rect").all()]
+    assert len(bars) == 6
+    lefts = [bar["x"] for bar in bars if bar]
+    assert lefts == sorted(lefts), "stages follow each other from left to right"
+    shot(page, "timeline")
+
+    row.locator(".timeline summary").click()
+    rows = row.get_by_role("table").get_by_role("row")
+    expect(rows).to_have_count(7)
+    stages = [event["stage"] for event in events]
+    assert [text.split("\t")[0] for text in rows.all_inner_texts()[1:]] == [*names, "Checking it"]
+    assert list(dict.fromkeys(stages))[-1] == "download_ready"
+    page.keyboard.press("Escape")
+    expect(row.locator(".timeline")).to_be_hidden()
+    expect(row.get_by_role("button", name="Timeline")).to_be_focused()
+
+
+def test_a_capsule_of_fifty_thousand_nodes_is_watched_while_it_is_made_then_searched_and_walked(
+    page: Page, server: str, tmp_path: Path
+) -> None:
+    seen = Seen(page)
     enter(page, server)
     row = begin(page, large(tmp_path / "large.ndjson.gz"))
-    expect(row.locator("progress")).to_be_visible(timeout=DONE)
+    expect(row.locator(".bar")).to_be_visible(timeout=DONE)
+    live = row.locator(".timeline").get_by_role("img")
+    expect(live.locator(".span.open")).to_have_count(1, timeout=DONE)
+    expect(live).to_have_attribute("aria-label", re.compile("Preparing frames, .* since it came in"), timeout=DONE)
     shot(page, "running")
     expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
-    expect(row.locator("progress")).to_be_hidden()
+    expect(row.locator(".bar")).to_be_hidden()
+    expect(live).to_have_attribute("aria-label", re.compile("from start to end"))
+    row.get_by_role("link", name="Search").click()
+    page.get_by_role("searchbox").fill("capsule writer")
+    page.keyboard.press("Enter")
+    expect(page.locator(".hit")).to_have_count(20, timeout=30_000)
+    page.locator(".hit a").first.click()
+    expect(page.locator(".graph .centre")).to_be_visible(timeout=30_000)
+    assert seen.errors == []
 
 
 def test_a_graph_can_be_dropped_on_the_page(page: Page, server: str) -> None:
@@ -142,18 +112,26 @@ def test_a_graph_can_be_dropped_on_the_page(page: Page, server: str) -> None:
     page.locator("#drop").dispatch_event("dragover", {"dataTransfer": files})
     expect(page.locator("#drop")).to_have_class("card drop over")
     page.locator("#drop").dispatch_event("drop", {"dataTransfer": files})
-    expect(page.locator(".export")).to_have_count(before + 1)
+    expect(page.locator(".export")).to_have_count(before + 1, timeout=DONE)
+
+
+def test_a_running_export_can_be_canceled(page: Page, server: str, tmp_path: Path) -> None:
+    enter(page, server)
+    row = begin(page, large(tmp_path / "large.ndjson.gz"))
+    row.get_by_role("button", name="Cancel").click()
+    expect(row).to_have_attribute("data-status", "canceled", timeout=DONE)
+    expect(row.locator(".message")).to_have_text("Export canceled")
 
 
 def test_a_wrong_key_is_named_and_the_right_one_then_opens(page: Page, server: str) -> None:
     enter(page, server, "wrong")
-    expect(page.get_by_role("alert")).to_have_text("That key was not accepted.")
+    expect(page.locator("#notice")).to_have_text("That key was not accepted.")
     expect(page.locator("#workspace")).to_be_hidden()
     shot(page, "wrong-key")
     page.keyboard.type(KEY)  # the field has the focus
     page.keyboard.press("Enter")
     expect(page.locator("#workspace")).to_be_visible()
-    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator("#notice")).to_be_hidden()
 
 
 def test_the_key_lasts_as_long_as_the_tab(page: Page, server: str) -> None:
@@ -174,22 +152,17 @@ def test_a_file_that_is_no_graph_is_refused_in_words(page: Page, server: str, tm
     wrong.write_text('{"nodes": [], "relationships": []}')
     enter(page, server)
     page.locator("#file").set_input_files(wrong)
-    expect(page.get_by_role("alert")).to_contain_text("nodes")
+    expect(page.locator("#notice")).to_contain_text("nodes")
     shot(page, "refused")
 
 
 def test_hostile_text_is_shown_as_text(page: Page, server: str, tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)>"
-    graph = {
-        "sessionId": "s", "projectName": hostile, "source": {"type": "local", "baseName": hostile},
-        "nodes": [{"id": hostile, "label": hostile, "properties": {"name": hostile}}],
-        "relationships": [{"id": "r", "sourceId": hostile, "targetId": hostile, "type": hostile, "confidence": 7}],
-        "fileContents": {}, "options": {},
-    }  # fmt: skip
-    file = tmp_path / "hostile.json.gz"
-    file.write_bytes(gzip.compress(json.dumps(graph).encode()))
+    body = graph([function(hostile, label=hostile)], [(hostile, hostile, hostile)], hostile)
+    body["relationships"][0]["confidence"] = 7
+    file = tmp_path / "hostile\u202egnp.json.gz"
+    file.write_bytes(gzip.compress(json.dumps(body).encode()))
     seen = Seen(page)
-    page.on("dialog", lambda dialog: seen.errors.append(dialog.message))
     enter(page, server)
     row = begin(page, file)
     expect(row.locator(".title")).to_contain_text("img")
@@ -200,31 +173,57 @@ def test_hostile_text_is_shown_as_text(page: Page, server: str, tmp_path: Path) 
     assert seen.errors == []
 
 
-@pytest.mark.parametrize(
-    "page", [{"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "has_touch": True}], indirect=True
-)
-def test_it_fits_a_phone_in_the_dark(page: Page, server: str) -> None:
-    enter(page, server)
-    row = begin(page, EXAMPLE)
-    expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
-    row.get_by_role("button", name="Report").tap()
-    expect(row.locator(".report")).to_be_visible()
-    shot(page, "phone-dark")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+def test_two_hundred_exports_can_be_looked_through(page: Page, tmp_path: Path) -> None:
+    body = gzip.compress(json.dumps(town()).encode())
+    with serving(tmp_path / "exports", key=KEY) as url:
+        key = {"Authorization": f"Bearer {KEY}"}
+        packed = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        with httpx.Client(base_url=url, headers=key, timeout=30) as client:
+            for _ in range(200):
+                answer = client.post("/v1/exports", content=body, headers=packed)
+                client.delete(f"/v1/exports/{answer.json()['jobId']}")
+        enter(page, url)
+        expect(page.locator(".export")).to_have_count(20)
+        for shown in range(40, 201, 20):
+            page.get_by_role("button", name="Show older exports").click()
+            expect(page.locator(".export")).to_have_count(shown)
+        expect(page.get_by_role("button", name="Show older exports")).to_be_hidden()
+        page.get_by_label("Show").select_option("failed")
+        expect(page.get_by_text("No export is in this state.")).to_be_visible()
+        page.get_by_label("Show").select_option("canceled")
+        expect(page.locator(".export")).to_have_count(20)
 
 
-def test_everything_can_be_reached_with_the_keyboard(page: Page, server: str) -> None:
-    enter(page, server)
-    expect(begin(page, EXAMPLE)).to_have_attribute("data-status", "completed", timeout=DONE)
-    page.locator("body").click(position={"x": 1, "y": 1})
-    reached = set()
-    for _ in range(12):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.dataset.do ?? document.activeElement.id"))
-    assert {"forget", "file", "download", "sidecar", "manifest", "report"} <= reached
-    page.locator('[data-do="report"]').first.focus()
-    page.keyboard.press("Enter")
-    expect(page.locator(".report").first).to_be_visible()
+def test_a_server_that_goes_away_is_named_and_found_again(page: Page, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MEMVID_EXPORT_")} | {
+        "MEMVID_EXPORT_BIND_ADDR": f"127.0.0.1:{port}",
+        "MEMVID_EXPORT_ROOT": str(tmp_path / "exports"),
+        "MEMVID_EXPORT_API_KEY": KEY,
+    }
+    up = (COMMAND, "serve")
+    with running(up, tmp_path / "first.log", env, f"{url}/readyz"):
+        job_id = made(url, town())
+        enter(page, url)
+        expect(page.locator(".export")).to_have_count(1)
+        search(page, "market")
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator("#search-error")).to_contain_text("The server does not answer. Is it running?")
+    expect(page.locator("#notice")).to_contain_text("The server does not answer. Is it running?", timeout=20_000)
+    shot(page, "server-away")
+    with running(up, tmp_path / "second.log", env, f"{url}/readyz"):
+        expect(page.locator("#notice")).to_be_hidden(timeout=20_000)
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator(".hit").first).to_be_visible()
+        page.get_by_role("link", name="Exports").click()
+        expect(page.locator(".export")).to_have_attribute("data-job", job_id)
+
+
+def test_the_address_of_an_export_opens_its_timeline(page: Page, server: str) -> None:
+    job_id = made(server, town())
+    enter(page, f"{server}/#export={job_id}")
+    expect(page.locator(f'[data-job="{job_id}"]').locator(".timeline").get_by_role("img")).to_be_visible()
 
 
 def test_the_page_asks_for_no_key_where_the_server_wants_none(page: Page, tmp_path: Path) -> None:
@@ -240,6 +239,7 @@ def test_the_page_forbids_everything_that_is_not_its_own(server: str) -> None:
     assert "unsafe" not in policy
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert "http" not in answer.text.replace("http-equiv", "")
+    assert "style=" not in answer.text
 
 
 @pytest.mark.parametrize("name", ["../__init__.py", "..%2f__init__.py", "nothing.js", "%2e%2e/__init__.py"])

@@ -77,6 +77,7 @@ async function route() {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  if (!away) notice("");
   try {
     await VIEWS[name].enter(wanted);
   } catch (error) {

@@ -60,7 +60,7 @@ export async function enter(wanted) {
   arrange();
   const entry = jobs.get(jobId);
   if (part(entry.row, "timeline").hidden) await press(entry, "timeline");
-  entry.row.scrollIntoView({ block: "start" });
+  entry.row.scrollIntoView({ block: "nearest" });
 }
 
 export function leave() {}
@@ -157,8 +157,10 @@ function paint(entry) {
   row.dataset.status = job.status;
   row.dataset.job = job.jobId;
   const title = clean(job.artifact?.fileName ?? given.get(job.jobId) ?? `Export ${job.jobId}`);
-  say(part(row, "title"), cut(title, 160));
-  part(row, "title").title = title;
+  const link = part(row, "title").firstElementChild;
+  say(link, cut(title, 160));
+  link.title = title;
+  link.href = `#${new URLSearchParams({ export: job.jobId })}`;
   say(part(row, "badge"), BADGES[job.status] ?? job.status);
   say(part(row, "message"), cut(clean(job.error ? failure(job.error) : job.message), 600));
   const bar = part(row, "bar");

@@ -11,25 +11,29 @@ const PICKS = 60; // kinds or types that are offered
 const STEPS = [20, 50, 100, 200]; // hits
 
 let app;
-let capsules = []; // completed exports, newest first
+let capsules = null; // completed exports, newest first; null until they are asked for
 let asked = ""; // the question that the hits answer
 let offered = ""; // the capsule whose kinds and types are offered
+let kinds = { labels: [], types: [] }; // what that capsule has
 let limit = STEPS[0];
 let running = null; // AbortController of the search under way
+let turn = 0; // counts the addresses that were gone to
+let ready = Promise.resolve(); // until the form shows what the last one asks
 
 export function start(page) {
   app = page;
   walk.start(page);
-  $("search-form").addEventListener("submit", (event) => {
+  $("search-form").addEventListener("submit", async (event) => {
     event.preventDefault();
+    await ready.catch(() => {}); // who is fast is not ahead of the list of capsules
     const next = `#${question()}`;
-    asked = "";
+    asked = ""; // the same question is asked again
     if (location.hash === next) enter(question()).catch(app.show);
     else location.hash = next;
   });
   $("where-list").addEventListener("change", () => {
     describe();
-    offer().catch(app.show);
+    offer();
   });
   $("filters").addEventListener("change", describe);
   $("more-hits").addEventListener("click", () => {
@@ -41,56 +45,55 @@ export function start(page) {
 export function leave() {
   running?.abort();
   walk.close();
+  capsules = null;
 }
 
 export function forget() {
   leave();
-  [capsules, asked, offered] = [[], "", ""];
+  [asked, offered, kinds] = ["", "", { labels: [], types: [] }];
   for (const id of ["hits", "where-list", "labels", "types"]) $(id).replaceChildren();
   $("query").value = "";
 }
 
 export async function enter(wanted) {
   document.title = "Search · memvid-export";
+  const mine = (turn += 1);
   const node = wanted.get("node");
   $("walk").hidden = node === null;
   $("search").hidden = node !== null;
-  if (node === null) {
-    const from = walk.close();
-    await prepare(wanted);
-    const plain = question().toString();
-    if ($("query").value.trim() && plain !== asked) {
-      limit = STEPS[0];
-      await run(question());
-    } else if (!$("query").value.trim()) {
-      settle();
-    }
-    const hit = from && [...$("hits").querySelectorAll("a")].find((link) => link.hash === from);
-    if (hit) hit.focus();
-    else if (!asked) $("query").focus();
-  } else {
-    await walk.open(wanted);
+  if (node !== null) return walk.open(wanted);
+  const from = walk.close();
+  await (ready = prepare(wanted));
+  if (mine !== turn) return;
+  if (!wanted.get("search")) settle();
+  else if (question(wanted.get("search")).toString() !== asked) {
+    limit = STEPS[0];
+    await run(question(wanted.get("search")));
   }
+  const hit = from && [...$("hits").querySelectorAll("a")].find((link) => link.hash === from);
+  if (hit) hit.focus();
+  // On a telephone the keyboard would cover half of the page.
+  else if (!asked && matchMedia("(pointer: fine)").matches) $("query").focus();
 }
 
 // --- what is asked ------------------------------------------------------------------------------
 
 async function prepare(wanted) {
-  const { jobs } = await (await call("/v1/exports?status=completed&limit=200")).json();
-  capsules = jobs;
+  $("query").value = wanted.get("search") ?? "";
+  $("mode").value = ["lexical", "semantic"].find((mode) => mode === wanted.get("mode")) ?? "hybrid";
+  $("file-prefix").value = wanted.get("file") ?? "";
+  choose({ labels: wanted.getAll("label"), types: wanted.getAll("type") });
+  capsules ??= (await (await call("/v1/exports?status=completed&limit=200")).json()).jobs;
   const chosen = wanted.getAll("in").slice(0, MAX_CAPSULES);
   const known = new Set(capsules.map(({ jobId }) => jobId));
   const picked = new Set(chosen.length ? chosen : capsules.slice(0, 1).map(({ jobId }) => jobId));
-  const gone = [...picked].filter((jobId) => !known.has(jobId)); // older than the list, or no more there
+  const unknown = [...picked].filter((jobId) => !known.has(jobId)); // older than the list, or no more there
   $("where-list").replaceChildren(
     ...capsules.map((job) => pick("in", job.jobId, job.artifact?.fileName ?? job.jobId, picked.has(job.jobId),
       `${when(job.createdAt)} · ${bytes(job.artifact?.sizeBytes ?? 0)}`)),
-    ...gone.map((jobId) => pick("in", jobId, `Export ${jobId}`, true)));
-  if (wanted.get("search") || !$("query").value) $("query").value = wanted.get("search");
-  $("mode").value = ["lexical", "semantic"].find((mode) => mode === wanted.get("mode")) ?? "hybrid";
-  $("file-prefix").value = wanted.get("file") ?? "";
-  await offer(new Set(wanted.getAll("label")), new Set(wanted.getAll("type")));
+    ...unknown.map((jobId) => pick("in", jobId, `Export ${jobId}`, true)));
   describe();
+  offer();
 }
 
 function pick(name, value, text, checked, more = "") {
@@ -101,28 +104,37 @@ function pick(name, value, text, checked, more = "") {
 
 const checked = (id) => [...$(id).querySelectorAll("input:checked")].map(({ value }) => value);
 
-// Kinds and relationship types of the first capsule that is chosen.
-async function offer(labels = new Set(checked("labels")), types = new Set(checked("types"))) {
-  const [first] = checked("where-list");
-  if (first && first !== offered) {
-    const { result } = await ask("manifest_get", { locator: { jobId: first } });
-    offered = first;
-    const names = (value) => (Array.isArray(value) ? value : Object.keys(value ?? {})).slice(0, PICKS);
-    $("labels").replaceChildren(...names(result.manifest.nodeLabels).map((label) => pick("label", label, label, labels.has(label))));
-    $("types").replaceChildren(...names(result.manifest.relationshipTypes).map((type) => pick("type", type, relation(type), types.has(type))));
+// Offers the kinds and types of the capsule; one that the address names and it does not have can be taken off.
+function choose(chosen) {
+  const words = { labels: String, types: relation };
+  for (const id of ["labels", "types"]) {
+    const values = new Set([...kinds[id].slice(0, PICKS), ...chosen[id]]);
+    $(id).replaceChildren(...[...values].map((value) => pick(id, value, words[id](value), chosen[id].includes(value))));
   }
-  for (const [id, name, values] of [["labels", "label", labels], ["types", "type", types]]) {
-    const boxes = [...$(id).querySelectorAll("input")];
-    for (const box of boxes) box.checked = values.has(box.value);
-    // One that the address names and this capsule does not have stays to be seen and taken off.
-    for (const value of values) if (!boxes.some((box) => box.value === value)) $(id).append(pick(name, value, value, true));
+}
+
+// Asks the first capsule that is chosen for its kinds and relationship types.
+async function offer() {
+  const [first] = checked("where-list");
+  if (!first || first === offered) return;
+  offered = first;
+  try {
+    const { result } = await patiently(
+      () => ask("manifest_get", { locator: { jobId: first } }), new AbortController().signal, () => {});
+    if (offered !== first) return;
+    const names = (value) => (Array.isArray(value) ? value : Object.keys(value ?? {}));
+    kinds = { labels: names(result.manifest.nodeLabels), types: names(result.manifest.relationshipTypes) };
+    choose({ labels: checked("labels"), types: checked("types") });
+  } catch (error) {
+    offered = "";
+    app.show(error);
   }
 }
 
 function describe() {
   const chosen = $("where-list").querySelectorAll("input:checked");
   for (const box of $("where-list").querySelectorAll("input")) box.disabled = !box.checked && chosen.length >= MAX_CAPSULES;
-  $("where-text").textContent = !capsules.length ? "no capsule yet: make one first"
+  $("where-text").textContent = !$("where-list").children.length ? "no capsule yet: make one first"
     : chosen.length === 0 ? "nothing: choose a capsule"
     : chosen.length === 1 ? chosen[0].parentElement.querySelector("bdi").textContent
     : `${chosen.length} capsules`;
@@ -130,8 +142,8 @@ function describe() {
   $("filters-text").textContent = `Kinds and relationships${filters ? ` · ${filters} chosen` : ""}`;
 }
 
-function question() {
-  const query = new URLSearchParams({ search: $("query").value.trim() });
+function question(words = $("query").value.trim()) {
+  const query = new URLSearchParams({ search: words });
   for (const jobId of checked("where-list")) query.append("in", jobId);
   if ($("mode").value !== "hybrid") query.set("mode", $("mode").value);
   if ($("file-prefix").value) query.set("file", $("file-prefix").value);
@@ -143,7 +155,7 @@ function question() {
 // --- what is found ------------------------------------------------------------------------------
 
 function settle(text = "") {
-  $("search-status").textContent = text || (capsules.length ? "" : "Make a capsule first; then it can be searched here.");
+  $("search-status").textContent = text || (capsules?.length ? "" : "Make a capsule first; then it can be searched here.");
   $("search-error").hidden = true;
   $("search-warnings").hidden = true;
   $("more-hits").hidden = true;
@@ -188,7 +200,7 @@ function present({ hits, warnings, semanticUsed }, query) {
     const address = new URLSearchParams(query);
     address.set("of", hit.jobId);
     address.set("node", hit.id);
-    const from = several ? capsules.find(({ jobId }) => jobId === hit.jobId)?.artifact?.fileName ?? hit.jobId : "";
+    const from = several ? capsules?.find(({ jobId }) => jobId === hit.jobId)?.artifact?.fileName ?? hit.jobId : "";
     return make("li", { class: "hit" },
       make("a", { href: `#${address}` }, foreign("span", { class: "kind" }, hit.label, 40), " ", foreign("strong", {}, hit.name || clean(hit.id), 120)),
       hit.filePath ? foreign("span", { class: "place" }, place(hit), 200) : null,

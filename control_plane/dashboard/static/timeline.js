@@ -22,6 +22,7 @@ export class Timeline {
     this.spans = []; // {stage, from, to}: milliseconds since the epoch, `to` null while it lasts
     this.clock = () => Date.now(); // the server's, once it has answered
     this.reading = null;
+    this.frame = null;
   }
 
   // Takes in everything up to now; a second call while one is under way waits for that one.
@@ -47,7 +48,10 @@ export class Timeline {
   async add(event) {
     if (event.seq > this.since + 1) return this.catchUp();
     this.take(event);
-    this.paint();
+    this.frame ??= requestAnimationFrame(() => { // many events come at once
+      this.frame = null;
+      this.paint();
+    });
   }
 
   take(event) {

@@ -8,11 +8,13 @@ import { count, many, place, relation } from "./words.js";
 const SIDE = 12; // neighbours that are drawn on each side
 const SNIPPET_CHARS = 4000;
 const PROPERTIES = 60;
-const WAYS = { in: "lead here", out: "lead on" };
+const WAYS = { in: "here", out: "on" };
+const lead = (number, way) => `${number === 1 ? "leads" : "lead"} ${WAYS[way]}`;
 
 let app;
 let running = null; // AbortController of what is being read
 let wanted = null; // the address that is shown
+let origin = ""; // the address that the walk began at
 let sides = {}; // by direction: {items, cursors, place, next, error}
 let node = null;
 let snippet = null; // {text, next}
@@ -28,12 +30,12 @@ export function start(page) {
   });
 }
 
-// Ends what is under way; the address of the last node of the walk, or "".
+// Ends the walk; the address that it began at, or "" where there was none.
 export function close() {
   running?.abort();
-  const last = wanted ? `#${wanted}` : "";
+  const from = wanted ? origin : "";
   wanted = null;
-  return last;
+  return from;
 }
 
 const question = (tool, args, signal) => patiently(
@@ -43,6 +45,7 @@ const question = (tool, args, signal) => patiently(
 export async function open(address) {
   running?.abort();
   const { signal } = (running = new AbortController());
+  if (!wanted) origin = `#${address}`;
   wanted = address;
   const inGraph = $("graph").contains(document.activeElement);
   const nodeId = address.get("node");
@@ -70,8 +73,8 @@ export async function open(address) {
     describe(about.result);
     showSource(source);
     present();
-    $("walk-status").textContent = "";
-    (inGraph && $("graph").querySelector("a")) ? $("graph").querySelector("a").focus() : $("walk-title").focus();
+    $("walk-status").textContent = `Now at ${cut(clean(node.name || node.id), 80)}`;
+    ((inGraph && $("graph").querySelector("a")) || $("walk-title")).focus();
   } catch (error) {
     if (error.name === "AbortError") return;
     $("walk-status").textContent = "";
@@ -93,7 +96,7 @@ function describe({ degree, metadata }) {
   $("walk-title").replaceChildren(foreign("span", { class: "kind" }, node.label, 40), " ", foreign("span", {}, name, 160));
   $("walk-place").replaceChildren(foreign("span", {}, place(node) || node.id, 300));
   const calls = degree.callsIn || degree.callsOut ? ` Called by ${count(degree.callsIn)}, calls ${count(degree.callsOut)}.` : "";
-  $("walk-degree").textContent = `${many(degree.in, "relationship")} ${degree.in === 1 ? "leads" : "lead"} here, ${count(degree.out)} ${degree.out === 1 ? "leads" : "lead"} on.${calls}`;
+  $("walk-degree").textContent = `${many(degree.in, "relationship")} ${lead(degree.in, "in")}, ${count(degree.out)} ${lead(degree.out, "out")}.${calls}`;
   sides.in.total = degree.in;
   sides.out.total = degree.out;
   const rows = [["id", node.id], ...Object.entries(metadata)].slice(0, PROPERTIES);
@@ -157,11 +160,11 @@ function pager(way) {
   const buttons = side.place > 0 || next ? [
     step(way, -1, "Earlier ones", "‹", side.place === 0), step(way, 1, "Later ones", "›", !next),
   ] : [];
-  $(`pager-${way}`).replaceChildren(make("span", {}, side.total ? `${range} ${WAYS[way]}` : `None ${WAYS[way]}`), ...buttons);
+  $(`pager-${way}`).replaceChildren(make("span", {}, side.total ? `${range} ${lead(side.total, way)}` : `None ${lead(1, way)}`), ...buttons);
 }
 
 function step(way, by, name, sign, off) {
-  const button = make("button", { type: "button", class: "small", "aria-label": `${name} that ${WAYS[way]}`, "data-step": by }, sign);
+  const button = make("button", { type: "button", class: "small", "aria-label": `${name} that ${lead(2, way)}`, "data-step": by }, sign);
   button.disabled = off;
   button.addEventListener("click", () => turn(way, by));
   return button;

@@ -79,10 +79,8 @@ export const WARNINGS = {
   UNKNOWN_RECORD: "Records of an unknown kind were passed over.",
   WRITER_FALLBACK: "The fast writer could not be used; another one wrote the capsule, much more slowly.",
   // of a search
-  NO_VECTORS: "This capsule has no vectors, so it was searched by words only.",
   SEMANTIC_MODEL_MISSING: "The model of this capsule's vectors is not here, so it was searched by words only.",
   SEMANTIC_UNAVAILABLE: "The question's vector could not be made in time, so the search was by words only.",
-  RESULT_TRUNCATED: "There is more than fits into one answer.",
 };
 
 export const FAILURES = {
