@@ -7,7 +7,7 @@ import re
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
@@ -16,12 +16,13 @@ import msgspec
 
 from common.errors import CapsuleUnreadable, StorageFailed
 from common.frames.model import Frame
+from common.sidecar.words import WordIndex
 from common.text import split_identifier
 
 SCHEMA_VERSION = "gitnexus.index.v1"
 APPLICATION_ID = 0x4D563249
 """``MV2I``: marks an SQLite file as a sidecar."""
-USER_VERSION = 1
+USER_VERSION = 2
 
 _SCHEMA = Path(__file__).with_name("schema.sql")
 _INDEXES = Path(__file__).with_name("indexes.sql")
@@ -38,23 +39,18 @@ PRAGMA user_version = {USER_VERSION};
 """
 """No journal: a build that breaks off is thrown away, never repaired."""
 
-_FTS_HASH_BYTES = 32 << 20
-"""FTS5 holds this many bytes of postings before it writes a segment; one or few segments need few merges."""
-
 _FLUSH_FRAMES = 2000
 _MANIFEST = "mv2://meta/manifest"
 
 MAX_NEIGHBOURS = 24
-"""Neighbour names indexed of one node; more would outweigh its own words."""
+"""Neighbour names of a kind indexed of one node."""
 MAX_SIGNATURE_CHARS = 300
 MAX_KEYWORDS = 20
-_KNOWN_WORDS = 200_000
 
 _CONTAINERS = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
 _T = TypeVar("_T")
 _SNIPPET = "\nsnippet:\n"
 _METADATA = "\nmetadata="
-_TOKENS = re.compile(r"\w+")
 _DECLARATION = re.compile(r"[ \t]*(?:@|#|//|/\*|\*)")
 """Lines before a declaration: decorators and comments."""
 
@@ -129,7 +125,8 @@ class SidecarBuilder:
         self._symbol_rows: list[tuple[str, int]] = []
         self._edge_rows: list[tuple[object, ...]] = []
         self._missing: _Numbers[str] = _Numbers()
-        self._texts: list[tuple[int, str, str, str, str]] = []
+        self._index = WordIndex()
+        self._names: dict[int, tuple[int, ...]] = {}
         self._processes: dict[int, tuple[str | None, str | None, str | None]] = {}
         self._communities: dict[int, tuple[float | None, int | None]] = {}
         self._steps: list[tuple[int, int, int]] = []
@@ -138,14 +135,12 @@ class SidecarBuilder:
         self._contained: list[tuple[int, int]] = []
         self._meta: dict[str, str] = {}
         self._parts: dict[int, list[int]] = {}
-        self._words = _Words()
         self._position = 0
         self._completed = False
         try:
             # The thread that builds may be another than the one that opens; only one of them works at a time.
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.executescript(_BULK + _SCHEMA.read_text("utf-8"))
-            self._db.execute("INSERT INTO search(search, rank) VALUES ('hashsize', ?)", (_FTS_HASH_BYTES,))
             self._db.execute("BEGIN")
         except sqlite3.Error as error:
             raise StorageFailed(f"Cannot start the sidecar {path.name}: {error}") from error
@@ -196,7 +191,7 @@ class SidecarBuilder:
         self._insert_processes()
         self._insert_communities()
         self._insert_hotspots()
-        self._insert_texts()
+        self._insert_words()
         self._execute_script(_INDEXES.read_text("utf-8"))
 
     def finish(self, capsule_sha256: str) -> None:
@@ -247,10 +242,14 @@ class SidecarBuilder:
             cohesion = float(node.cohesion) if type(node.cohesion) in (int, float) else None
             self._communities[position] = (cohesion, _integer(node.symbol_count))
         body = snippet_of(frame.text)
-        signature = split_identifier(_signature(body)) if node.start_line is not None else ""
+        self._names[position] = self._index.split(node.name)
+        self._index.add(position, "name", self._names[position])
+        self._index.add_text(position, "path", path)
+        if node.start_line is not None:
+            self._index.add_text(position, "signature", _signature(body))
         if node.keywords or node.description:
             body = f"{_told(node)}\n{body}"
-        self._texts.append((position, name, split_identifier(path), signature, self._words.of(body)))
+        self._index.add_text(position, "body", body)
 
     def _relation(self, position: int, frame: Frame) -> None:
         relation = _decode_relation(frame.metadata)
@@ -325,30 +324,26 @@ class SidecarBuilder:
         busiest = sorted(calls.items(), key=lambda item: (-item[1][0] - item[1][1], -item[1][0], item[0]))
         self._insert("hotspots", [(rank, node, *counts) for rank, (node, counts) in enumerate(busiest, 1)])
 
-    def _insert_texts(self) -> None:
-        names = {position: name for position, name, _, _, _ in self._texts}
-        neighbours: dict[int, dict[str, None]] = defaultdict(dict)
-        # Containers first: a node has one, and it says most about what the node is for.
-        joins: Iterable[tuple[int, int]]
-        for joins in (
-            ((child, parent) for parent, child in self._contained),
-            ((callee, caller) for caller, callee in self._calls),
-            self._calls,
-            ((process, node) for process, _, node in sorted(self._steps)),
-            self._members,
-        ):
-            for node, neighbour in joins:
-                found = neighbours[node]
-                if len(found) < MAX_NEIGHBOURS and neighbour in names:
-                    found[names[neighbour]] = None
-        self._insert(
-            "search(rowid, name, path, signature, neighbours, body)",
-            [
-                (position, name, path, signature, " ".join(neighbours.get(position, ())), body)
-                for position, name, path, signature, body in self._texts
-            ],
-        )
-        self._texts.clear()
+    def _insert_words(self) -> None:
+        """Build the full text; a node is found by the names of what it belongs to, calls and is called by, too."""
+        names = self._names
+        files = set(self._file_nodes.values())  # their names stand in the path
+        joins: dict[str, Iterable[tuple[int, int]]] = {
+            "container": ((child, parent) for parent, child in self._contained if parent not in files),
+            "callers": ((callee, caller) for caller, callee in self._calls),
+            "callees": self._calls,
+            "processes": ((node, process) for process, _, node in sorted(self._steps)),
+        }
+        for field, pairs in joins.items():
+            found: dict[int, dict[tuple[int, ...], None]] = defaultdict(dict)
+            for node, neighbour in pairs:
+                near = found[node]
+                if len(near) < MAX_NEIGHBOURS and node in names and neighbour in names:
+                    near[names[neighbour]] = None
+            for node, near in sorted(found.items()):
+                self._index.add(node, field, chain.from_iterable(near))
+        names.clear()
+        self._insert("words", list(self._index.rows()))
 
     def _insert(self, table: str, rows: Sequence[Sequence[object]]) -> None:
         if not rows:
@@ -406,16 +401,3 @@ class _Numbers(dict[_T, int]):
     def __missing__(self, value: _T) -> int:
         number = self[value] = len(self) + 1
         return number
-
-
-class _Words(dict[str, str]):
-    """Splits running text; each distinct word once, which halves the time."""
-
-    def __missing__(self, word: str) -> str:
-        words = self[word] = split_identifier(word)
-        return words
-
-    def of(self, text: str) -> str:
-        if len(self) > _KNOWN_WORDS:
-            self.clear()
-        return " ".join(map(self.__getitem__, _TOKENS.findall(text)))

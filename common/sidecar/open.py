@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
 
 import msgspec
+import numpy as np
 
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
 from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, node_key, normalise_name
+from common.sidecar.words import best, scores
+from common.text import stem
 
 _T = TypeVar("_T")
 Direction = Literal["in", "out", "both"]
-
-COLUMN_WEIGHTS = (10.0, 4.0, 3.0, 1.0, 0.5)
-"""BM25 weights of name, path, signature, neighbours and body; what measured best on two repositories."""
 
 _TABLES = {
     "parts": "part",
@@ -37,6 +37,7 @@ _TABLES = {
     "communities": "id",
     "members": "community, node",
     "hotspots": "rank",
+    "words": "word",
 }
 _KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
 _MAX_VARIABLES = 500
@@ -146,6 +147,8 @@ class Sidecar:
         """The metadata of the capsule's manifest frame, as JSON."""
         self._parts: list[tuple[int, int, int]] = db.execute("SELECT * FROM parts ORDER BY part").fetchall()
         self._types: dict[str, int] = {name: number for number, name in db.execute("SELECT id, name FROM types")}
+        self._counts: dict[str, int] | None = None  # all rows are counted once; the file does not change
+        self._extent: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -153,7 +156,8 @@ class Sidecar:
         if not path.is_file():
             raise CapsuleUnreadable(f"There is no sidecar {path.name}")
         try:
-            db = sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True, check_same_thread=False)
+            uri = f"{path.resolve().as_uri()}?immutable=1"
+            db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, cached_statements=256)
         except sqlite3.Error as error:
             raise CapsuleUnreadable(f"Cannot open the sidecar {path.name}: {error}") from error
         try:
@@ -188,11 +192,13 @@ class Sidecar:
 
     def counts(self) -> dict[str, int]:
         """How many frames, nodes, edges, files, processes and communities there are."""
-        counts = {"frames": sum(frames for _, _, frames in self._parts)}
-        for table in ("nodes", "edges", "processes", "communities"):
-            counts[table] = self._count(f"SELECT count(*) FROM {table}")  # noqa: S608 - a constant
-        counts["files"] = self._count("SELECT count(node) FROM files")
-        return counts
+        if self._counts is None:
+            counts = {"frames": sum(frames for _, _, frames in self._parts)}
+            for table in ("nodes", "edges", "processes", "communities"):
+                counts[table] = self._count(f"SELECT count(*) FROM {table}")  # noqa: S608 - a constant
+            counts["files"] = self._count("SELECT count(node) FROM files")
+            self._counts = counts
+        return dict(self._counts)
 
     def document(self, uri: str) -> int | None:
         """The position of the frame of the manifest or of a page of the guide."""
@@ -261,6 +267,40 @@ class Sidecar:
             limit,
         )
 
+    def spelled(self, name: str) -> list[tuple[int, str, str]]:
+        """(position, name, label) of all nodes of that name, however it is written, in order."""
+        key = normalise_name(name)
+        if not key:
+            return []
+        return self._db.execute(
+            "SELECT nodes.id, nodes.name, labels.name FROM symbols JOIN nodes ON nodes.id = symbols.node"
+            " JOIN labels ON labels.id = nodes.label WHERE symbols.name = ? ORDER BY symbols.node",
+            (_storable(key),),
+        ).fetchall()
+
+    def beginning(self, name: str, *, limit: int) -> list[tuple[int, int, str]]:
+        """(position, characters of the name, label) of nodes whose name starts so: the shortest ``limit`` of the first
+        1,000 in the order of the alphabet, in no certain order."""
+        key = _storable(normalise_name(name))
+        if not key:
+            return []
+        return self._db.execute(
+            "SELECT nodes.id, length(nodes.name), labels.name FROM"
+            " (SELECT node FROM (SELECT name, node FROM symbols WHERE name > ? AND name < ? ORDER BY name, node"
+            " LIMIT 1000) ORDER BY length(name), node LIMIT ?) AS some"
+            " JOIN nodes ON nodes.id = some.node JOIN labels ON labels.id = nodes.label",
+            (key, key + _LAST, limit),
+        ).fetchall()
+
+    def labels_at(self, positions: Sequence[int]) -> dict[int, str]:
+        """The labels of the nodes at these positions, at most 500."""
+        rows = self._db.execute(
+            "SELECT nodes.id, labels.name FROM nodes JOIN labels ON labels.id = nodes.label"
+            f" WHERE nodes.id IN ({_marks(positions)})",  # noqa: S608
+            positions,
+        )
+        return dict(rows.fetchall())
+
     def in_file(self, path: str) -> list[Node]:
         """The nodes of a file by line, then by id; empty for an unknown path."""
         condition = "WHERE nodes.file = (SELECT id FROM files WHERE path = ?) ORDER BY nodes.start_line, nodes.id"
@@ -268,22 +308,23 @@ class Sidecar:
         return list(map(Node._make, rows))
 
     def match(self, words: Sequence[str], *, limit: int, scope: Scope = Scope()) -> list[tuple[int, float]]:  # noqa: B008
-        """Nodes that hold any of the words, as (position, BM25 score), best first, equal ones by id.
+        """Nodes that hold any of the words, as (position, BM25F score), best first, equal ones by id.
 
-        ``words`` are plain words (as ``split_identifier`` gives them), never query syntax.
+        ``words`` are plain words (as ``split_identifier`` gives them); other forms of them count as well.
         """
-        query = " OR ".join('"' + _storable(word).replace('"', '""').replace("\0", " ") + '"' for word in words)
-        if not query:
-            return []
-        weights = ", ".join(map(str, COLUMN_WEIGHTS))
-        condition, parameters = _filter(scope)
+        stems = [_storable(word) for word in dict.fromkeys(map(stem, words))][:_MAX_VARIABLES]
         rows = self._db.execute(
-            f"SELECT search.rowid, -bm25(search, {weights}) AS score"  # noqa: S608 - constants and marks
-            " FROM search JOIN nodes ON nodes.id = search.rowid"
-            f" WHERE search MATCH ?{condition} ORDER BY score DESC, search.rowid LIMIT ?",
-            (query, *parameters, limit),
+            f"SELECT word, nodes, postings FROM words WHERE word IN ({_marks(stems)}) ORDER BY word",  # noqa: S608
+            stems,
         )
-        return rows.fetchall()
+        if self._extent is None:
+            self._extent = self._db.execute("SELECT count(*), ifnull(max(id), -1) + 1 FROM nodes").fetchone()
+        found = scores(rows, *self._extent)
+        if scope != Scope():
+            outside = np.ones(len(found), dtype=np.bool_)
+            outside[self.kept(scope)] = False
+            found[outside] = 0
+        return best(found, limit)
 
     def kept(self, scope: Scope) -> list[int]:
         """Positions of all nodes of a scope, in order; reads every node."""
@@ -345,18 +386,39 @@ class Sidecar:
         if types and not chosen:
             return []
         condition = f" AND type IN ({_marks(chosen)})" if chosen else ""
-        queries, parameters = [], []
-        for side, order, here, there in (("out", 0, "source", "target"), ("in", 1, "target", "source")):
-            if direction in (side, "both"):
-                queries.append(
-                    f"SELECT id, {order} AS side, type, {there} AS other FROM edges WHERE {here} = ?{condition}"  # noqa: S608
-                )
-                parameters += [position, *chosen]
-        union = " UNION ALL ".join(queries)
-        chosen_ids = f"SELECT id, side FROM ({union} ORDER BY side, type, other, id LIMIT ? OFFSET ?)"  # noqa: S608
-        sides = self._db.execute(chosen_ids, (*parameters, limit, offset)).fetchall()
-        found = {edge.position: edge for edge in self._edges_at([at for at, _ in sides])}
-        return [("in" if side else "out", found[at]) for at, side in sides]
+        found: list[tuple[Direction, Edge]] = []
+        sides: tuple[tuple[Direction, str, str], ...] = (("out", "source", "target"), ("in", "target", "source"))
+        for side, here, there in sides:
+            if direction not in (side, "both"):
+                continue
+            # An index has this order, so no more rows than these are looked at.
+            query = f"{_EDGE} WHERE {here} = ?{condition} ORDER BY edges.type, {there}, edges.id LIMIT ? OFFSET ?"
+            rows = self._db.execute(query, (position, *chosen, limit, offset)).fetchall()
+            found += [(side, Edge._make(row)) for row in rows]
+            if limit >= 0:
+                limit -= len(rows)
+                if limit == 0:
+                    break
+            if offset and direction == "both" and side == "out":
+                there_are = self._count(f"SELECT count(*) FROM edges WHERE {here} = ?{condition}", position, *chosen)  # noqa: S608
+                offset = max(0, offset - there_are)
+        return found
+
+    def joined(
+        self, position: int, direction: Literal["in", "out"], type_name: str, *, limit: int, offset: int
+    ) -> list[tuple[Node, float]]:
+        """The distinct other ends of a node's relationships of a type, in order, with the highest confidence."""
+        number = self._types.get(type_name)
+        if number is None:
+            return []
+        here, there = ("target", "source") if direction == "in" else ("source", "target")
+        rows = self._db.execute(
+            f"SELECT {there}, max(evidence.confidence) FROM edges JOIN evidence ON evidence.id = edges.evidence"  # noqa: S608
+            f" WHERE {here} = ? AND type = ? GROUP BY {there} ORDER BY {there} LIMIT ? OFFSET ?",
+            (position, number, limit, offset),
+        )
+        surest: dict[int, float] = dict(rows.fetchall())
+        return [(node, surest[node.position]) for node in self.nodes(surest)]
 
     def incoming(self, positions: Sequence[int], types: Sequence[str]) -> list[tuple[int, int]]:
         """(source, target) of every relationship of these types that leads to one of the nodes, in order."""
@@ -450,12 +512,6 @@ class Sidecar:
         yield _encode([SCHEMA_VERSION, self.manifest])
         for table, order in _TABLES.items():
             yield from self._rows(table, f"SELECT * FROM {table} ORDER BY {order}")  # noqa: S608 - constants
-        # What the full text says, not how it lies in its segments, which is up to the version of SQLite.
-        self._db.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab(main, search, instance)")
-        try:
-            yield from self._rows("search", "SELECT term, doc, col, offset FROM temp.terms")
-        finally:
-            self._db.execute("DROP TABLE temp.terms")
 
     def _rows(self, table: str, query: str) -> Iterator[bytes]:
         yield _encode(table)

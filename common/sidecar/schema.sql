@@ -72,7 +72,5 @@ CREATE TABLE hotspots (
     rank INTEGER PRIMARY KEY, node INTEGER NOT NULL, calls_in INTEGER NOT NULL, calls_out INTEGER NOT NULL
 );
 
--- Full text over nodes; every column holds split words. Contentless: what it finds is read from `nodes`.
-CREATE VIRTUAL TABLE search USING fts5 (
-    name, path, signature, neighbours, body, content='', tokenize='porter unicode61'
-);
+-- Full text over nodes: the stems of their words, how many nodes hold each, and which, with its weight: see words.py.
+CREATE TABLE words (word TEXT PRIMARY KEY, nodes INTEGER NOT NULL, postings BLOB NOT NULL) WITHOUT ROWID;
