@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, insert, literal, select, text, tuple_, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    ScalarSelect,
+    column,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    tuple_,
+    update,
+    values,
+)
 from sqlalchemy.exc import IntegrityError
 
 from common.contract import Event, Progress, Status
-from common.errors import InvalidRequest
+from common.errors import ExportError, InvalidRequest
 from control_plane.errors import QueueUnavailable
 from control_plane.jobs.database import Database, db_now, lock_creation
 from control_plane.jobs.hub import EventHub
@@ -37,6 +52,18 @@ def started(attempt: int) -> NewEvent:
     message = "Export started" if attempt == 1 else f"Export started again (attempt {attempt})"
     progress = Progress(stage="transform", progress=0, stage_progress=0, message=message, meta={"attempt": attempt})
     return NewEvent("job_started", progress)
+
+
+class Activity(NamedTuple):
+    """What happened in a span of time that begins at ``start``."""
+
+    start: int
+    submitted: int
+    completed: int
+    """Also those that have expired since."""
+    canceled: int
+    frames: int
+    """Of those completed."""
 
 
 class JobStore:
@@ -330,29 +357,39 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return await connection.scalar(select(func.count()).where(jobs.c.status == "running")) or 0
 
-    async def submissions(self, step: int, since: int) -> list[tuple[int, int]]:
-        """(bucket, jobs) of those that came at ``since`` or later; bucket ``n`` begins ``n`` times ``step``
-        milliseconds after 1970."""
-        bucket = (jobs.c.created_at // literal(step, literal_execute=True)).label("bucket")
-        query = select(bucket, func.count()).where(jobs.c.created_at >= since).group_by("bucket")
-        async with self._database.read.connect() as connection:
-            return [(row[0], row[1]) for row in await connection.execute(query)]
+    async def activity(self, starts: Sequence[int], step: int) -> list[Activity]:
+        """What happened in spans of ``step`` milliseconds that begin at these times."""
+        spans = values(column("start", BigInteger), column("stop", BigInteger), name="spans")
+        span = spans.data([(start, start + step) for start in starts]).cte()
 
-    async def endings(self, step: int, since: int) -> list[tuple[int, Status, str | None, int, int | None]]:
-        """(bucket, status, error code, jobs, frames) of those that ended at ``since`` or later, buckets as in
-        ``submissions``; one that has expired has frames where it was completed before."""
-        bucket = (jobs.c.finished_at // literal(step, literal_execute=True)).label("bucket")
-        made = jobs.c.frames.is_not(None)
-        query = (
-            select(bucket, jobs.c.status, jobs.c.error_code, func.count(), func.sum(jobs.c.frames))
-            .where(jobs.c.finished_at >= since)
-            .group_by("bucket", jobs.c.status, jobs.c.error_code, made)
+        def within(counted: ColumnElement[int], time: ColumnElement[int], *status: Status) -> ScalarSelect[int]:
+            of = [jobs.c.status.in_(status)] if status else []
+            query = select(counted).where(*of, time >= span.c.start, time < span.c.stop)
+            return query.correlate(span).scalar_subquery()
+
+        frames = jobs.c.frames  # one that nobody took expires without any
+        made: tuple[Status, ...] = ("completed", "expired")
+        query = select(
+            span.c.start,
+            within(func.count(), jobs.c.created_at),
+            within(func.count(frames), jobs.c.finished_at, *made),
+            within(func.count(), jobs.c.finished_at, "canceled"),
+            within(func.sum(frames), jobs.c.finished_at, *made),
         )
         async with self._database.read.connect() as connection:
-            return [
-                (row[0], row[1], row[2], row[3], None if row[4] is None else int(row[4]))
-                for row in await connection.execute(query)
-            ]
+            rows = await connection.execute(query)
+            return [Activity(start, came, done, off, int(total or 0)) for start, came, done, off, total in rows]
+
+    async def failures(self, since: int, step: int) -> list[tuple[int, str, int]]:
+        """(span, error code, jobs) of those that failed at ``since`` or later, in spans of ``step`` milliseconds."""
+        span = ((jobs.c.finished_at - since) // literal(step, literal_execute=True)).label("span")
+        query = (
+            select(span, jobs.c.error_code, func.count())
+            .where(jobs.c.status == "failed", jobs.c.finished_at >= since)
+            .group_by("span", jobs.c.error_code)
+        )
+        async with self._database.read.connect() as connection:
+            return [(row[0], row[1] or ExportError.code, row[2]) for row in await connection.execute(query)]
 
     async def counts(self) -> dict[Status, int]:
         """How many jobs are in each state that has any."""

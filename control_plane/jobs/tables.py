@@ -49,7 +49,7 @@ jobs = Table(
     Index("ix_jobs_status_created", "status", "created_at", "id"),
     Index("ix_jobs_created", "created_at", "id"),
     Index("ix_jobs_owner_status", "owner", "status"),
-    Index("ix_jobs_finished", "finished_at", "status", "error_code", "frames"),
+    Index("ix_jobs_finished", "status", "finished_at", "frames", "error_code"),
 )
 
 events = Table(

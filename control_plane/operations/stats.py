@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 from litestar import Controller, get
@@ -41,25 +42,23 @@ class StatsController(Controller):
             raise InvalidRequest(f"hours must be 1 to {MAX_HOURS}.", field="hours", allowed=[1, MAX_HOURS])
         now = now_ms()
         step = next(step for step in _STEPS if hours * 3600 >= BUCKETS * step) * 1000
-        end = now // step + 1
-        first = end - -(-hours * 3_600_000 // step)
-        buckets = {number: StatsBucket(start=iso(number * step)) for number in range(first, end)}
-        for number, count in await store.submissions(step, first * step):
-            if number in buckets:
-                buckets[number].submitted = count
-        failures: dict[str, int] = {}
-        for number, status, code, count, frames in await store.endings(step, first * step):
-            bucket = buckets.get(number)
-            if bucket is None:
-                continue
-            if status == "failed":
-                bucket.failed += count
-                failures[code or "INTERNAL"] = failures.get(code or "INTERNAL", 0) + count
-            elif status == "canceled":
-                bucket.canceled += count
-            elif frames is not None:  # an export that has expired since was completed
-                bucket.completed += count
-                bucket.frames += frames
+        end = (now // step + 1) * step
+        first = end - -(-hours * 3_600_000 // step) * step
+        buckets = [
+            StatsBucket(
+                start=iso(span.start),
+                submitted=span.submitted,
+                completed=span.completed,
+                canceled=span.canceled,
+                frames=span.frames,
+            )
+            for span in await store.activity(range(first, end, step), step)
+        ]
+        codes: Counter[str] = Counter()
+        for number, code, count in await store.failures(first, step):
+            if number < len(buckets):  # one that failed while we count is in the next answer
+                buckets[number].failed += count
+                codes[code] += count
         waiting, oldest = await store.queued(None)
         return Stats(
             at=iso(now),
@@ -67,9 +66,9 @@ class StatsController(Controller):
                 queued=waiting, running=await store.running(), capacity=store.capacity, oldest_seconds=round(oldest, 3)
             ),
             bucket_seconds=step // 1000,
-            buckets=list(buckets.values()),
+            buckets=buckets,
             failures=[
                 FailureCount(code=code, count=count)
-                for code, count in sorted(failures.items(), key=lambda item: (-item[1], item[0]))
+                for code, count in sorted(codes.items(), key=lambda item: (-item[1], item[0]))
             ],
         )

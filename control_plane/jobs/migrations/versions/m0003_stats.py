@@ -20,4 +20,4 @@ def upgrade() -> None:
     else:
         op.execute("UPDATE jobs SET frames = json_extract(manifest, '$.frames')")
         op.execute("UPDATE jobs SET error_code = json_extract(error, '$.code')")
-    op.create_index("ix_jobs_finished", "jobs", ["finished_at", "status", "error_code", "frames"])
+    op.create_index("ix_jobs_finished", "jobs", ["status", "finished_at", "frames", "error_code"])
