@@ -30,11 +30,24 @@ THREADS = 4
 """Questions answered at once."""
 SECONDS = 20.0
 """How long an answer may take."""
+AT_ONCE_SECONDS = 0.005
+"""How long it may take on the event loop."""
+_LONG = frozenset({"text_search", "call_trace", "impact_analysis", "query_explain"})
+"""Tools that go to a thread at once: they ask an engine, or walk."""
 _PAGING = frozenset({"locator", "cursor", "limit", "max_chars"})
+_TIMING_BYTES = 8
+"""That the time may grow by meanwhile."""
 _SHORT = 200
 """Characters that the texts of an item keep which alone passes the budget."""
 
 log = structlog.get_logger()
+
+
+class ResultTruncated(ExportError):
+    """Nothing of an answer fits the budget."""
+
+    code = "RESULT_TRUNCATED"
+    retryable = True
 
 
 class Reply(NamedTuple):
@@ -73,7 +86,9 @@ class Reader:
             given = _arguments(tool, arguments)
             place = await self._places.find(given.locator)
             question = _Question(tool, given, place, trace_id, started)
-            body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
+            body = None if tool in _LONG else self._answer_at_once(question)
+            if body is None:
+                body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
         except ExportError as error:
             return Reply(error_body(error, trace_id), is_error=True)
         except Exception as error:
@@ -118,11 +133,26 @@ class Reader:
             self._library.discard(place)
             raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
 
+    def _answer_at_once(self, question: _Question) -> bytes | None:
+        """The answer where it takes a moment, on the event loop: the way to a thread and back takes longer than most
+        answers do. None where it has to wait for something, or takes long: then it begins anew in a thread."""
+        try:
+            with self._library.at_hand(question.place) as capsule:
+                if capsule is None:
+                    return None
+                capsule.allow(AT_ONCE_SECONDS, waits=False)
+                return self._answer_from(capsule, question)
+        except (TimedOut, sqlite3.DatabaseError):
+            return None
+
     def _answer(self, question: _Question) -> bytes:
         with self._opened(question.place, question.trace_id) as capsule:
-            tag = _tag(question, capsule.sidecar.capsule_sha256)
-            page = Page(_offset(question.given.cursor, tag))
-            answer = REGISTRY[question.tool][1](capsule, question.given, page)
+            return self._answer_from(capsule, question)
+
+    def _answer_from(self, capsule: OpenCapsule, question: _Question) -> bytes:
+        tag = _tag(question, capsule.sidecar.capsule_sha256)
+        page = Page(_offset(question.given.cursor, tag))
+        answer = REGISTRY[question.tool][1](capsule, question.given, page)
         return _envelope(question, answer, page, tag, self._budget)
 
 
@@ -159,61 +189,68 @@ def _offset(cursor: str | None, tag: str) -> int:
 
 
 def _envelope(question: _Question, answer: Answer, page: Page, tag: str, budget: int) -> bytes:
-    """The answer as JSON of at most ``budget`` bytes: cut at an item, with a cursor that goes on there."""
+    """The answer as JSON of at most ``budget`` bytes: cut at an item, with a cursor that goes on there.
+
+    Raises ResultTruncated for one of which not even the first item, shortened, fits.
+    """
     score = round(min(1.0, max(0.0, answer.score)), 4)
     tier = "high" if score >= 0.85 else "medium" if score >= 0.6 else "low"
-    warnings = list(answer.warnings)
     found = answer.result[answer.items] if answer.items else None
+    warnings = list(answer.warnings)
+    result = answer.result
+
+    def encoded(returned: int, *, more: bool, cut: bool) -> bytes:
+        return msgspec.json.encode(
+            {
+                "schemaVersion": SCHEMA_VERSION,
+                "traceId": question.trace_id,
+                "tool": question.tool,
+                "confidence": {"score": score, "tier": tier, "factors": answer.factors, "warnings": warnings},
+                "result": result,
+                "pagination": {
+                    "nextCursor": _cursor(page.offset + returned, tag) if more and found is not None else None,
+                    "truncated": more or cut,
+                    "returned": returned,
+                },
+                "timingMs": round(1000 * (time.perf_counter() - question.started)),
+            }
+        )
+
+    body = encoded(1 if found is None else len(found), more=answer.more, cut=False)
+    if len(body) <= budget:
+        return body
     result = dict(answer.result)
-    body = {
-        "schemaVersion": SCHEMA_VERSION,
-        "traceId": question.trace_id,
-        "tool": question.tool,
-        "confidence": {"score": score, "tier": tier, "factors": answer.factors, "warnings": warnings},
-        "result": result,
-        "pagination": {"nextCursor": _cursor(10**8, tag), "truncated": False, "returned": 0},
-        "timingMs": 10**6,
-    }
-    warnings.append("RESULT_TRUNCATED")
     if answer.items:
         result[answer.items] = "" if isinstance(found, str) else []
     if answer.properties:
         result[answer.properties] = {}
-    room = budget - len(msgspec.json.encode(body))
-    warnings.pop()
-    cut = False
+    warnings.append("RESULT_TRUNCATED")
+    if answer.extras:
+        result[answer.extras] = _fitting_items(answer.result[answer.extras], budget // 4)
+    room = budget - len(encoded(10**8, more=True, cut=True)) - _TIMING_BYTES
     if answer.properties:
-        result[answer.properties], cut = _fitting_properties(answer.result[answer.properties], room)
+        result[answer.properties] = _fitting_properties(answer.result[answer.properties], room)
     returned = 1
-    more = answer.more
-    if found is not None:
-        kept = _fitting_text(found, room) if isinstance(found, str) else _fitting_items(found, room, warnings)
-        cut = len(kept) < len(found)
-        more = more or cut
+    if answer.items and found is not None:
+        kept = _fitting_text(found, room) if isinstance(found, str) else _fitting_items(found, room)
+        if isinstance(found, list) and not kept:
+            warnings.append("ITEM_SHORTENED")
+            kept = [_shortened(item) for item in found[:1]]
         returned = len(kept)
-        result[answer.items or ""] = kept
-    if cut:
-        warnings.append("RESULT_TRUNCATED")
-    body["pagination"] = {
-        "nextCursor": _cursor(page.offset + returned, tag) if more and found is not None else None,
-        "truncated": more or cut,
-        "returned": returned,
-    }
-    body["timingMs"] = round(1000 * (time.perf_counter() - question.started))
-    return msgspec.json.encode(body)
+        result[answer.items] = kept
+    body = encoded(returned, more=answer.more or (found is not None and returned < len(found)), cut=True)
+    if len(body) > budget or (found and not returned):
+        raise ResultTruncated(f"Not even a part of this answer fits {budget:,} bytes; ask for less of it.")
+    return body
 
 
-def _fitting_items(items: list[Any], room: int, warnings: list[str]) -> list[Any]:
-    kept: list[Any] = []
-    for item in items:
+def _fitting_items(items: list[Any], room: int) -> list[Any]:
+    """The first items, which together fit."""
+    for count, item in enumerate(items):
         room -= len(msgspec.json.encode(item)) + 1
         if room < 0:
-            break
-        kept.append(item)
-    if items and not kept:
-        warnings.append("ITEM_SHORTENED")
-        return [_shortened(items[0])]
-    return kept
+            return items[:count]
+    return items
 
 
 def _shortened(value: Any) -> Any:
@@ -239,8 +276,8 @@ def _fitting_text(text: str, room: int) -> str:
     return text[:low]
 
 
-def _fitting_properties(properties: dict[str, Any], room: int) -> tuple[dict[str, Any], bool]:
-    """The properties without the largest ones that do not fit, and whether any had to go."""
+def _fitting_properties(properties: dict[str, Any], room: int) -> dict[str, Any]:
+    """The properties without the largest ones that do not fit."""
     sizes = {key: len(msgspec.json.encode({key: value})) - 1 for key, value in properties.items()}
     total = sum(sizes.values())
     gone: set[str] = set()
@@ -249,14 +286,20 @@ def _fitting_properties(properties: dict[str, Any], room: int) -> tuple[dict[str
             break
         total -= sizes[key]
         gone.add(key)
-    return {key: value for key, value in properties.items() if key not in gone}, bool(gone)
+    return {key: value for key, value in properties.items() if key not in gone}
 
 
 def error_body(error: ExportError, trace_id: str) -> bytes:
     """The JSON ``{code, message, traceId, retryable}`` of an error."""
     code = _CODES.get(type(error), "INTERNAL_ERROR")
     # Of our own failures the retryable ones say so; a wrong question stays wrong.
-    retryable = code in ("INDEX_BUILD_IN_PROGRESS", "RATE_LIMITED", "TIMEOUT", "INTERNAL_ERROR")
+    retryable = code in (
+        "INDEX_BUILD_IN_PROGRESS",
+        "RESULT_TRUNCATED",
+        "RATE_LIMITED",
+        "TIMEOUT",
+        "INTERNAL_ERROR",
+    )
     body = {"code": code, "message": error.message, "traceId": trace_id, "retryable": retryable}
     return msgspec.json.encode(body)
 
@@ -266,6 +309,7 @@ _CODES: dict[type[ExportError], str] = {
     NotFound: "NOT_FOUND",
     CapsuleUnreadable: "CAPSULE_INCOMPATIBLE",
     IndexBuildInProgress: "INDEX_BUILD_IN_PROGRESS",
+    ResultTruncated: "RESULT_TRUNCATED",
     TimedOut: "TIMEOUT",
     RateLimited: "RATE_LIMITED",
     StorageFailed: "INTERNAL_ERROR",

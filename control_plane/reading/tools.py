@@ -12,10 +12,10 @@ import msgspec
 from common.errors import DeviceFailed, EmbeddingFailed, ExportError, InvalidRequest, ProviderRejected
 from common.frames.guide import TOOLS
 from common.sidecar.build import SCHEMA_VERSION, snippet_of
-from common.sidecar.open import Edge, Node, Scope, Sidecar
+from common.sidecar.open import Node, Scope, Sidecar
 from common.text import split_identifier
 from control_plane.reading.library import OpenCapsule
-from control_plane.reading.search import MAX_LIMIT, PLAIN_LABELS, Searched, query_words, search
+from control_plane.reading.search import DEPTH, MAX_LIMIT, PLAIN_LABELS, Searched, query_words, search
 
 MAX_PATH_STEPS = 20_000
 """Calls followed for one ``call_trace``."""
@@ -24,6 +24,8 @@ DEPENDING = ("CALLS", "IMPORTS", "EXTENDS", "IMPLEMENTS", "METHOD_OVERRIDES", "O
 """Relations whose source may break when their target changes."""
 HOTSPOTS = 10
 LOW_CONFIDENCE = 0.6
+MAX_BY_WORDS, MAX_BY_BEGINNING = 100, 200
+"""Nodes that a lookup adds to those of the whole name."""
 MEANING_SECONDS = 5.0
 """That a question's vector may take; without one the answer is what words find."""
 SCOPES: dict[str, tuple[str, ...]] = {
@@ -151,7 +153,7 @@ class QueryExplain(Arguments, kw_only=True):
 
 class Answer(NamedTuple):
     """What a tool found; ``items`` names the list in ``result`` that may go on, ``properties`` a mapping in it that may
-    be shortened."""
+    be shortened, ``extras`` a list beside ``items`` that may be."""
 
     result: dict[str, Any]
     score: float
@@ -160,6 +162,7 @@ class Answer(NamedTuple):
     warnings: Sequence[str] = ()
     items: str | None = None
     properties: str | None = None
+    extras: str | None = None
     more: bool = False
     """Whether something follows the last item."""
 
@@ -199,17 +202,12 @@ def _ids(sidecar: Sidecar, *positions: int | None) -> list[str | None]:
 
 
 def symbol_lookup(capsule: OpenCapsule, given: SymbolLookup, page: Page) -> Answer:
-    """Exact names first, then beginnings of names, then names with the same words."""
+    """Exact names first, all of them; then beginnings of names, then nodes with the same words."""
     sidecar = capsule.sidecar
     scores = _symbols(sidecar, given.query)
-    nodes = {node.position: node for node in sidecar.nodes(scores)}
-    for node in nodes.values():
-        if node.label in PLAIN_LABELS:
-            scores[node.position] -= 0.05
-    scores = {at: round(scores[at], 4) for at in nodes}
-    ranked = sorted(nodes, key=lambda at: (-scores[at], at))
+    ranked = sorted(scores, key=lambda at: (-scores[at], at))
     chosen = ranked[page.offset : page.offset + given.limit]
-    items = [{**_item(nodes[at]), "score": scores[at]} for at in chosen]
+    items = [{**_item(node), "score": scores[node.position]} for node in sidecar.nodes(chosen)]
     best = scores[ranked[0]] if ranked else 0.0
     factor = "exact_name" if best >= 0.9 else "name_prefix" if best >= 0.6 else "name_words" if ranked else "no_match"
     result = {"query": given.query, "items": items}
@@ -217,28 +215,33 @@ def symbol_lookup(capsule: OpenCapsule, given: SymbolLookup, page: Page) -> Answ
 
 
 def _symbols(sidecar: Sidecar, query: str) -> dict[int, float]:
+    """The scores of nodes by their positions: 1 for the very name, .95 for another way to write it, .92 for the last
+    part of a dotted one, .6 to .8 for beginnings, up to .5 for words; what is no symbol has .05 less."""
     name = query.strip()
     scores: dict[int, float] = {}
-    words = query_words(name)
-    found = sidecar.match(words, limit=100)
+    found = sidecar.match(query_words(name), limit=MAX_BY_WORDS)
+    labels = sidecar.labels_at([position for position, _ in found])
     for position, score in found:
-        scores[position] = 0.5 * score / found[0][1] if found[0][1] > 0 else 0.1
-    length = max(1, len(name))
-    for node in sidecar.nodes(sidecar.named(name, prefix=True, limit=200)):
-        scores[node.position] = 0.6 + 0.2 * min(1.0, length / max(1, len(node.name)))
+        scores[position] = _lookup_score(0.5 * score / found[0][1] if found[0][1] > 0 else 0.1, labels[position])
+    for position, length, label in sidecar.beginning(name, limit=MAX_BY_BEGINNING):
+        scores[position] = _lookup_score(0.6 + 0.2 * min(1.0, len(name) / max(1, length)), label)
     # `Class.method`, `module::function`: the last part is the name, the rest stands in the id.
     parts = re.split(r"::|[.#/]", name)
     if len(parts) > 1 and parts[-1]:
         written = name.replace("::", ".").replace("#", ".")
         for node in sidecar.nodes(sidecar.named(parts[-1], limit=1000)):
             if written in node.id.replace("::", ".").replace("#", "."):
-                scores[node.position] = 0.92
-    for node in sidecar.nodes(sidecar.named(name, limit=1000)):
-        scores[node.position] = 1.0 if node.name == name else 0.95
-    itself = sidecar.node(name)
+                scores[node.position] = _lookup_score(0.92, node.label)
+    for position, spelled, label in sidecar.spelled(name):
+        scores[position] = _lookup_score(1.0 if spelled in (name, query) else 0.95, label)
+    itself = sidecar.node(query) or sidecar.node(name)
     if itself:
-        scores[itself.position] = 1.0
+        scores[itself.position] = _lookup_score(1.0, itself.label)
     return scores
+
+
+def _lookup_score(score: float, label: str) -> float:
+    return round(score - 0.05 if label in PLAIN_LABELS else score, 4)
 
 
 def node_get(capsule: OpenCapsule, given: NodeGet, page: Page) -> Answer:
@@ -264,22 +267,22 @@ def neighbors_get(capsule: OpenCapsule, given: NeighborsGet, page: Page) -> Answ
         node.position, given.direction, given.relation_types, limit=given.limit + 1, offset=page.offset
     )
     shown = edges[: given.limit]
-    others = {edge.position: edge.target if side == "out" else edge.source for side, edge in shown}
-    ends = {other.position: other for other in sidecar.nodes(set(others.values()))}
+    others = {edge.target if side == "out" else edge.source for side, edge in shown}
+    ends = {other.position: other for other in sidecar.nodes(others)} | {node.position: node}
     items = [
         {
-            "edgeId": sidecar.edge_id(edge),
+            "edgeId": edge.id or f"{ends[edge.source].id}_{edge.type}_{ends[edge.target].id}",
             "direction": side,
             "type": edge.type,
             "confidence": edge.confidence,
             "reason": edge.reason,
             "step": edge.step,
-            "node": _item(ends[others[edge.position]]),
+            "node": _item(ends[edge.target if side == "out" else edge.source]),
         }
         for side, edge in shown
     ]
     result = {"nodeId": node.id, "direction": given.direction, "items": items}
-    sureness = _sureness([edge for _, edge in shown])
+    sureness = _sureness([edge.confidence for _, edge in shown])
     return Answer(result, sureness, ["graph_exact"], items="items", more=len(edges) > given.limit)
 
 
@@ -305,9 +308,9 @@ def edge_get(capsule: OpenCapsule, given: EdgeGet, page: Page) -> Answer:
     return Answer(result, edge.confidence, ["graph_exact", "edge_confidence"], properties="metadata")
 
 
-def _sureness(edges: Sequence[Edge]) -> float:
+def _sureness(confidences: Sequence[float]) -> float:
     """The mean confidence of relationships; that there are none is certain."""
-    return sum(edge.confidence for edge in edges) / len(edges) if edges else 1.0
+    return sum(confidences) / len(confidences) if confidences else 1.0
 
 
 # --- calls ---
@@ -326,19 +329,13 @@ def callees_of(capsule: OpenCapsule, given: Calls, page: Page) -> Answer:
 def _calls(capsule: OpenCapsule, given: Calls, page: Page, direction: Literal["in", "out"]) -> Answer:
     sidecar = capsule.sidecar
     node = _node(sidecar, given.node_id)
-    surest: dict[int, Edge] = {}
-    for _, edge in sidecar.edges(node.position, direction, ["CALLS"]):
-        other = edge.source if direction == "in" else edge.target
-        if other not in surest or surest[other].confidence < edge.confidence:
-            surest[other] = edge
-    ordered = sorted(surest)
-    chosen = ordered[page.offset : page.offset + given.limit]
-    items = [{**_item(other), "confidence": surest[other.position].confidence} for other in sidecar.nodes(chosen)]
-    more = len(ordered) > page.offset + given.limit
-    sureness = _sureness([surest[at] for at in chosen])
-    return Answer(
-        {"nodeId": node.id, "items": items}, sureness, ["graph_exact", "edge_confidence"], items="items", more=more
-    )
+    found = sidecar.joined(node.position, direction, "CALLS", limit=given.limit + 1, offset=page.offset)
+    shown = found[: given.limit]
+    items = [{**_item(other), "confidence": confidence} for other, confidence in shown]
+    sureness = _sureness([confidence for _, confidence in shown])
+    result = {"nodeId": node.id, "items": items}
+    factors = ["graph_exact", "edge_confidence"]
+    return Answer(result, sureness, factors, items="items", more=len(found) > given.limit)
 
 
 def call_trace(capsule: OpenCapsule, given: CallTrace, page: Page) -> Answer:
@@ -464,7 +461,8 @@ def impact_analysis(capsule: OpenCapsule, given: ImpactAnalysis, page: Page) -> 
         "impactedNodes": [{**_item(nodes[at]), "depth": depths[at]} for at in shown],
     }
     more = len(ordered) > page.offset + len(shown)
-    return Answer(result, 0.85, ["graph_exact", "static_relations"], warnings, items="impactedNodes", more=more)
+    factors = ["graph_exact", "static_relations"]
+    return Answer(result, 0.85, factors, warnings, items="impactedNodes", extras="hotspots", more=more)
 
 
 # --- search ---
@@ -477,7 +475,7 @@ def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
     if given.scope == "symbols":
         labels = tuple(label for label in sidecar.labels() if label not in PLAIN_LABELS)
     scope = Scope(labels=labels)
-    limit = min(MAX_LIMIT, page.offset + given.limit + 1)
+    limit = min(DEPTH, page.offset + given.limit + 1)  # with more, all scores change, and pages would not fit together
     warnings: list[str] = []
     semantic = False
     hits = search([Searched("", sidecar)], given.query, mode="lexical", limit=limit, scope=scope)
