@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from common.embedding.choice import Mode, Provider, Tier
 from common.errors import InvalidRequest
-from common.frames.embed_text import CODE_V1, STATIC_V1
+from common.frames.embed_text import CODE_V1, STATIC_V2
 
 
 class KnownModel(NamedTuple):
@@ -62,7 +62,7 @@ def _ollama(
 
 
 _MODELS = (
-    KnownModel("static", "wordllama-l2-supercat-256", 256, (256,), 4_096, 1_024, 4_194_304, 0.0, STATIC_V1),
+    KnownModel("static", "wordllama-l2-supercat-256", 256, (256,), 4_096, 1_024, 4_194_304, 0.0, STATIC_V2),
     KnownModel("torch", "all-MiniLM-L6-v2", 384, (384,), 256, 1_024, 262_144, 0.0),
     _openai("text-embedding-3-small", 1_536, 0.02),
     _openai("text-embedding-3-large", 3_072, 0.13),

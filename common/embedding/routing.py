@@ -18,7 +18,7 @@ from common.contract import JobInput
 from common.embedding import catalog
 from common.embedding.choice import MODES, PAID, PROVIDERS, Choice, Engines, Mode, Provider, Tier, What
 from common.errors import InvalidRequest
-from common.frames.embed_text import LAYOUTS, STATIC_V1
+from common.frames.embed_text import LAYOUTS, STATIC_V2
 
 CATALOG = frozenset(f"{provider}/{name}" for provider, name in catalog.MODELS)
 """What may be used where nobody says otherwise."""
@@ -85,7 +85,7 @@ def check_choice(choice: Choice, engines: Engines, *, runs_here: bool, allowed: 
         must = f"be {_listed(PROVIDERS[choice.mode])} where the mode is {choice.mode}; it is {_shown(choice.provider)}"
         raise _wrong("embedding_provider", must, PROVIDERS[choice.mode])
     _check_model(choice, allowed)
-    layouts = (STATIC_V1,) if choice.provider == "static" else tuple(sorted(LAYOUTS))
+    layouts = (STATIC_V2,) if choice.provider == "static" else tuple(sorted(LAYOUTS))
     if choice.layout is not None:
         _one_of("embedding_layout", choice.layout, layouts)
     if not choice.what:

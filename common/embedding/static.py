@@ -43,7 +43,7 @@ class StaticEmbedder:
         revision="0.4.0",
         dimension=256,
         precision="float32",
-        layout="static-v1",
+        layout="static-v2",
         max_tokens=4_096,
     )
     group = _BATCH

@@ -33,6 +33,8 @@ _PREFIXES = {"Community": "mv2://communities/", "Process": "mv2://processes/"}
 _KINDS = {"Community": "community", "Process": "process"}
 _TRACKS = {"Community": "communities", "Process": "processes", "File": "files"}
 _WHAT: dict[str, What] = {"Community": "communities", "Process": "processes", "File": "files", "Folder": "files"}
+CONTAINMENT = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
+"""Types of the relationships from a container to what it holds."""
 _NODE_KEYS = frozenset({"id", "label"})
 _RELATION_KEYS = frozenset(
     {
@@ -99,6 +101,7 @@ class _Builder:
         self._layout = LAYOUTS[layout] if layout else None
         self._what = what
         self._neighbours = _neighbours(graph) if self._layout and self._layout.neighbours else {}
+        self._containers = _containers(graph) if self._layout and self._layout.container else {}
         self._session_tag = f"sessionId={graph.session_id}"
         self._found = WarningCounter()
         self._snippets = Snippets(graph, self._found)
@@ -202,7 +205,8 @@ class _Builder:
         if self._layout is None or _WHAT.get(node.label, "nodes") not in self._what:
             return None
         neighbours = self._neighbours.get(node.id, ())
-        return self._layout.text(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS], snippet, neighbours))
+        container = self._containers.get(node.id, "")
+        return self._layout.text(EmbedInput(node, signature[:MAX_SIGNATURE_CHARS], snippet, neighbours, container))
 
     def _encode_bounded(self, metadata: dict[str, Any], core: frozenset[str], item_id: str) -> str:
         """Encode; over the maximum the largest values go first, the keys of ``core`` stay."""
@@ -291,6 +295,17 @@ def _neighbours(graph: Graph) -> dict[str, list[str]]:
             near, name = found[own], names.get(other)
             if name is not None and len(near) < NEIGHBOURS and name not in near:
                 near.append(name)
+    return found
+
+
+def _containers(graph: Graph) -> dict[str, str]:
+    """Name of the symbol that a node belongs to, by the node's id: the first one by the relationships' ids."""
+    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes if node.label not in _WHAT}
+    found: dict[str, str] = {}
+    for relation in graph.relations:
+        name = names.get(relation.source_id) if relation.type in CONTAINMENT else None
+        if name is not None:
+            found.setdefault(relation.target_id, name)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from common.graph.model import Node
 from common.text import split_identifier
 
-STATIC_V1 = "static-v1"
+STATIC_V2 = "static-v2"
 CODE_V1 = "code-v1"
 NEIGHBOURS = 8
 """Names of neighbours in a text; with more, one renamed node changes too many texts of others."""
@@ -27,6 +27,8 @@ class EmbedInput(NamedTuple):
     snippet: str
     neighbours: Sequence[str]
     """Names of callers, callees and containers, at most ``NEIGHBOURS``."""
+    container: str
+    """Name of the class or the like that it belongs to, or the empty string."""
 
 
 class Layout(NamedTuple):
@@ -35,11 +37,18 @@ class Layout(NamedTuple):
     text: Callable[[EmbedInput], str]
     neighbours: bool
     """It reads them."""
+    container: bool
+    """The same."""
 
 
-def _static_v1(given: EmbedInput) -> str:
-    """Name and path, split into words, and the signature; no body, which measured worse for static vectors."""
-    return _joined(given.node, *_head(given))
+def _static_v2(given: EmbedInput) -> str:
+    """The name twice, its container, path and signature, all split into words; no body, which measured worse.
+
+    A static vector is the mean of its words' vectors: what stands twice counts twice.
+    """
+    names = (split_identifier(given.node.name), split_identifier(given.container))
+    signature = split_identifier(given.signature)
+    return _joined(given.node, *names, *_head(given._replace(signature=signature)))
 
 
 def _code_v1(given: EmbedInput) -> str:
@@ -77,5 +86,8 @@ def relation_text(source: str, kind: str, target: str, reason: str) -> str:
     return " ".join(part for part in parts if part)[:_MAX_CHARS] or kind[:_MAX_CHARS]
 
 
-LAYOUTS: dict[str, Layout] = {STATIC_V1: Layout(_static_v1, False), CODE_V1: Layout(_code_v1, True)}
+LAYOUTS: dict[str, Layout] = {
+    STATIC_V2: Layout(_static_v2, neighbours=False, container=True),
+    CODE_V1: Layout(_code_v1, neighbours=True, container=False),
+}
 """By name, which is part of every vector cache key: a changed text, a new name."""

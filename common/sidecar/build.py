@@ -15,6 +15,7 @@ from zlib import crc32
 import msgspec
 
 from common.errors import CapsuleUnreadable, StorageFailed
+from common.frames.build import CONTAINMENT
 from common.frames.model import Frame
 from common.sidecar.words import WordIndex
 from common.text import split_identifier
@@ -47,7 +48,6 @@ MAX_NEIGHBOURS = 24
 MAX_SIGNATURE_CHARS = 300
 MAX_KEYWORDS = 20
 
-_CONTAINERS = frozenset({"HAS_METHOD", "HAS_PROPERTY", "DEFINES"})
 _T = TypeVar("_T")
 _SNIPPET = "\nsnippet:\n"
 _METADATA = "\nmetadata="
@@ -275,7 +275,7 @@ class SidecarBuilder:
             self._members.append((target, source))
         elif kind == "STEP_IN_PROCESS" and target in self._processes:
             self._steps.append((target, relation.step or 0, source))
-        elif kind in _CONTAINERS:
+        elif kind in CONTAINMENT:
             self._contained.append((source, target))
 
     def _flush(self) -> None:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Self, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
@@ -294,12 +295,8 @@ class Sidecar:
 
     def labels_at(self, positions: Sequence[int]) -> dict[int, str]:
         """The labels of the nodes at these positions, at most 500."""
-        rows = self._db.execute(
-            "SELECT nodes.id, labels.name FROM nodes JOIN labels ON labels.id = nodes.label"
-            f" WHERE nodes.id IN ({_marks(positions)})",  # noqa: S608
-            positions,
-        )
-        return dict(rows.fetchall())
+        query = "SELECT nodes.id, labels.name FROM nodes JOIN labels ON labels.id = nodes.label WHERE nodes.id IN"
+        return dict(self._db.execute(f"{query} ({_marks(positions)})", positions).fetchall())
 
     def in_file(self, path: str) -> list[Node]:
         """The nodes of a file by line, then by id; empty for an unknown path."""
@@ -312,6 +309,10 @@ class Sidecar:
 
         ``words`` are plain words (as ``split_identifier`` gives them); other forms of them count as well.
         """
+        return best(self.word_scores(words, scope=scope), limit)
+
+    def word_scores(self, words: Sequence[str], *, scope: Scope = Scope()) -> NDArray[np.float32]:  # noqa: B008
+        """The BM25F score of every position up to the last node's; 0 where there is none of the words, or no scope."""
         stems = [_storable(word) for word in dict.fromkeys(map(stem, words))][:_MAX_VARIABLES]
         rows = self._db.execute(
             f"SELECT word, nodes, postings FROM words WHERE word IN ({_marks(stems)}) ORDER BY word",  # noqa: S608
@@ -324,7 +325,7 @@ class Sidecar:
             outside = np.ones(len(found), dtype=np.bool_)
             outside[self.kept(scope)] = False
             found[outside] = 0
-        return best(found, limit)
+        return found
 
     def kept(self, scope: Scope) -> list[int]:
         """Positions of all nodes of a scope, in order; reads every node."""
@@ -429,6 +430,23 @@ class Sidecar:
             condition = f"target IN ({_marks(some)}) AND type IN ({_marks(chosen)})"
             found += self._db.execute(f"SELECT source, target FROM edges WHERE {condition}", (*some, *chosen))  # noqa: S608
         return sorted(found)
+
+    def linked(self, position: int, types: Sequence[str], *, at_most: int) -> list[int]:
+        """Positions of the nodes with a relationship of these types to or from the node; in a direction with more than
+        ``at_most`` relationships, none.
+        """
+        chosen = [self._types[name] for name in types if name in self._types]
+        found: dict[int, None] = {}
+        for here, there in (("source", "target"), ("target", "source")):
+            ends = self._column(
+                f"SELECT {there} FROM edges WHERE {here} = ? AND type IN ({_marks(chosen)}) LIMIT ?",  # noqa: S608
+                position,
+                *chosen,
+                at_most + 1,
+            )
+            if len(ends) <= at_most:
+                found.update(dict.fromkeys(sorted(ends)))
+        return list(found)
 
     def degree(self, position: int) -> tuple[int, int]:
         """How many relationships come in and go out."""

@@ -1,7 +1,8 @@
 """The full text of a sidecar: for each word the nodes that hold it, and how much it says about each (BM25F).
 
-FTS5 looks at every row that holds a word, and at its length: 17 ms a query at 50,000 nodes. Here all that does not depend on the query is worked out when the sidecar is built, so that a search adds
-up a few arrays; and each field has its own length and weight, which FTS5 has no way to say.
+FTS5 looks at every row that holds a word, and at its length: 17 ms a query at 50,000 nodes. Here all that does not
+depend on the query is worked out when the sidecar is built, so that a search adds up a few arrays; and each field has
+its own length and weight, which FTS5 has no way to say.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ os.environ.update(MEMVID_TELEMETRY="0", MEMVID_OFFLINE="1")
 DAY = "2026-01-02T00:00:00.000Z"
 
 
-def frames_of(path: Path, layout: str | None = "static-v1") -> list[Frame]:
+def frames_of(path: Path, layout: str | None = "static-v2") -> list[Frame]:
     """All frames of a graph file."""
     return list(frames(canonical(read_graph(path)), generated_at=DAY, layout=layout))
 

@@ -32,8 +32,8 @@ def test_the_estimate_of_a_real_graph_is_near_the_truth(
     real_graphs: dict[str, Path], tmp_path: Path, memvid: Callable[[Path], Any], name: str
 ) -> None:
     graph = graph_of(real_graphs, name)
-    made = list(frames(graph, generated_at=DAY, layout="static-v1"))
-    planned = plan(graph, generated_at=DAY, layout="static-v1", dimension=256)
+    made = list(frames(graph, generated_at=DAY, layout="static-v2"))
+    planned = plan(graph, generated_at=DAY, layout="static-v2", dimension=256)
     path = write(tmp_path / "c.mv2", made, vectors_of(made))
     stats = memvid(path).stats()
     payload_end = 4_096 + stats["wal_bytes"] + stats["payload_bytes"]

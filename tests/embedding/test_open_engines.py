@@ -59,7 +59,7 @@ def test_an_engine_that_cannot_be_opened_is_asked_for_anew() -> None:
 def test_a_model_that_became_another_makes_no_vectors_for_the_old_one() -> None:
     with provider_server("ollama", 384) as ollama, open_engines(ollama) as opened:
         engine = opened.get(Choice(mode="external_api", provider="ollama", model="all-minilm"))
-        for layout in ("code-v1", "static-v1"):
+        for layout in ("code-v1", "static-v2"):
             opened.get(Choice(mode="external_api", provider="ollama", model="all-minilm", layout=layout))
         ollama.digests["all-minilm:latest"] = "f" * 64
         with pytest.raises(EmbeddingFailed, match="became another"):

@@ -666,9 +666,9 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
 
 def test_a_layout_that_is_named_replaces_the_models_own(ask: Ask) -> None:
     server = ask.server("ollama")
-    engine = open_provider(choice("ollama"), Engines(urls={"ollama": server.url}), layout="static-v1")
+    engine = open_provider(choice("ollama"), Engines(urls={"ollama": server.url}), layout="static-v2")
     engine.close()
-    assert (engine.model.layout, ask.engine(server).model.layout) == ("static-v1", "code-v1")
+    assert (engine.model.layout, ask.engine(server).model.layout) == ("static-v2", "code-v1")
 
 
 def test_what_was_paid_for_before_a_call_failed_is_not_paid_for_again(ask: Ask, tmp_path: Path) -> None:

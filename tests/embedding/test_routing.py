@@ -235,9 +235,9 @@ def test_a_tier_is_the_fast_or_the_good_model_of_the_mode_and_provider(
 
 
 def test_a_dimension_goes_along_only_with_a_model_that_has_it() -> None:
-    default = msgspec.structs.replace(OPENAI, dimension=2_000, layout="static-v1")
+    default = msgspec.structs.replace(OPENAI, dimension=2_000, layout="static-v2")
     assert switch(default, model="text-embedding-3-small").dimension is None
     assert switch(msgspec.structs.replace(default, dimension=512), model="text-embedding-3-small").dimension == 512
     assert switch(default, "voyage").dimension is None
     assert switch(default, model="text-embedding-3-small").layout is None
-    assert switch(default, dimension=1).layout == "static-v1"
+    assert switch(default, dimension=1).layout == "static-v2"

@@ -22,7 +22,7 @@ LONG = "x" * 20_000
 def texts(real_graphs: dict[str, Path]) -> list[str]:
     """Texts of a real graph as they are embedded, whole frames, and odd ones."""
     graph = canonical(read_graph(real_graphs["memvid-export.graph.ndjson.gz"]))
-    made = list(frames(graph, generated_at="2026-01-02T00:00:00.000Z", layout="static-v1"))
+    made = list(frames(graph, generated_at="2026-01-02T00:00:00.000Z", layout="static-v2"))
     return [
         *(frame.embed_text for frame in made if frame.embed_text is not None),
         *(frame.text for frame in made[::17]),

@@ -40,7 +40,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def texts(real_graphs: dict[str, Path]) -> list[str]:
     """Texts of a real graph, odd ones, and one beyond what the models read."""
     graph = canonical(read_graph(real_graphs["memvid-export.graph.ndjson.gz"]))
-    made = [frame.text[:400] for frame in frames(graph, generated_at="2026-01-02T00:00:00.000Z", layout="static-v1")]
+    made = [frame.text[:400] for frame in frames(graph, generated_at="2026-01-02T00:00:00.000Z", layout="static-v2")]
     chosen = [*made[:: len(made) // 60], *ODD, "word " * 700]
     random.Random(3).shuffle(chosen)
     return chosen

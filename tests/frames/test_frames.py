@@ -66,7 +66,7 @@ def graph_of(**changes: Any) -> Graph:
     return canonical(read_graph(io.BytesIO(json.dumps(body).encode())))
 
 
-def by_uri(graph: Graph, layout: str | None = "static-v1") -> dict[str, Frame]:
+def by_uri(graph: Graph, layout: str | None = "static-v2") -> dict[str, Frame]:
     return {frame.uri: frame for frame in frames(graph, generated_at=AT, layout=layout)}
 
 
@@ -201,8 +201,8 @@ def test_order_is_meta_then_nodes_then_relations() -> None:
 
 def test_texts_for_vectors_come_from_name_path_and_signature() -> None:
     found = by_uri(graph_of())
-    assert found["mv2://nodes/Function:src/a.py:f#1"].embed_text == "f src a py def f(a): add one"
-    assert found["mv2://communities/comm_1"].embed_text == "adders"
+    assert found["mv2://nodes/Function:src/a.py:f#1"].embed_text == "f f src a py def f a add one"
+    assert found["mv2://communities/comm_1"].embed_text == "adders adders"
     assert all((frame.embed_text is None) == (frame.kind in ("meta", "relation")) for frame in found.values())
     assert all(frame.embed_text is None for frame in by_uri(graph_of(), layout=None).values())
 
@@ -261,8 +261,8 @@ def test_the_text_of_a_frame_is_bounded() -> None:
 def test_frames_made_twice_are_equal_and_warn_once() -> None:
     lost = {**NODES[2], "properties": {**NODES[2]["properties"], "name": "gone"}}
     graph = graph_of(nodes=[NODES[0], lost])
-    first = list(frames(graph, generated_at=AT, layout="static-v1"))
-    second = list(frames(graph, generated_at=AT, layout="static-v1"))
+    first = list(frames(graph, generated_at=AT, layout="static-v2"))
+    second = list(frames(graph, generated_at=AT, layout="static-v2"))
     assert first == second
     assert [(w.code, w.count) for w in graph.warnings if w.code == "SNIPPET_NOT_FOUND"] == [("SNIPPET_NOT_FOUND", 1)]
 
@@ -270,7 +270,7 @@ def test_frames_made_twice_are_equal_and_warn_once() -> None:
 def test_real_graphs_become_unique_well_formed_frames(real_graphs: dict[str, Path]) -> None:
     for path in real_graphs.values():
         graph = canonical(read_graph(path))
-        made = list(frames(graph, generated_at=AT, layout="static-v1"))
+        made = list(frames(graph, generated_at=AT, layout="static-v2"))
         assert len(made) == frame_count(graph)
         assert len({frame.uri for frame in made}) == len(made)
         kinds = Counter(frame.kind for frame in made)
@@ -292,15 +292,15 @@ def test_frames_do_not_depend_on_the_order_of_the_input(real_graphs: dict[str, P
             files=dict(reversed(request.files.items())),
         )
         given, again = canonical(request), canonical(turned)
-        assert list(frames(again, generated_at=AT, layout="static-v1")) == list(
-            frames(given, generated_at=AT, layout="static-v1")
+        assert list(frames(again, generated_at=AT, layout="static-v2")) == list(
+            frames(given, generated_at=AT, layout="static-v2")
         )
         assert {(w.code, w.count) for w in again.warnings} == {(w.code, w.count) for w in given.warnings}
 
 
 def test_what_is_not_asked_for_has_no_text_to_embed() -> None:
     def embedded(*what: What) -> set[str]:
-        made = frames(graph_of(), generated_at=AT, layout="static-v1", what=what)
+        made = frames(graph_of(), generated_at=AT, layout="static-v2", what=what)
         return {frame.uri.split("/")[2] + ":" + frame.track for frame in made if frame.embed_text is not None}
 
     assert embedded("nodes") == {"nodes:nodes/Function"}
@@ -311,7 +311,7 @@ def test_what_is_not_asked_for_has_no_text_to_embed() -> None:
 
 
 def test_a_relationship_is_embedded_by_what_it_joins_and_how() -> None:
-    made = frames(graph_of(), generated_at=AT, layout="static-v1", what=["relations"])
+    made = frames(graph_of(), generated_at=AT, layout="static-v2", what=["relations"])
     assert [frame.embed_text for frame in made if frame.embed_text] == ["f calls g local-call"]
 
 
@@ -320,8 +320,8 @@ def test_the_text_for_transformers_has_the_neighbours_and_the_first_lines_too() 
     assert text is not None
     assert text.startswith("f src a py def f(a): add one g ")
     assert "return g(a) + 1" in text
-    static = by_uri(graph_of(), "static-v1")["mv2://nodes/Function:src/a.py:f#1"].embed_text
-    assert static == "f src a py def f(a): add one"
+    static = by_uri(graph_of(), "static-v2")["mv2://nodes/Function:src/a.py:f#1"].embed_text
+    assert static == "f f src a py def f a add one"
 
 
 def test_a_text_names_a_bounded_number_of_neighbours_whatever_the_order_of_the_input() -> None:

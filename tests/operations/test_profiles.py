@@ -275,7 +275,7 @@ def test_a_built_in_tier_that_cannot_run_is_refused_by_request_and_stops_no_star
         ("[tiers.quality]\nmodel = 'gpt-x'", "tiers.quality.model must be one that is allowed here for openai ("),
         ("[tiers.quality]\ndimension = 4000", "tiers.quality.dimension must be another: text-embedding-3-large has no"),
         ("[tiers.quality]\ndimension = 0", "tiers.quality.dimension must be a number, at least 1; it is 0"),
-        ("[tiers.quality]\nlayout = 'verse'", "tiers.quality.layout must be code-v1 or static-v1; it is 'verse'"),
+        ("[tiers.quality]\nlayout = 'verse'", "tiers.quality.layout must be code-v1 or static-v2; it is 'verse'"),
         ("[profiles.x]\ntier = 'luxury'", "profiles.x.tier must be a tier: speed or quality; it is 'luxury'"),
         (
             "[profiles.x]\ntier = 'speed'\nmodel = 'own'",

@@ -26,7 +26,7 @@ from common.contract import JobOutput, Manifest
 from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
 from common.embedding.static import StaticEmbedder
-from common.frames import STATIC_V1, frames
+from common.frames import STATIC_V2, frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from common.sidecar.rebuild import rebuild
@@ -51,7 +51,7 @@ def write_capsule(graph: Path, capsule: Path, *, vectors: bool) -> Path:
         frames(
             canonical(read_graph(graph)),
             generated_at="2026-01-02T03:04:05.000Z",
-            layout=STATIC_V1 if vectors else None,
+            layout=STATIC_V2 if vectors else None,
         )
     )
     writer = NativeWriter().open(

@@ -12,7 +12,7 @@ import pytest
 
 from common.embedding.static import StaticEmbedder
 from common.errors import InvalidRequest
-from common.frames import STATIC_V1, frames
+from common.frames import STATIC_V2, frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from common.sidecar.build import SidecarBuilder
@@ -37,7 +37,7 @@ class Opened(NamedTuple):
 @pytest.fixture(scope="module")
 def opened(real_graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     graph = canonical(read_graph(real_graphs["memvid-export.graph.ndjson.gz"]))
-    all_frames = list(frames(graph, generated_at="2026-01-02T03:04:05.000Z", layout=STATIC_V1))
+    all_frames = list(frames(graph, generated_at="2026-01-02T03:04:05.000Z", layout=STATIC_V2))
     path = tmp_path_factory.mktemp("search") / "example.sqlite"
     builder = SidecarBuilder(path)
     builder.add(all_frames, 0, 0)
