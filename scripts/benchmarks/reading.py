@@ -170,8 +170,9 @@ class _Code:
         return self._few(_NOUNS)
 
     def _few(self, words: list[str]) -> str:
-        """A word; some are far more common than others."""
-        return words[min(int(self._chance.expovariate(4 / len(words))), len(words) - 1)]
+        """A word; some are far more common than others, and one of three is a rare one."""
+        word = words[min(int(self._chance.expovariate(4 / len(words))), len(words) - 1)]
+        return word + self._chance.choice(_NOUNS) if self._chance.random() < 0.33 else word
 
     def _favourite(self, among: list[str], power: float) -> str:
         return among[int(len(among) * self._chance.random() ** power)]
@@ -189,8 +190,7 @@ class _Code:
         start = len(text)
         text.append(declared)
         for _ in range(lines):
-            one, two, three = self._chance.choice(_NOUNS), self._chance.choice(_VERBS), self._chance.choice(_NOUNS)
-            text.append(f"        {one} = self.{two}_{three}()")
+            text.append(f"        {self._noun()} = self.{self._few(_VERBS)}_{self._noun()}()")
         at = f"{label}:{path}:{name}"
         where = {"filePath": path, "startLine": start, "endLine": len(text) - 1}
         self._node(label, at, name.rpartition(".")[2], **where, language="python", isExported=True)
