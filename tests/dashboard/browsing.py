@@ -124,9 +124,12 @@ def town(name: str = "town") -> dict[str, Any]:
     return graph(nodes, [*calls, ("market", "CALLS", "mint"), ("market", "USES", "vault")], name)
 
 
-def search(page: Page, words: str) -> Locator:
-    """Ask in the search view; the hits."""
-    page.get_by_role("link", name="Search", exact=True).first.click()
+def search(page: Page, words: str, capsule: str | None = None) -> Locator:
+    """Ask in the search view, of the newest capsule or of that of an export; the hits."""
+    if capsule:
+        page.evaluate("hash => { location.hash = hash }", f"#search=&in={capsule}")
+    elif page.locator("#search").is_hidden():
+        page.get_by_role("link", name="Search", exact=True).first.click()
     page.get_by_role("searchbox").fill(words)
     page.get_by_role("button", name="Search").click()
     expect(page.locator("#search-status")).to_have_text(re.compile("hit|Nothing fits"), timeout=20_000)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from browsing import KEY, PHONE, Seen, enter, function, graph, made, neighbour, search, shot, town
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from processes import EXAMPLE, serving
 
 HOSTILE = "evil<img src=x onerror=alert(1)>"
@@ -29,7 +29,7 @@ def project(server: str, first: str) -> str:
 def test_words_find_a_symbol_with_its_place_and_why_it_is_there(page: Page, server: str, project: str) -> None:
     seen = Seen(page)
     enter(page, server)
-    hits = search(page, "capsule writer")
+    hits = search(page, "capsule writer", project)
     expect(page.locator("#where-text")).to_contain_text(".mv2")
     expect(hits.first).to_contain_text(re.compile("writer", re.IGNORECASE))
     expect(hits.first.locator(".place")).to_contain_text(re.compile(r"\.(py|rs):\d+"))
@@ -42,7 +42,7 @@ def test_words_find_a_symbol_with_its_place_and_why_it_is_there(page: Page, serv
 
 def test_filters_narrow_what_is_found(page: Page, server: str, project: str) -> None:
     enter(page, server)
-    hits = search(page, "capsule")
+    hits = search(page, "capsule", project)
     page.locator("#filters summary").click()
     page.locator("#labels").get_by_label("Class", exact=True).check()
     page.get_by_label("Files under").fill("common/capsule/")
@@ -58,7 +58,7 @@ def test_filters_narrow_what_is_found(page: Page, server: str, project: str) -> 
 
 def test_several_capsules_are_searched_together(page: Page, server: str, first: str, project: str) -> None:
     enter(page, server)
-    search(page, "market")
+    search(page, "market", project)
     expect(page.locator(".hit", has_text="src/town.py")).to_have_count(0)
     page.locator("#where summary").click()
     page.locator(f'#where-list input[value="{first}"]').check()
@@ -70,8 +70,8 @@ def test_several_capsules_are_searched_together(page: Page, server: str, first: 
 
 
 def test_a_person_walks_from_a_hit_to_its_neighbours_and_back(page: Page, server: str, first: str) -> None:
-    enter(page, f"{server}/#search=&in={first}")
-    search(page, "market").first.get_by_role("link").click()
+    enter(page, server)
+    search(page, "market", first).first.get_by_role("link").click()
     expect(page.locator("#walk-title")).to_have_text("Function market")
     expect(page.locator("#walk-place")).to_have_text("src/town.py:3–5")
     expect(page.locator("#snippet")).to_contain_text("return mint()")
@@ -96,7 +96,9 @@ def test_more_neighbours_than_fit_come_page_by_page_each_once(page: Page, server
     seen: list[str] = []
     for shown in ("1–12", "13–24", "25–30"):
         expect(page.locator("#pager-in")).to_contain_text(f"{shown} of 30 lead here")
-        seen += [name for name in page.locator(".graph .neighbour .name").all_inner_texts() if name.startswith("stall")]
+        seen += [
+            name for name in page.locator(".graph .neighbour .name").all_text_contents() if name.startswith("stall")
+        ]
         page.locator("#list summary").click()
         listed = page.locator("#list-body").get_by_role("link", name="stall")
         expect(listed).to_have_count(len(page.locator(".graph .name", has_text="stall").all()))
@@ -136,8 +138,8 @@ def test_the_walk_goes_by_the_keyboard_alone(page: Page, server: str, first: str
 
 
 def test_nothing_found_and_nothing_known_are_said_in_words(page: Page, server: str, first: str) -> None:
-    enter(page, f"{server}/#search=&in={first}")
-    search(page, "zzzzqqq")
+    enter(page, server)
+    search(page, "zzzzqqq", first)
     expect(page.locator("#search-status")).to_contain_text("Nothing fits.")
     shot(page, "search-nothing")
     page.get_by_label("Find by").select_option("semantic")
@@ -170,23 +172,26 @@ def test_hostile_names_paths_and_code_are_shown_as_text(
     relations = [(names[0], "<i>TYPE</i>", name) for name in names[1:]] + [(name, "CALLS", names[0]) for name in names]
     job_id = made(server, graph(nodes, relations, "evil<u>"))
     seen = Seen(page)
-    enter(page, f"{server}/#search=&in={job_id}")
-    hits = search(page, "evil")
+    enter(page, server)
+    hits = search(page, "evil", job_id)
     expect(hits).to_have_count(5)
-    expect(hits.filter(has_text=HOSTILE)).to_contain_text("src/<svg onload=alert(3)>.py")
-    expect(hits.filter(has_text="evil⟨U+202E⟩gnp.exe")).to_have_count(1)
-    cut = hits.filter(has_text="evil_xxx").locator("strong")
+
+    def hit(name: str) -> Locator:
+        return hits.filter(has=page.locator("strong", has_text=name))
+
+    expect(hit(HOSTILE)).to_contain_text("src/<svg onload=alert(3)>.py")
+    expect(hit("evil⟨U+202E⟩gnp.exe")).to_have_count(1)
+    cut = hit("evil_xxx").locator("strong")
     expect(cut).to_have_attribute("title", LONG)
     assert len(cut.inner_text()) <= 120
     shot(page, f"hostile-search-{request.node.callspec.id}")
 
-    hits.filter(has_text=HOSTILE).get_by_role("link").click()
+    hit(HOSTILE).get_by_role("link").click()
     expect(page.locator("#walk-title")).to_contain_text(HOSTILE)
     expect(page.locator("#snippet")).to_contain_text("</pre><script>alert(2)</script>evil⟨U+202E⟩gnp.exe")
-    expect(page.locator(".graph .type").first).to_have_text("calls")
-    expect(page.locator(".graph .type").last).to_have_text("<i>type</i>")
+    expect(page.locator(".graph .type")).to_have_text(["calls", "<i>type</i>", "calls"])
     boxes = page.locator(".graph .neighbour").all()
-    assert len(boxes) == 9
+    assert len(boxes) == 10
     for box in boxes:  # no text leaves its box
         outer, inner = box.locator("rect").bounding_box(), box.locator(".name").bounding_box()
         assert outer
@@ -206,3 +211,19 @@ def test_an_address_of_an_export_that_is_not_there_is_answered_in_words(page: Pa
     nobody = "00000000-0000-4000-8000-000000000000"
     enter(page, f"{server}/#search=market&in={nobody}")
     expect(page.locator("#search-error")).to_contain_text("There is no export of this id.")
+
+
+def test_a_community_can_be_searched_on_its_own(page: Page, server: str, project: str) -> None:
+    enter(page, f"{server}/#search=capsule&in={project}&label=Community")
+    page.locator(".hit").first.get_by_role("link").click()
+    page.get_by_role("link", name="Search in this community").click()
+    page.get_by_role("searchbox").fill("capsule")
+    page.keyboard.press("Enter")
+    expect(page.locator("#search-status")).to_contain_text(re.compile(r"\d+ hits?"))
+    inside = page.locator(".hit").count()
+    page.locator("#filters summary").click()
+    page.locator("#community").get_by_role("checkbox").uncheck()
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator("#community-box")).to_be_hidden()
+    expect(page.locator(".hit")).to_have_count(20)
+    assert inside > 0

@@ -261,6 +261,7 @@ async function act(event, entry) {
 
 async function press(entry, what) {
   const button = entry.row.querySelector(`[data-do="${what}"]`);
+  const focused = document.activeElement === button;
   button.disabled = true;
   button.setAttribute("aria-busy", "true");
   app.notice("");
@@ -271,7 +272,7 @@ async function press(entry, what) {
   } finally {
     button.disabled = false;
     button.removeAttribute("aria-busy");
-    if (document.activeElement === document.body) button.focus(); // a disabled button loses it
+    if (focused && document.activeElement === document.body) button.focus(); // a disabled button loses it
   }
 }
 

@@ -35,8 +35,8 @@ function groups(items) {
 const heightOf = (items) => items.length * ROW + groups(items).length * HEAD;
 
 function wide(svg, node, sides, width) {
-  const column = Math.min(270, width * 0.34);
-  const core = Math.min(200, width - 2 * column - 70);
+  const column = Math.min(260, width * 0.32);
+  const core = Math.min(200, width - 2 * column - 110);
   const height = Math.max(heightOf(sides.in), heightOf(sides.out), 120) + 8;
   const [middle, left] = [height / 2, (width - core) / 2];
   const at = { in: [0, column, left], out: [width - column, width - column, left + core] };

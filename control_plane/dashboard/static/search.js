@@ -82,6 +82,9 @@ async function prepare(wanted) {
   $("query").value = wanted.get("search") ?? "";
   $("mode").value = ["lexical", "semantic"].find((mode) => mode === wanted.get("mode")) ?? "hybrid";
   $("file-prefix").value = wanted.get("file") ?? "";
+  const community = wanted.get("community");
+  $("community").replaceChildren(...(community ? [pick("community", community, community, true)] : []));
+  $("community-box").hidden = !community;
   choose({ labels: wanted.getAll("label"), types: wanted.getAll("type") });
   capsules ??= (await (await call("/v1/exports?status=completed&limit=200")).json()).jobs;
   const chosen = wanted.getAll("in").slice(0, MAX_CAPSULES);
@@ -138,7 +141,7 @@ function describe() {
     : chosen.length === 0 ? "nothing: choose a capsule"
     : chosen.length === 1 ? chosen[0].parentElement.querySelector("bdi").textContent
     : `${chosen.length} capsules`;
-  const filters = checked("labels").length + checked("types").length;
+  const filters = checked("filters").length;
   $("filters-text").textContent = `Kinds and relationships${filters ? ` · ${filters} chosen` : ""}`;
 }
 
@@ -147,6 +150,7 @@ function question(words = $("query").value.trim()) {
   for (const jobId of checked("where-list")) query.append("in", jobId);
   if ($("mode").value !== "hybrid") query.set("mode", $("mode").value);
   if ($("file-prefix").value) query.set("file", $("file-prefix").value);
+  for (const id of checked("community")) query.append("community", id);
   for (const label of checked("labels")) query.append("label", label);
   for (const type of checked("types")) query.append("type", type);
   return query;
@@ -172,7 +176,7 @@ async function run(query) {
   $("hits").setAttribute("aria-busy", "true");
   const params = new URLSearchParams({ q: query.get("search"), mode: query.get("mode") ?? "hybrid", limit });
   for (const jobId of others) params.append("also", jobId);
-  for (const name of ["label", "type", "file"]) for (const value of query.getAll(name)) params.append(name, value);
+  for (const name of ["label", "type", "file", "community"]) for (const value of query.getAll(name)) params.append(name, value);
   try {
     const answer = await patiently(
       async () => (await call(`/v1/exports/${encodeURIComponent(first)}/search?${params}`, { signal })).json(),

@@ -97,6 +97,8 @@ function describe({ degree, metadata }) {
   $("walk-place").replaceChildren(foreign("span", {}, place(node) || node.id, 300));
   const calls = degree.callsIn || degree.callsOut ? ` Called by ${count(degree.callsIn)}, calls ${count(degree.callsOut)}.` : "";
   $("walk-degree").textContent = `${many(degree.in, "relationship")} ${lead(degree.in, "in")}, ${count(degree.out)} ${lead(degree.out, "out")}.${calls}`;
+  $("walk-inside").hidden = node.kind !== "community";
+  $("walk-inside").firstElementChild.href = `#${new URLSearchParams({ search: "", in: wanted.get("of"), community: node.id })}`;
   sides.in.total = degree.in;
   sides.out.total = degree.out;
   const rows = [["id", node.id], ...Object.entries(metadata)].slice(0, PROPERTIES);
