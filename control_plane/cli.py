@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
@@ -60,6 +60,13 @@ class Mode(StrEnum):
     semantic = "semantic"
     hybrid = "hybrid"
 
+
+MAX_ALSO = 7
+"""Capsules searched together with the first one."""
+MAX_RANKED = 100
+"""Ids in an answer to a line of --queries."""
+MAX_LINE_BYTES = 1 << 20
+_BY_WORDS = "--mode lexical needs no engine"
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Capsule = Annotated[Path, typer.Argument(metavar="CAPSULE", help="A .mv2 file; its sidecar lies beside it.")]
@@ -147,7 +154,7 @@ class _Engines:
             field = str(error.details["field"])
             name = str(error.details.get("setting") or field)
             what = " must be set" if name.endswith("_API_KEY") else error.message.removeprefix(field)
-            message = f"The vectors are of {choice.provider} {choice.model}: {name}{what}; --mode lexical needs none"
+            message = f"The vectors are of {choice.provider} {choice.model}: {name}{what}"
             raise InvalidRequest(message, **error.details) from error
         return self.open(choice)
 
@@ -539,14 +546,30 @@ def verify(capsule: Capsule, json: JsonFlag = False) -> None:
 def search(
     capsule: Capsule,
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Words, or a name.")] = None,
+    *,
+    also: Annotated[
+        list[Path] | None, typer.Option(metavar="CAPSULE", help="Search this capsule too; seven more at most.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Only nodes with one of these labels.")] = None,
+    file: Annotated[str | None, typer.Option(metavar="PREFIX", help="Only nodes whose path begins so.")] = None,
+    community: Annotated[str | None, typer.Option(metavar="ID", help="Only members of this community.")] = None,
+    type_: Annotated[
+        list[str] | None, typer.Option("--type", help="Only nodes with a relationship of one of these types.")
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="How to search.")] = Mode.hybrid,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most hits to show.")] = 10,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="The most hits: 10, with --queries 100, which are the most there."),
+    ] = None,
     queries: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Lines {query_id, text}; prints lines {query_id, ranked}.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Search a capsule."""
+    """Search a capsule, or several together."""
+    from common.errors import DeviceFailed, EmbeddingFailed, ProviderRejected
+    from common.sidecar.open import Scope
+    from control_plane.reading.ask import Names, check_scope, check_semantic
     from control_plane.reading.inspect import Files, opened_sidecar, vectors
     from control_plane.reading.search import Searched, rank_all
     from control_plane.reading.search import search as find
@@ -554,17 +577,39 @@ def search(
 
     if (query is None) == (queries is None):
         raise typer.BadParameter("give a query, or --queries FILE", param_hint="QUERY")
-    files = Files(capsule)
-    with Show(json=json) as show, opened_sidecar(files) as sidecar:
-        loaded = None if mode is Mode.lexical else vectors(files, sidecar, _Engines(os.environ).ask)
-        searched = [Searched(str(capsule), sidecar, loaded)]
-        if queries is not None:
-            for answer in rank_all(searched, _queries(queries), mode=mode.value):
-                print(msgspec.json.encode(answer).decode())
-            return
-        assert query is not None
-        query = _text(query)
-        hits = find(searched, query, mode=mode.value, limit=limit)
+    if len(also or ()) > MAX_ALSO:
+        raise typer.BadParameter(f"give it at most {MAX_ALSO} times", param_hint="--also")
+    if queries is not None and limit is not None and limit > MAX_RANKED:
+        raise typer.BadParameter(f"give {MAX_RANKED} at most with --queries", param_hint="--limit")
+    scope = Scope(tuple(map(_text, label or ())), file or None, community or None, tuple(map(_text, type_ or ())))
+    with Show(json=json) as show, ExitStack() as opened:
+        engines = _Engines(os.environ)
+        searched = []
+        named: dict[Path, Path] = {}
+        for path in (capsule, *(also or ())):
+            named.setdefault(path.resolve(), path)
+        for path in named.values():
+            files = Files(path)
+            sidecar = opened.enter_context(opened_sidecar(files))
+            try:
+                loaded = None if mode is Mode.lexical else vectors(files, sidecar, engines.ask)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"{_text(path.name)}: {error.message}; {_BY_WORDS}", **error.details) from error
+            searched.append(Searched(_text(str(path)), sidecar, loaded))
+        check_scope([one.sidecar for one in searched], scope, Names("--label", "--file", "--community", "--type"))
+        if mode is Mode.semantic:
+            check_semantic(searched, "--mode")
+        try:
+            if queries is not None:
+                asked = _queries(queries)
+                for answer in rank_all(searched, asked, mode=mode.value, limit=limit or MAX_RANKED, scope=scope):
+                    print(msgspec.json.encode(answer).decode())
+                return
+            query = _text(query or "")
+            hits = find(searched, query, mode=mode.value, limit=limit or 10, scope=scope)
+        except (EmbeddingFailed, ProviderRejected, DeviceFailed) as error:
+            raise type(error)(f"{error.message}; {_BY_WORDS}", **error.details) from error
+        several = len(searched) > 1
         found = [
             {
                 "id": node.id,
@@ -574,10 +619,13 @@ def search(
                 "score": score,
                 "why": why,
             }
-            for _, node, score, why in hits
+            | ({"capsule": name} if several else {})
+            for name, node, score, why in hits
         ]
         show.data({"query": query, "mode": mode.value, "hits": found})
-        show.result(*(f"{hit.score:6.3f}  {hit.node.title}\n        {hit.node.id}\n        {hit.why}" for hit in hits))
+        for name, node, score, why in hits:
+            places = [node.id, name] if several else [node.id]
+            show.result("\n        ".join([f"{score:6.3f}  {node.title}", *places, why]))
         if not hits:
             show.result("Nothing found.")
 
@@ -600,20 +648,26 @@ def mcp(
 
 
 class _Query(msgspec.Struct):
-    query_id: str
+    query_id: str | int
     text: str
 
 
-def _queries(path: Path) -> Iterator[tuple[str, str]]:
+def _queries(path: Path) -> Iterator[tuple[str | int, str]]:
+    """Queries one by one: what stands before a bad line is answered before that line is refused."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        found = msgspec.json.decode(line, type=_Query)
-                    except msgspec.MsgspecError as error:
-                        raise InvalidRequest(f"{path.name}, line {number}: {error}", field=f"line {number}") from error
-                    yield found.query_id, found.text
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    if len(line) > MAX_LINE_BYTES:
+                        raise msgspec.ValidationError(f"it has more than {MAX_LINE_BYTES:,} bytes")
+                    found = msgspec.json.decode(line, type=_Query)
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                    raise InvalidRequest(f"{path.name}, line {number}: {error}", field=f"line {number}") from error
+                yield found.query_id, found.text
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}", field="--queries") from error
 

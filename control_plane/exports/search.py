@@ -10,12 +10,12 @@ import anyio
 import structlog
 
 from common.contract import SearchAnswer, SearchHit
-from common.errors import CapsuleUnreadable, DeviceFailed, EmbeddingFailed, InvalidRequest, ProviderRejected
+from common.errors import CapsuleUnreadable, InvalidRequest
 from common.sidecar.open import Scope
 from control_plane.errors import ArtifactMissing, IndexBuildInProgress, SemanticUnavailable, TimedOut
 from control_plane.exports.service import ExportService
 from control_plane.jobs.records import JobRecord
-from control_plane.reading.ask import MAX_CAPSULES, Found, Names, find
+from control_plane.reading.ask import AWAY, MAX_CAPSULES, Found, Names, check_scope, find, prepared
 from control_plane.reading.library import Library
 from control_plane.reading.search import MAX_QUERY_CHARS, Hit, Mode
 
@@ -86,7 +86,7 @@ class ExportSearch:
             raise IndexBuildInProgress("The index of an export is damaged and is built anew; ask again.") from error
         except CapsuleUnreadable as error:
             raise ArtifactMissing(f"The files of an export cannot be read: {error.message}") from error
-        except (EmbeddingFailed, ProviderRejected, DeviceFailed) as error:
+        except AWAY as error:
             message = f"The engine for questions gave no vector ({error.message}); lexical and hybrid need none."
             raise SemanticUnavailable(message, field="mode") from error
         return SearchAnswer(
@@ -107,8 +107,9 @@ class ExportSearch:
         with self._library.lease_all(jobs) as capsules:
             for _, capsule in capsules:
                 capsule.allow(SECONDS)
+            check_scope([capsule.sidecar for _, capsule in capsules], scope, Names())
             mode = cast(Mode, question.mode)
-            return find(capsules, question.query, mode=mode, limit=question.limit, scope=scope, names=Names())
+            return find(prepared(capsules, mode), question.query, mode=mode, limit=question.limit, scope=scope)
 
 
 def _shown(hit: Hit) -> SearchHit:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
+from common.embedding.port import Embedded, Embedder, Model, Purpose
 from common.errors import DeviceFailed, EmbeddingFailed, InvalidRequest, ProviderRejected
 from common.sidecar.open import Scope, Sidecar
 from control_plane.reading.library import OpenCapsule
-from control_plane.reading.search import Hit, Mode, Searched, search
+from control_plane.reading.search import Hit, Mode, Searched, Vectors, search
 
 MEANING_SECONDS = 5.0
 """That a question's vector may take; without one the answer is what words find."""
@@ -40,15 +41,20 @@ class Found(NamedTuple):
     engine gave no vector. What words find is there in both cases."""
 
 
-def find(
-    capsules: Sequence[tuple[str, OpenCapsule]], query: str, *, mode: Mode, limit: int, scope: Scope, names: Names
-) -> Found:
-    """Search capsules by their names; ``hybrid`` does without the vectors that cannot be asked, ``semantic`` does not.
+class Prepared(NamedTuple):
+    """Capsules that can be searched, and why some are searched by words alone."""
 
-    Raises InvalidRequest (a filter that nothing here has, ``semantic`` without vectors or their engine), what an
-    engine does, and what ``OpenCapsule.vectors`` does.
+    searched: list[Searched]
+    warnings: list[str]
+
+
+def prepared(capsules: Sequence[tuple[str, OpenCapsule]], mode: Mode) -> Prepared:
+    """Capsules by their names, with their vectors as far as ``mode`` wants any; ``hybrid`` does without those whose
+    engine is not to be had, ``semantic`` does not.
+
+    Raises InvalidRequest for ``semantic`` without vectors or a model that may be asked here, what opening an engine
+    does, and what ``OpenCapsule.vectors`` does.
     """
-    check_scope([capsule.sidecar for _, capsule in capsules], scope, names)
     warnings: dict[str, None] = {}
     searched = []
     for name, capsule in capsules:
@@ -58,7 +64,7 @@ def find(
                 vectors = capsule.vectors
             except InvalidRequest as error:
                 if mode == "semantic":
-                    message = f"mode: {error.message}; lexical and hybrid need no such engine"
+                    message = f"mode: {error.message}; lexical and hybrid need no engine"
                     raise InvalidRequest(message, field="mode", allowed=["lexical", "hybrid"]) from error
                 warnings["SEMANTIC_MODEL_MISSING"] = None
             except AWAY:
@@ -66,22 +72,75 @@ def find(
                     raise
                 warnings["SEMANTIC_UNAVAILABLE"] = None
         searched.append(Searched(name, capsule.sidecar, vectors))
+    if mode == "semantic":
+        check_semantic(searched, "mode")
+    return Prepared(searched, list(warnings))
+
+
+def find(prepared: Prepared, query: str, *, mode: Mode, limit: int, scope: Scope) -> Found:
+    """Search; where an engine gives no vector within ``MEANING_SECONDS``, ``hybrid`` goes on without its capsules.
+
+    Raises what ``search`` does, and for ``semantic`` what an engine does.
+    """
+    engines: dict[Model, _Engine] = {}
+    searched = []
+    for one in prepared.searched:
+        if one.vectors is not None:
+            engine = engines.setdefault(one.vectors.embedder.model, _Engine(one.vectors.embedder))
+            vectors = Vectors(one.vectors.positions, one.vectors.matrix, cast(Embedder, engine))
+            one = one._replace(vectors=vectors)  # noqa: PLW2901
+        searched.append(one)
+    warnings = dict.fromkeys(prepared.warnings)
     until = time.monotonic() + MEANING_SECONDS
 
     def in_time() -> None:
         if time.monotonic() > until:
             raise EmbeddingFailed("The question's vector was long in coming; ask again.")
 
-    try:
-        hits = search(searched, query, mode=mode, limit=limit, scope=scope, should_stop=in_time)
-    except AWAY:
-        if mode == "semantic":
-            raise
-        warnings["SEMANTIC_UNAVAILABLE"] = None
-        searched = [one._replace(vectors=None) for one in searched]
-        hits = search(searched, query, mode="lexical", limit=limit, scope=scope)
-    used = mode != "lexical" and any(one.vectors is not None for one in searched)
-    return Found(hits, used, list(warnings))
+    while True:
+        try:
+            hits = search(searched, query, mode=mode, limit=limit, scope=scope, should_stop=in_time)
+        except AWAY:
+            if mode == "semantic":
+                raise
+            warnings["SEMANTIC_UNAVAILABLE"] = None
+            away = [model for model, engine in engines.items() if engine.away]
+            searched = [
+                one._replace(vectors=None) if one.vectors and one.vectors.embedder.model in away else one
+                for one in searched
+            ]
+        else:
+            used = mode != "lexical" and any(one.vectors is not None for one in searched)
+            return Found(hits, used, list(warnings))
+
+
+class _Engine:
+    """An engine that is asked one question, and once."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.model = embedder.model
+        self._embedder = embedder
+        self._answer: Embedded | None = None
+        self.away = False
+        """It gave no vector."""
+
+    def embed(self, texts: Sequence[str], *, purpose: Purpose, should_stop: Callable[[], None]) -> Embedded:
+        """The question's vector. Raises as ``Embedder.embed``."""
+        if self._answer is None:
+            try:
+                self._answer = self._embedder.embed(texts, purpose=purpose, should_stop=should_stop)
+            except AWAY:
+                self.away = True
+                raise
+        return self._answer
+
+
+def check_semantic(searched: Sequence[Searched], field: str) -> None:
+    """Raise InvalidRequest where a capsule has no vectors: a search by meaning would leave it out."""
+    for one in searched:
+        if one.vectors is None:
+            which = f"{one.name} holds" if len(searched) > 1 else "this capsule holds"
+            raise InvalidRequest(f"{field}: {which} no vectors; export with semantic search enabled", field=field)
 
 
 def check_scope(sidecars: Sequence[Sidecar], scope: Scope, names: Names) -> None:
