@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
 from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, node_key, normalise_name
-from common.sidecar.words import best, scores
+from common.sidecar.words import best_rows, scores
 from common.text import stem
 
 _T = TypeVar("_T")
@@ -43,6 +43,8 @@ _TABLES = {
 _KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
 _MAX_VARIABLES = 500
 _DIGEST_ROWS = 10_000
+_MAX_MASKS = 8
+"""Scopes of which it is known what is inside: a byte a node."""
 _encode = msgspec.msgpack.Encoder().encode
 _LAST = "\U0010ffff"
 """Sorts after every character of a name or path."""
@@ -149,7 +151,8 @@ class Sidecar:
         self._parts: list[tuple[int, int, int]] = db.execute("SELECT * FROM parts ORDER BY part").fetchall()
         self._types: dict[str, int] = {name: number for number, name in db.execute("SELECT id, name FROM types")}
         self._counts: dict[str, int] | None = None  # all rows are counted once; the file does not change
-        self._extent: tuple[int, int] | None = None
+        self._nodes: tuple[int, int] | None = None
+        self._masks: dict[Scope, NDArray[np.bool_]] = {}
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -309,7 +312,9 @@ class Sidecar:
 
         ``words`` are plain words (as ``split_identifier`` gives them); other forms of them count as well.
         """
-        return best(self.word_scores(words, scope=scope), limit)
+        found = self.word_scores(words, scope=scope)
+        rows = best_rows(found, limit)
+        return list(zip(rows.tolist(), found[rows].tolist(), strict=True))
 
     def word_scores(self, words: Sequence[str], *, scope: Scope = Scope()) -> NDArray[np.float32]:  # noqa: B008
         """The BM25F score of every position up to the last node's; 0 where there is none of the words, or no scope."""
@@ -318,19 +323,45 @@ class Sidecar:
             f"SELECT word, nodes, postings FROM words WHERE word IN ({_marks(stems)}) ORDER BY word",  # noqa: S608
             stems,
         )
-        if self._extent is None:
-            self._extent = self._db.execute("SELECT count(*), ifnull(max(id), -1) + 1 FROM nodes").fetchone()
-        found = scores(rows, *self._extent)
+        found = scores(rows, *self._extent())
         if scope != Scope():
-            outside = np.ones(len(found), dtype=np.bool_)
-            outside[self.kept(scope)] = False
-            found[outside] = 0
+            found[~self.inside(scope)] = 0
         return found
+
+    def inside(self, scope: Scope) -> NDArray[np.bool_]:
+        """For every position up to the last node's whether the scope has it; reads every node at the first call."""
+        mask = self._masks.get(scope)
+        if mask is None:
+            if len(self._masks) >= _MAX_MASKS:
+                self._masks.clear()
+            mask = self._masks[scope] = np.zeros(self._extent()[1], dtype=np.bool_)
+            mask[self.kept(scope)] = True
+        return mask
+
+    def _extent(self) -> tuple[int, int]:
+        """How many nodes there are, and the position after the last one."""
+        if self._nodes is None:
+            self._nodes = self._db.execute("SELECT count(*), ifnull(max(id), -1) + 1 FROM nodes").fetchone()
+        return self._nodes
 
     def kept(self, scope: Scope) -> list[int]:
         """Positions of all nodes of a scope, in order; reads every node."""
         condition, parameters = _filter(scope)
         return self._column(f"SELECT id FROM nodes WHERE true{condition} ORDER BY id", *parameters)  # noqa: S608 - marks
+
+    def labelled(self, positions: Sequence[int], labels: Iterable[str]) -> list[int]:
+        """Those of the positions whose nodes have one of the labels, in order."""
+        names = [*labels]
+        numbers = self._column(f"SELECT id FROM labels WHERE name IN ({_marks(names)})", *names)  # noqa: S608
+        found: list[int] = []
+        for start in range(0, len(positions), _MAX_VARIABLES):
+            some = positions[start : start + _MAX_VARIABLES]
+            found += self._column(
+                f"SELECT id FROM nodes WHERE id IN ({_marks(some)}) AND label IN ({_marks(numbers)})",  # noqa: S608
+                *some,
+                *numbers,
+            )
+        return sorted(found)
 
     def within(self, nodes: Sequence[Node], scope: Scope) -> list[Node]:
         """Those of the nodes that a scope has, in their order."""

@@ -179,11 +179,10 @@ def scores(rows: Iterable[Row], nodes: int, end: int) -> NDArray[np.float32]:
     return total
 
 
-def best(found: NDArray[np.float32], limit: int) -> list[tuple[int, float]]:
-    """(position, score) of the highest scores above 0, equal ones by position."""
-    positions = np.flatnonzero(found > 0)
-    if len(positions) > limit:
-        least = np.partition(found[positions], len(positions) - limit)[len(positions) - limit]
-        positions = positions[found[positions] >= least]
-    order = np.lexsort((positions, -found[positions]))[:limit]
-    return list(zip(positions[order].tolist(), found[positions[order]].tolist(), strict=True))
+def best_rows(found: NDArray[np.float32], limit: int) -> NDArray[np.int64]:
+    """Where the highest scores above 0 stand, best first, equal ones in order."""
+    rows = np.flatnonzero(found > 0)
+    if len(rows) > limit:
+        least = np.partition(found[rows], len(rows) - limit)[len(rows) - limit]
+        rows = rows[found[rows] >= least]
+    return rows[np.lexsort((rows, -found[rows]))[:limit]]

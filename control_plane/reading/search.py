@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.embedding.port import Embedder, Model
 from common.errors import InvalidRequest
 from common.sidecar.open import Node, Scope, Sidecar
-from common.sidecar.words import best
+from common.sidecar.words import best_rows
 from common.text import split_identifier, stem
 
 Mode = Literal["lexical", "semantic", "hybrid"]
@@ -117,24 +117,29 @@ def search(
     if not query.strip():
         return []
     # A name of punctuation alone (``_``, ``$``, ``==``) has no words: it is found as an exact name only.
-    lexical = [] if mode == "semantic" or not words else _lexical(capsules, words, scope)
-    semantic = [] if mode == "lexical" or not words else _semantic(capsules, words, scope, should_stop)
-    found = _fused(lexical, semantic, max(limit, DEPTH))
-    nodes = _nodes(capsules, found)
+    by_word = _by_word(capsules, words, scope) if words and mode != "semantic" else {}
+    by_meaning = _by_meaning(capsules, query, scope, should_stop) if words and mode != "lexical" else {}
+    found = _fused(by_word, by_meaning, max(limit, DEPTH))
     if not scope.labels:
-        for place, node in nodes.items():
-            if node.label in PLAIN_LABELS:
-                found[place].score *= PLAIN_SHARE
-    if lexical:
-        _link(capsules, scope, found, nodes)
-        nodes = _nodes(capsules, found, nodes)
-    if mode != "semantic":
-        _prefer_exact(capsules, query, scope, found, nodes)
-    best = sorted(nodes, key=lambda place: (-round(found[place].score, 6), place))[:limit]
-    return [
-        Hit(capsules[place[0]].name, nodes[place], round(found[place].score, 6), found[place].why(nodes[place], words))
-        for place in best
-    ]
+        _put_symbols_first(capsules, found)
+    linked = _link(capsules, scope, found) if by_word else {}
+    named = {} if mode == "semantic" else _prefer_exact(capsules, query, scope, found)
+    best = sorted(found, key=lambda place: (-found[place], place))[:limit]
+    nodes = _nodes(capsules, [*best, *linked.values()])
+    hits = []
+    for place in best:
+        node = nodes[place]
+        number, position = place
+        why = [named[place]] if place in named else []
+        if number in by_word and by_word[number][position] > 0:
+            why.append(_matched_words(node, words))
+        cosine = by_meaning[number].cosine(position) if number in by_meaning else None
+        if cosine is not None:
+            why.append(f"meaning {cosine:.2f}")
+        if place in linked:
+            why.append(f"next to {nodes[linked[place]].name}")
+        hits.append(Hit(capsules[number].name, node, found[place], "; ".join(why)))
+    return hits
 
 
 def rank_all(
@@ -156,177 +161,131 @@ Place = tuple[int, int]
 """Which capsule, and the node's position in it."""
 
 
-class _Found:
-    """How well a node fits, and why."""
+class _Meaning(NamedTuple):
+    """How near the nodes of a capsule are to a question; ``positions[i]`` belongs to ``scores[i]``."""
 
-    __slots__ = ("cosine", "linked", "name", "score", "words")
-
-    def __init__(self) -> None:
-        self.score = 0.0
-        self.words = False
-        """It holds some of the query's."""
-        self.cosine: float | None = None
-        self.linked = ""
-        """Name of the hit whose neighbour it is."""
-        self.name = ""
-        """What makes it the one that was named."""
-
-    def why(self, node: Node, words: Sequence[str]) -> str:
-        said = [self.name] if self.name else []
-        if self.words:
-            said.append(_matched_words(node, words))
-        if self.cosine is not None:
-            said.append(f"meaning {self.cosine:.2f}")
-        if self.linked:
-            said.append(f"next to {self.linked}")
-        return "; ".join(said)
-
-
-class _Ranked(NamedTuple):
-    """Scores of a capsule's nodes, 0 for what does not count; ``positions[i]`` belongs to ``scores[i]``."""
-
-    capsule: int
-    positions: NDArray[np.int64] | None
-    """In order; None: every position from 0."""
+    positions: NDArray[np.int64]
+    """In order."""
     scores: NDArray[np.float32]
-    cosines: NDArray[np.float32] | None = None
+    """Standard deviations above the mean; 0 for what is below it or not looked for."""
+    cosines: NDArray[np.float32]
 
-    def row(self, position: int) -> int | None:
-        """Where a position's score stands."""
-        if self.positions is None:
-            return position if position < len(self.scores) else None
+    def cosine(self, position: int) -> float | None:
+        """The cosine of a node that it counts for."""
         row = int(np.searchsorted(self.positions, position))
-        return row if row < len(self.positions) and self.positions[row] == position else None
+        near = row < len(self.positions) and self.positions[row] == position and self.scores[row] > 0
+        return float(self.cosines[row]) if near else None
 
 
-def _nodes(
-    capsules: Sequence[Searched], places: Iterable[Place], known: dict[Place, Node] | None = None
-) -> dict[Place, Node]:
-    found = dict(known or {})
-    by_capsule: dict[int, list[int]] = {}
-    for number, position in places:
-        if (number, position) not in found:
-            by_capsule.setdefault(number, []).append(position)
-    for number, positions in by_capsule.items():
-        found.update(((number, node.position), node) for node in capsules[number].sidecar.nodes(positions))
-    return found
+def _by_word(capsules: Sequence[Searched], words: list[str], scope: Scope) -> dict[int, NDArray[np.float32]]:
+    """BM25F by position, for each capsule: their statistics differ little where they hold code."""
+    return {number: capsule.sidecar.word_scores(words, scope=scope) for number, capsule in enumerate(capsules)}
 
 
-def _lexical(capsules: Sequence[Searched], words: list[str], scope: Scope) -> list[_Ranked]:
-    """BM25F of all capsules: their statistics differ little where they hold code."""
-    return [
-        _Ranked(number, None, capsule.sidecar.word_scores(words, scope=scope))
-        for number, capsule in enumerate(capsules)
-    ]
-
-
-def _semantic(
-    capsules: Sequence[Searched], words: list[str], scope: Scope, should_stop: Callable[[], None]
-) -> list[_Ranked]:
-    """How much nearer to the question than the average of all that the same model embedded, in standard deviations."""
+def _by_meaning(
+    capsules: Sequence[Searched], query: str, scope: Scope, should_stop: Callable[[], None]
+) -> dict[int, _Meaning]:
+    """For each capsule with vectors; mean and deviation are of all that the same model embedded."""
     questions: dict[Model, NDArray[np.float32]] = {}
-    cosines: dict[Model, list[tuple[int, NDArray[np.float32]]]] = {}
+    cosines: dict[Model, dict[int, NDArray[np.float32]]] = {}
     for number, (_, _, vectors) in enumerate(capsules):
         if vectors is None or not len(vectors.positions):
             continue
         model = vectors.embedder.model
         if model not in questions:
-            text = " ".join(words)
+            text = split_identifier(query)
             questions[model] = vectors.embedder.embed([text], purpose="query", should_stop=should_stop).vectors[0]
-        cosines.setdefault(model, []).append((number, vectors.cosines(questions[model])))
-    ranked = []
-    for found in cosines.values():
-        everything = np.concatenate([own for _, own in found]) if len(found) > 1 else found[0][1]
+        cosines.setdefault(model, {})[number] = vectors.cosines(questions[model])
+    found = {}
+    for by_capsule in cosines.values():
+        everything = np.concatenate([*by_capsule.values()])
         mean, deviation = everything.mean(dtype=np.float64), everything.std(dtype=np.float64)
-        for number, own in found:
+        for number, own in by_capsule.items():
             _, sidecar, vectors = capsules[number]
             assert vectors is not None
             # One vector, or equal ones: all are as near.
-            scores = (own - mean) / deviation if deviation > 1e-6 else np.ones_like(own)
-            np.maximum(scores, 0, out=scores)
+            scores = (own - np.float32(mean)) / np.float32(deviation) if deviation > 1e-6 else np.ones_like(own)
+            # Rounded for the same reason as the cosines.
+            scores = np.round(np.maximum(scores, 0), 4)
             if scope != Scope():
-                scores[~np.isin(vectors.positions, np.array(sidecar.kept(scope), dtype=np.int64))] = 0
-            ranked.append(_Ranked(number, vectors.positions, np.round(scores, 4), own))
-    return ranked
-
-
-def _fused(lexical: Sequence[_Ranked], semantic: Sequence[_Ranked], depth: int) -> dict[Place, _Found]:
-    """The best candidates of both, with the weighted sum of both scores, at most 1."""
-    found: dict[Place, _Found] = {}
-    for place in (*_best(lexical, depth), *_best(semantic, depth)):
-        found.setdefault(place, _Found())
-    top = max((float(ranked.scores.max(initial=0)) for ranked in lexical), default=0.0)
-    for ranked in lexical:
-        for place, row in _rows(found, ranked):
-            share = float(ranked.scores[row]) / top if top else 0.0
-            found[place].score += share
-            found[place].words = share > 0
-    for ranked in semantic:
-        assert ranked.cosines is not None
-        for place, row in _rows(found, ranked):
-            found[place].score += MEANING_WEIGHT * float(ranked.scores[row])
-            if ranked.scores[row] > 0:
-                found[place].cosine = float(ranked.cosines[row])
-    most = max((one.score for one in found.values()), default=0.0)
-    for one in found.values():
-        one.score /= most
+                scores[~sidecar.inside(scope)[vectors.positions]] = 0
+            found[number] = _Meaning(vectors.positions, scores, own)
     return found
 
 
-def _rows(found: dict[Place, _Found], ranked: _Ranked) -> Iterator[tuple[Place, int]]:
-    for place in found:
-        row = ranked.row(place[1]) if place[0] == ranked.capsule else None
-        if row is not None:
-            yield place, row
+def _fused(by_word: dict[int, NDArray[np.float32]], by_meaning: dict[int, _Meaning], depth: int) -> dict[Place, float]:
+    """The best candidates of both with the weighted sum of both scores, 1 for the best."""
+    top = max((float(scores.max(initial=0)) for scores in by_word.values()), default=0.0) or 1.0
+    found: dict[Place, float] = {}
+    for number in sorted({*by_word, *by_meaning}):
+        words, meaning = by_word.get(number), by_meaning.get(number)
+        chosen = [best_rows(words, depth)] if words is not None else []
+        if meaning is not None:
+            chosen.append(meaning.positions[best_rows(meaning.scores, depth)])
+        positions = np.unique(np.concatenate(chosen))
+        total = np.zeros(len(positions))
+        if words is not None:
+            total += words[positions] / top
+        if meaning is not None:
+            rows = np.minimum(np.searchsorted(meaning.positions, positions), len(meaning.positions) - 1)
+            total += MEANING_WEIGHT * np.where(meaning.positions[rows] == positions, meaning.scores[rows], 0)
+        found.update(((number, at), score) for at, score in zip(positions.tolist(), total.tolist(), strict=True))
+    most = max(found.values(), default=1.0)
+    return {place: round(score / most, 6) for place, score in found.items()}
 
 
-def _best(all_ranked: Sequence[_Ranked], depth: int) -> list[Place]:
-    """The places of the highest scores above 0."""
-    chosen: list[tuple[float, Place]] = []
-    for ranked in all_ranked:
-        for row, score in best(ranked.scores, depth):
-            at = row if ranked.positions is None else int(ranked.positions[row])
-            chosen.append((-score, (ranked.capsule, at)))
-    return [place for _, place in sorted(chosen)[:depth]]
+def _put_symbols_first(capsules: Sequence[Searched], found: dict[Place, float]) -> None:
+    for number, (_, sidecar, _) in enumerate(capsules):
+        for position in sidecar.labelled([at for capsule, at in found if capsule == number], PLAIN_LABELS):
+            found[number, position] = round(PLAIN_SHARE * found[number, position], 6)
 
 
-def _link(capsules: Sequence[Searched], scope: Scope, found: dict[Place, _Found], nodes: dict[Place, Node]) -> None:
-    """Give the neighbours of the best hits a share of their scores: each the most that any of its neighbours gives."""
-    hits = sorted(found, key=lambda place: (-round(found[place].score, 6), place))[:LINKING_HITS]
-    shares: dict[Place, tuple[float, Place]] = {}
+def _link(capsules: Sequence[Searched], scope: Scope, found: dict[Place, float]) -> dict[Place, Place]:
+    """Give the neighbours of the best hits a share of their scores, each the most that any hit gives; answers which."""
+    hits = sorted(found, key=lambda place: (-found[place], place))[:LINKING_HITS]
+    linked: dict[Place, Place] = {}
     for hit in hits:
         number, position = hit
-        share = LINKED_SHARE * found[hit].score
         for near in capsules[number].sidecar.linked(position, LINKS, at_most=MAX_LINKS):
-            place = number, near
-            if near >= 0 and place != hit and share > shares.get(place, (0.0, hit))[0]:
-                shares[place] = share, hit
-    new = [place for place in shares if place not in found]
-    inside = {
-        (number, node.position)
-        for number, (_, sidecar, _) in enumerate(capsules)
-        for node in sidecar.within(sidecar.nodes([at for capsule, at in new if capsule == number]), scope)
-        if scope.labels or node.label not in PLAIN_LABELS
-    }
-    for place, (share, hit) in shares.items():
-        if place in found or place in inside:
-            one = found.setdefault(place, _Found())
-            one.score += share
-            one.linked = nodes[hit].name
+            if near >= 0 and near != position:
+                linked.setdefault((number, near), hit)  # the first hit is the best one
+    new = [place for place in linked if place not in found]
+    for number, (_, sidecar, _) in enumerate(capsules):
+        positions = [at for capsule, at in new if capsule == number]
+        left_out = set() if scope.labels else set(sidecar.labelled(positions, PLAIN_LABELS))
+        inside = None if scope == Scope() else sidecar.inside(scope)
+        for at in positions:
+            if at in left_out or (inside is not None and not inside[at]):
+                del linked[number, at]
+    shares = {place: round(LINKED_SHARE * found[hit], 6) for place, hit in linked.items()}
+    for place, share in shares.items():
+        found[place] = round(found.get(place, 0.0) + share, 6)
+    return linked
 
 
 def _prefer_exact(
-    capsules: Sequence[Searched], query: str, scope: Scope, found: dict[Place, _Found], nodes: dict[Place, Node]
-) -> None:
-    """Put nodes whose whole name is the query before all others."""
+    capsules: Sequence[Searched], query: str, scope: Scope, found: dict[Place, float]
+) -> dict[Place, str]:
+    """Put nodes whose whole name is the query before all others; answers what makes them so."""
+    named = {}
     for number, (_, sidecar, _) in enumerate(capsules):
         for node in sidecar.within(sidecar.nodes(sidecar.named(query)), scope):
             same = node.name == query.strip()
             place = number, node.position
-            nodes[place] = node
-            one = found.setdefault(place, _Found())
-            one.score += 3.0 if same else 1.5
-            one.name = "exact name" if same else "the same name written differently"
+            found[place] = round(found.get(place, 0.0) + (3.0 if same else 1.5), 6)
+            named[place] = "exact name" if same else "the same name written differently"
+    return named
+
+
+def _nodes(capsules: Sequence[Searched], places: Iterable[Place]) -> dict[Place, Node]:
+    by_capsule: dict[int, list[int]] = {}
+    for number, position in dict.fromkeys(places):
+        by_capsule.setdefault(number, []).append(position)
+    return {
+        (number, node.position): node
+        for number, positions in by_capsule.items()
+        for node in capsules[number].sidecar.nodes(positions)
+    }
 
 
 def _matched_words(node: Node, words: Sequence[str]) -> str:

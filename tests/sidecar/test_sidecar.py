@@ -93,7 +93,7 @@ def test_filters_keep_labels_and_paths(small: Sidecar) -> None:
     def found(scope: Scope) -> list[str]:
         return sorted(ids(small, [position for position, _ in small.match(["user", "users"], limit=9, scope=scope)]))
 
-    assert found(Scope(labels=["File"])) == ["file"]
+    assert found(Scope(labels=("File",))) == ["file"]
     assert found(Scope(file_prefix="app/")) == ["f1", "f2", "file"]
     assert found(Scope(file_prefix="lib/")) == []
 
