@@ -9,10 +9,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import uvicorn
@@ -34,6 +34,8 @@ from common.storage import FileStorage
 from control_plane.errors import to_response
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.auth import BearerAuth
+from control_plane.operations.limits import TokenBuckets
+from control_plane.operations.origins import Origins
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
 from control_plane.reading.mcp_http import mcp_route
@@ -41,6 +43,7 @@ from control_plane.reading.places import ExportPlaces
 from control_plane.reading.reader import Reader
 
 KEY = "test-key"
+T = TypeVar("T")
 GRAPHS = ["memvid-export.graph.ndjson.gz", "runpod-python.export.json.gz", "litestar.export.json.gz"]
 
 
@@ -118,12 +121,14 @@ class McpServer:
         response_budget_bytes: int = 65_536,
         allow_external_capsules: bool = False,
         cache_capacity: int = 16,
+        origins: Origins | None = None,
+        buckets: TokenBuckets | None = None,
     ) -> None:
         artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
         self._engines = OpenEngines(engines)
         library = Library(artifacts, self._engines.get, capacity=cache_capacity)
         places = ExportPlaces(exports, root, external=allow_external_capsules)
-        route = mcp_route(Reader(places, library, budget=response_budget_bytes))
+        route = mcp_route(Reader(places, library, budget=response_budget_bytes), origins=origins, buckets=buckets)
 
         @asynccontextmanager
         async def closing(_app: Litestar) -> AsyncIterator[None]:
@@ -164,6 +169,15 @@ class McpServer:
         http = httpx2.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
         async with http, Client(streamable_http_client(self.url, http_client=http)) as client:
             yield client
+
+    def session(self, use: Callable[[Client], Awaitable[T]]) -> T:
+        """What ``use`` makes of a session of the official client."""
+
+        async def run() -> T:
+            async with self._client() as client:
+                return await use(client)
+
+        return asyncio.run(run())
 
     def call_all(self, calls: list[tuple[str, dict[str, Any]]]) -> list[CallToolResult]:
         """Answers of tools, asked by the official client in one session."""
