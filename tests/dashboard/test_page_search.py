@@ -127,6 +127,10 @@ def test_the_walk_goes_by_the_keyboard_alone(page: Page, server: str, first: str
     page.keyboard.press("ArrowRight")
     expect(neighbour(page, "mint")).to_be_focused()
     shot(page, "walk-keyboard")
+    page.set_viewport_size({"width": 800, "height": 600})
+    page.set_viewport_size({"width": 1280, "height": 720})
+    expect(page.locator(".graph")).to_have_attribute("width", re.compile("7.."))
+    expect(neighbour(page, "mint")).to_be_focused()  # drawn for another width, it is where it was
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     expect(neighbour(page, "bank")).to_be_focused()
@@ -227,3 +231,14 @@ def test_a_community_can_be_searched_on_its_own(page: Page, server: str, project
     expect(page.locator("#community-box")).to_be_hidden()
     expect(page.locator(".hit")).to_have_count(20)
     assert inside > 0
+
+
+def test_a_capsule_with_vectors_is_searched_by_meaning_too(page: Page, server: str) -> None:
+    job_id = made(server, {**town("semantic"), "options": {"semanticEnabled": True}})
+    enter(page, server)
+    search(page, "market", job_id)
+    expect(page.locator("#search-status")).not_to_contain_text("by words only")
+    page.get_by_label("Find by").select_option("semantic")
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator(".hit").first).to_contain_text("market")
+    assert "mode=semantic" in page.url

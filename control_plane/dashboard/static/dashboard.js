@@ -4,7 +4,7 @@
 
 import { key, onRefusedKey } from "./api.js";
 import * as activity from "./charts.js";
-import { $ } from "./dom.js";
+import { $, clean, cut } from "./dom.js";
 import * as exports from "./exports.js";
 import * as search from "./search.js";
 
@@ -23,8 +23,9 @@ function show(error) {
   if (error.name !== "AbortError" && error.status !== 401) notice(error.message);
 }
 
-function notice(text) {
-  if ($("notice").textContent !== text) $("notice").textContent = text;
+function notice(message) {
+  const text = cut(clean(message), 600);
+  if ($("notice").textContent !== text) $("notice").textContent = text; // it is read out at each change
   $("notice").hidden = !text;
 }
 

@@ -93,6 +93,6 @@ export function table(caption, heads, rows) {
 export function problem(box, error, again) {
   const button = make("button", { type: "button" }, "Try again");
   button.addEventListener("click", again);
-  box.replaceChildren(make("p", {}, clean(error.message)), button);
+  box.replaceChildren(make("p", {}, cut(clean(error.message), 600)), button);
   box.hidden = false;
 }

@@ -189,7 +189,8 @@ function say(element, text) {
 }
 
 function failure({ message, retryable }) {
-  return `${message}${/[.!?]$/.test(message) ? "" : "."} ${retryable ? "Trying again may help." : "Trying again the same way will not help."}`;
+  const text = message.charAt(0).toUpperCase() + message.slice(1);
+  return `${text}${/[.!?]$/.test(text) ? "" : "."} ${retryable ? "Trying again may help." : "Trying again the same way will not help."}`;
 }
 
 // --- following one export -----------------------------------------------------------------------
@@ -356,9 +357,13 @@ async function upload(file) {
       $("upload-text").textContent = share < 1 ? `Sending ${name}: ${Math.floor(share * 100)}%` : `Sent ${name}`;
     });
     given.set(created.jobId, file.name);
+    if ($("status").value) { // else a list of failed ones, say, would not show it
+      $("status").value = "";
+      forget();
+    }
     await refresh();
     const entry = jobs.get(created.jobId);
-    if (!entry) return; // the list shows another state
+    if (!entry) return; // others came in faster than a page holds
     entry.row.scrollIntoView({ block: "nearest" });
     if (part(entry.row, "timeline").hidden) await press(entry, "timeline");
   } catch (error) {

@@ -11,7 +11,11 @@ const NARROW = 560;
 const UNSURE = 0.7; // relationships below this confidence are dashed
 
 export function drawGraph(box, node, sides) {
+  let drawn = false;
   picture(box, (width) => {
+    // Drawn anew for another width, the link that had the focus keeps it.
+    const focus = drawn ? [...box.querySelectorAll("a")].indexOf(document.activeElement) : -1;
+    drawn = true;
     const svg = draw("svg", { class: "graph", width, role: "group", "aria-label": `Neighbours of ${cut(clean(node.name || node.id), 80)}` });
     svg.append(draw("defs", {}, draw("marker", {
       id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse",
@@ -22,6 +26,7 @@ export function drawGraph(box, node, sides) {
     keys(svg);
     return [svg, () => {
       for (const text of svg.querySelectorAll("text[data-fit]")) fit(text, Number(text.dataset.fit));
+      svg.querySelectorAll("a")[focus]?.focus();
     }];
   });
 }

@@ -73,8 +73,9 @@ export async function open(address) {
     describe(about.result);
     showSource(source);
     present();
-    $("walk-status").textContent = `Now at ${cut(clean(node.name || node.id), 80)}`;
-    ((inGraph && $("graph").querySelector("a")) || $("walk-title")).focus();
+    const next = inGraph && $("graph").querySelector("a"); // who walks by keys goes on from the drawing
+    $("walk-status").textContent = next ? `Now at ${cut(clean(node.name || node.id), 80)}` : "";
+    (next || $("walk-title")).focus();
   } catch (error) {
     if (error.name === "AbortError") return;
     $("walk-status").textContent = "";
