@@ -8,7 +8,7 @@ import hashlib
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +23,18 @@ from control_plane.jobs.records import JobRecord
 from control_plane.reading.inspect import META_URI
 from control_plane.reading.library import Library, OpenCapsule
 from control_plane.reading.places import Places
-from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page
+from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page, TextSearch, text_search
 
 SCHEMA_VERSION = "gitnexus.mcp.v1"
 THREADS = 4
 """Questions answered at once."""
 SECONDS = 20.0
 """How long an answer may take."""
-AT_ONCE_SECONDS = 0.005
+AT_ONCE_SECONDS = 0.02
 """How long it may take on the event loop."""
 _LONG = frozenset({"text_search", "call_trace", "impact_analysis", "query_explain"})
 """Tools that go to a thread at once: they ask an engine, or walk."""
-_PAGING = frozenset({"locator", "cursor", "limit", "max_chars"})
+_PAGING = frozenset({"locator", "also", "cursor", "limit", "max_chars"})
 _TIMING_BYTES = 8
 """That the time may grow by meanwhile."""
 _SHORT = 200
@@ -61,7 +61,8 @@ class Reply(NamedTuple):
 class _Question(NamedTuple):
     tool: str
     given: Arguments
-    place: Path | JobRecord
+    places: dict[str, Path | JobRecord]
+    """What is asked, by the names that an answer has for them; more than one where several are searched."""
     trace_id: str
     started: float
 
@@ -84,8 +85,11 @@ class Reader:
             if tool not in REGISTRY:
                 raise InvalidRequest(f"name: there is no tool {tool[:100]}", field="name")
             given = _arguments(tool, arguments)
-            place = await self._places.find(given.locator)
-            question = _Question(tool, given, place, trace_id, started)
+            places = {}
+            for locator in (given.locator, *(given.also if isinstance(given, TextSearch) else ())):
+                place = await self._places.find(locator)
+                places[_name(locator, place)] = place
+            question = _Question(tool, given, places, trace_id, started)
             body = None if tool in _LONG else self._answer_at_once(question)
             if body is None:
                 body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
@@ -107,7 +111,7 @@ class Reader:
         return await anyio.to_thread.run_sync(self._document, place, uri, limiter=self._threads)
 
     def _document(self, place: Path | JobRecord, uri: str) -> str:
-        with self._opened(place, uuid.uuid4().hex) as capsule:
+        with self._opened({"": place}, uuid.uuid4().hex) as [(_, capsule)]:
             if uri == META_URI and capsule.sidecar.manifest:
                 return capsule.sidecar.manifest
             position = capsule.sidecar.document(uri)
@@ -117,12 +121,13 @@ class Reader:
             return text
 
     @contextmanager
-    def _opened(self, place: Path | JobRecord, trace_id: str) -> Iterator[OpenCapsule]:
-        """A capsule for one question, which may take ``SECONDS``."""
+    def _opened(self, places: Mapping[str, Path | JobRecord], trace_id: str) -> Iterator[list[tuple[str, OpenCapsule]]]:
+        """Capsules by their names, for one question, which may take ``SECONDS``."""
         try:
-            with self._library.lease(place) as capsule:
-                capsule.allow(SECONDS)
-                yield capsule
+            with self._library.lease_all(places) as capsules:
+                for _, capsule in capsules:
+                    capsule.allow(SECONDS)
+                yield capsules
         except sqlite3.OperationalError as error:
             if "interrupted" not in str(error):
                 raise
@@ -130,29 +135,34 @@ class Reader:
         except sqlite3.DatabaseError as error:
             # A sidecar that turns out to be damaged is built anew for the next question.
             log.warning("damaged sidecar", trace_id=trace_id, exc_info=error)
-            self._library.discard(place)
+            for place in places.values():
+                self._library.discard(place)
             raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
 
     def _answer_at_once(self, question: _Question) -> bytes | None:
         """The answer where it takes a moment, on the event loop: the way to a thread and back takes longer than most
         answers do. None where it has to wait for something, or takes long: then it begins anew in a thread."""
         try:
-            with self._library.at_hand(question.place) as capsule:
+            [(name, place)] = question.places.items()
+            with self._library.at_hand(place) as capsule:
                 if capsule is None:
                     return None
                 capsule.allow(AT_ONCE_SECONDS, waits=False)
-                return self._answer_from(capsule, question)
+                return self._answer_from([(name, capsule)], question)
         except (TimedOut, sqlite3.DatabaseError):
             return None
 
     def _answer(self, question: _Question) -> bytes:
-        with self._opened(question.place, question.trace_id) as capsule:
-            return self._answer_from(capsule, question)
+        with self._opened(question.places, question.trace_id) as capsules:
+            return self._answer_from(capsules, question)
 
-    def _answer_from(self, capsule: OpenCapsule, question: _Question) -> bytes:
-        tag = _tag(question, capsule.sidecar.capsule_sha256)
+    def _answer_from(self, capsules: Sequence[tuple[str, OpenCapsule]], question: _Question) -> bytes:
+        tag = _tag(question, [capsule.sidecar.capsule_sha256 for _, capsule in capsules])
         page = Page(_offset(question.given.cursor, tag))
-        answer = REGISTRY[question.tool][1](capsule, question.given, page)
+        if isinstance(question.given, TextSearch):
+            answer = text_search(capsules, question.given, page)
+        else:
+            answer = REGISTRY[question.tool][1](capsules[0][1], question.given, page)
         return _envelope(question, answer, page, tag, self._budget)
 
 
@@ -165,10 +175,18 @@ def _arguments(tool: str, given: Mapping[str, Any]) -> Arguments:
         raise InvalidRequest(f"{field}: {message}", field=field) from error
 
 
-def _tag(question: _Question, capsule_sha256: str) -> str:
-    """Ties a cursor to its question and capsule; how much a page holds may change from page to page."""
+def _name(locator: Locator | None, place: Path | JobRecord) -> str:
+    """What a client can name a capsule by."""
+    if isinstance(place, JobRecord):
+        return place.id
+    return locator.capsule_path if locator and locator.capsule_path else place.name
+
+
+def _tag(question: _Question, capsules: Sequence[str]) -> str:
+    """Ties a cursor to its question and its capsules, by their hashes; how much a page holds may change from page to
+    page."""
     asked = {name: getattr(question.given, name) for name in question.given.__struct_fields__ if name not in _PAGING}
-    return hashlib.sha256(msgspec.json.encode([question.tool, capsule_sha256, asked])).hexdigest()[:16]
+    return hashlib.sha256(msgspec.json.encode([question.tool, capsules, asked])).hexdigest()[:16]
 
 
 def _cursor(offset: int, tag: str) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from common.errors import DeviceFailed, EmbeddingFailed, ExportError, InvalidRequest, ProviderRejected
+from common.errors import ExportError, InvalidRequest
 from common.frames.guide import TOOLS
 from common.sidecar.build import SCHEMA_VERSION, snippet_of
 from common.sidecar.open import Node, Scope, Sidecar
 from common.text import split_identifier
+from control_plane.reading.ask import MAX_CAPSULES, Names, check_scope, find, prepared
 from control_plane.reading.library import OpenCapsule
-from control_plane.reading.search import DEPTH, MAX_LIMIT, PLAIN_LABELS, Searched, query_words, search
+from control_plane.reading.search import DEPTH, MAX_LIMIT, PLAIN_LABELS, query_words
 
 MAX_PATH_STEPS = 20_000
 """Calls followed for one ``call_trace``."""
@@ -26,8 +26,6 @@ HOTSPOTS = 10
 LOW_CONFIDENCE = 0.6
 MAX_BY_WORDS, MAX_BY_BEGINNING = 100, 200
 """Nodes that a lookup adds to those of the whole name."""
-MEANING_SECONDS = 5.0
-"""That a question's vector may take; without one the answer is what words find."""
 SCOPES: dict[str, tuple[str, ...]] = {
     "files": ("File", "Folder"),
     "sections": ("Section",),
@@ -99,6 +97,11 @@ class TextSearch(Arguments, kw_only=True):
 
     query: Query
     scope: Literal["all", "symbols", "files", "sections", "communities", "processes"] = "all"
+    labels: Annotated[list[Text], msgspec.Meta(max_length=50)] = []
+    file_prefix: Text | None = None
+    community_id: Text | None = None
+    relation_types: Annotated[list[Text], msgspec.Meta(max_length=50)] = []
+    also: Annotated[list[Locator], msgspec.Meta(max_length=MAX_CAPSULES - 1)] = []
     limit: Limit = 20
 
 
@@ -468,42 +471,47 @@ def impact_analysis(capsule: OpenCapsule, given: ImpactAnalysis, page: Page) -> 
 # --- search ---
 
 
-def text_search(capsule: OpenCapsule, given: TextSearch, page: Page) -> Answer:
-    """Words first; meaning too where words alone find little and the capsule has vectors."""
-    sidecar = capsule.sidecar
-    labels = SCOPES.get(given.scope, ())
-    if given.scope == "symbols":
-        labels = tuple(label for label in sidecar.labels() if label not in PLAIN_LABELS)
-    scope = Scope(labels=labels)
+def text_search(capsules: Sequence[tuple[str, OpenCapsule]], given: TextSearch, page: Page) -> Answer:
+    """Words first; meaning too where words alone find little and a capsule has vectors. ``capsules`` have the names
+    that items give them where there are several."""
+    sidecars = [capsule.sidecar for _, capsule in capsules]
+    scope = Scope(tuple(given.labels), given.file_prefix, given.community_id, tuple(given.relation_types))
+    check_scope(sidecars, scope, _FILTERS)
+    if given.scope != "all":
+        scope = scope._replace(labels=_labels(sidecars, given))
     limit = min(DEPTH, page.offset + given.limit + 1)  # with more, all scores change, and pages would not fit together
-    warnings: list[str] = []
-    semantic = False
-    hits = search([Searched("", sidecar)], given.query, mode="lexical", limit=limit, scope=scope)
-    score, factor = _coverage(given.query, hits[0].node if hits else None)
+    found = find(prepared(capsules, "lexical"), given.query, mode="lexical", limit=limit, scope=scope)
+    score, factor = _coverage(given.query, found.hits[0].node if found.hits else None)
+    factors = [factor]
     if score < LOW_CONFIDENCE and query_words(given.query):
-        try:
-            known = capsule.vectors
-            if known is not None:
-                until = time.monotonic() + MEANING_SECONDS
-
-                def in_time() -> None:
-                    if time.monotonic() > until:
-                        raise EmbeddingFailed("the question's vector was long in coming")
-
-                searched = [Searched("", sidecar, known)]
-                hits = search(searched, given.query, limit=limit, scope=scope, should_stop=in_time)
-                semantic = True
-        except InvalidRequest:
-            warnings.append("SEMANTIC_MODEL_MISSING")
-        except (EmbeddingFailed, ProviderRejected, DeviceFailed):
-            warnings.append("SEMANTIC_UNAVAILABLE")
+        with_vectors = prepared(capsules, "hybrid")
+        found = found._replace(warnings=with_vectors.warnings)
+        if any(one.vectors is not None for one in with_vectors.searched):
+            found = find(with_vectors, given.query, mode="hybrid", limit=limit, scope=scope)
+        if found.semantic_used:
+            factors.append("semantic_fallback")
     items = [
         {**_item(hit.node), "title": hit.node.title, "score": hit.score, "why": hit.why}
-        for hit in hits[page.offset : page.offset + given.limit]
+        | ({"capsule": hit.capsule} if len(capsules) > 1 else {})
+        for hit in found.hits[page.offset : page.offset + given.limit]
     ]
-    result = {"query": given.query, "scope": given.scope, "items": items, "semanticUsed": semantic}
-    factors = [factor, "semantic_fallback"] if semantic else [factor]
-    return Answer(result, score, factors, warnings, items="items", more=len(hits) > page.offset + given.limit)
+    result = {"query": given.query, "scope": given.scope, "items": items, "semanticUsed": found.semantic_used}
+    more = len(found.hits) > page.offset + given.limit
+    return Answer(result, score, factors, found.warnings, items="items", more=more)
+
+
+_FILTERS = Names("labels", "filePrefix", "communityId", "relationTypes")
+
+
+def _labels(sidecars: Sequence[Sidecar], given: TextSearch) -> tuple[str, ...]:
+    """The labels that a scope and ``labels`` leave. Raises InvalidRequest where they leave none."""
+    here = sorted({label for sidecar in sidecars for label in sidecar.labels()})
+    symbols = [label for label in here if label not in PLAIN_LABELS]
+    own = symbols if given.scope == "symbols" else SCOPES[given.scope]
+    left = tuple(label for label in own if label in (given.labels or own))
+    if given.labels and not left:
+        raise InvalidRequest(f"labels: none of them is of scope {given.scope}", field="labels", allowed=list(own))
+    return left
 
 
 def _coverage(query: str, node: Node | None) -> tuple[float, str]:
@@ -681,7 +689,8 @@ _SEQUENCES: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
     (frozenset(), ("symbol_lookup", "text_search", "node_get", "file_snippet", "callers_of")),
 )
 
-Run = Callable[[OpenCapsule, Any, Page], Answer]
+Run = Callable[[Any, Any, Page], Answer]
+"""Takes an open capsule (``text_search``: several, with their names), arguments and a page."""
 REGISTRY: dict[str, tuple[type[Arguments], Run]] = {
     "symbol_lookup": (SymbolLookup, symbol_lookup),
     "node_get": (NodeGet, node_get),
