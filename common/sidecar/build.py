@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 import msgspec
+import numpy as np
 
 from common.errors import CapsuleUnreadable, StorageFailed
 from common.frames.build import CONTAINMENT
@@ -118,6 +120,9 @@ class SidecarBuilder:
         self._types: _Numbers[str] = _Numbers()
         self._files: _Numbers[str] = _Numbers()
         self._file_nodes: dict[str, int] = {}
+        self._labelled: dict[int, array[int]] = defaultdict(_positions)
+        self._in_files: dict[int, array[int]] = defaultdict(_positions)
+        self._joined: dict[int, array[int]] = defaultdict(_positions)
         self._evidence: _Numbers[tuple[float, str | None]] = _Numbers()
         self._nodes: dict[str, int] = {}
         self._documents: list[tuple[int, str, str]] = []
@@ -181,9 +186,12 @@ class SidecarBuilder:
         self._completed = True
         self._flush()
         self._insert("parts", [(part, first, frames) for part, (first, frames) in sorted(self._parts.items())])
-        self._insert("labels", [(number, *label) for label, number in self._labels.items()])
-        self._insert("types", [(number, name) for name, number in self._types.items()])
-        self._insert("files", [(number, path, self._file_nodes.get(path)) for path, number in self._files.items()])
+        self._insert("labels", [(n, *label, _packed(self._labelled[n])) for label, n in self._labels.items()])
+        self._insert("types", [(n, name, _packed(self._joined[n])) for name, n in self._types.items()])
+        self._insert(
+            "files",
+            [(n, path, self._file_nodes.get(path), _packed(self._in_files[n])) for path, n in self._files.items()],
+        )
         self._insert("missing", [(-number, node_id) for node_id, number in reversed(self._missing.items())])
         self._insert("evidence", [(number, *evidence) for evidence, number in self._evidence.items()])
         self._insert("process_steps", sorted(set(self._steps)))
@@ -220,14 +228,19 @@ class SidecarBuilder:
         node = _decode_node(frame.metadata)
         self._nodes[node.id] = position
         path = node.file_path if type(node.file_path) is str else ""
+        label = self._labels[node.label, frame.kind]
+        self._labelled[label].append(position)
+        file = self._files[path] if path else None
+        if file is not None:
+            self._in_files[file].append(position)
         self._node_rows.append(
             (
                 position,
                 node_key(node.id),
                 node.id,
                 node.name,
-                self._labels[node.label, frame.kind],
-                self._files[path] if path else None,
+                label,
+                file,
                 _integer(node.start_line),
                 _integer(node.end_line),
             )
@@ -258,12 +271,14 @@ class SidecarBuilder:
         kind = relation.type
         derived = relation.id == f"{relation.source_id}_{kind}_{relation.target_id}"
         evidence = self._evidence[relation.confidence, relation.reason]
+        number = self._types[kind]
+        self._joined[number].extend(end for end in (source, target) if end >= 0)
         self._edge_rows.append(
             (
                 position,
                 source,
                 target,
-                self._types[kind],
+                number,
                 evidence,
                 relation.step or None,
                 None if derived else relation.id,
@@ -393,6 +408,15 @@ def _signature(body: str) -> str:
         if size >= MAX_SIGNATURE_CHARS or line.rstrip().endswith((":", "{", ";")):
             break
     return " ".join(taken)[:MAX_SIGNATURE_CHARS]
+
+
+def _positions() -> array[int]:
+    return array("I")
+
+
+def _packed(positions: array[int]) -> bytes:
+    """Distinct positions in order, each as four bytes, little-endian."""
+    return np.unique(np.asarray(positions)).astype("<u4").tobytes()
 
 
 class _Numbers(dict[_T, int]):

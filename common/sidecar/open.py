@@ -329,25 +329,44 @@ class Sidecar:
         return found
 
     def inside(self, scope: Scope) -> NDArray[np.bool_]:
-        """For every position up to the last node's whether the scope has it; reads every node at the first call."""
+        """For every position up to the last node's whether the scope has it."""
         mask = self._masks.get(scope)
         if mask is None:
+            mask = np.ones(self._extent()[1], dtype=np.bool_)
+            for positions in self._filters(scope):
+                one = np.zeros(len(mask), dtype=np.bool_)
+                one[positions] = True
+                mask &= one
             if len(self._masks) >= _MAX_MASKS:
                 self._masks.clear()
-            mask = self._masks[scope] = np.zeros(self._extent()[1], dtype=np.bool_)
-            mask[self.kept(scope)] = True
+            self._masks[scope] = mask
         return mask
+
+    def _filters(self, scope: Scope) -> Iterator[NDArray[np.uint32]]:
+        """The positions that each filter of a scope lets pass."""
+        for table, names in (("labels", scope.labels), ("types", scope.types)):
+            if names:
+                yield self._packed(f"SELECT nodes FROM {table} WHERE name IN ({_marks(names)})", *names)  # noqa: S608
+        if scope.file_prefix is not None:
+            prefix = scope.file_prefix
+            yield self._packed("SELECT nodes FROM files WHERE path >= ? AND path < ?", prefix, prefix + _LAST)
+        if scope.community is not None:
+            node_id = _storable(scope.community)
+            query = (
+                "SELECT members.node FROM nodes JOIN members ON members.community = nodes.id"
+                " WHERE nodes.key = ? AND nodes.node_id = ? AND members.node >= 0"  # some may be missing
+            )
+            yield np.array(self._column(query, node_key(node_id), node_id), dtype=np.uint32)
+
+    def _packed(self, query: str, *parameters: str) -> NDArray[np.uint32]:
+        rows = self._db.execute(query, [_storable(text) for text in parameters])
+        return np.frombuffer(b"".join(blob for (blob,) in rows), dtype="<u4")
 
     def _extent(self) -> tuple[int, int]:
         """How many nodes there are, and the position after the last one."""
         if self._nodes is None:
             self._nodes = self._db.execute("SELECT count(*), ifnull(max(id), -1) + 1 FROM nodes").fetchone()
         return self._nodes
-
-    def kept(self, scope: Scope) -> list[int]:
-        """Positions of all nodes of a scope, in order; reads every node."""
-        condition, parameters = _filter(scope)
-        return self._column(f"SELECT id FROM nodes WHERE true{condition} ORDER BY id", *parameters)  # noqa: S608 - marks
 
     def labelled(self, positions: Sequence[int], labels: Iterable[str]) -> list[int]:
         """Those of the positions whose nodes have one of the labels, in order."""
@@ -367,14 +386,8 @@ class Sidecar:
         """Those of the nodes that a scope has, in their order."""
         if scope == Scope():
             return list(nodes)
-        condition, parameters = _filter(scope)
-        kept: set[int] = set()
-        for start in range(0, len(nodes), _MAX_VARIABLES):
-            some = [node.position for node in nodes[start : start + _MAX_VARIABLES]]
-            kept.update(
-                self._column(f"SELECT id FROM nodes WHERE id IN ({_marks(some)}){condition}", *some, *parameters)  # noqa: S608
-            )
-        return [node for node in nodes if node.position in kept]
+        inside = self.inside(scope)
+        return [node for node in nodes if node.position >= 0 and inside[node.position]]
 
     # --- edges ---
 
@@ -593,31 +606,6 @@ class Sidecar:
     def _count(self, query: str, *parameters: object) -> int:
         count: int = self._db.execute(query, parameters).fetchone()[0]
         return count
-
-
-def _filter(scope: Scope) -> tuple[str, list[str]]:
-    condition = ""
-    parameters: list[str] = []
-    if scope.labels:
-        condition += f" AND nodes.label IN (SELECT id FROM labels WHERE name IN ({_marks(scope.labels)}))"  # noqa: S608
-        parameters += scope.labels
-    if scope.file_prefix is not None:
-        condition += " AND nodes.file IN (SELECT id FROM files WHERE path >= ? AND path < ?)"
-        parameters += [scope.file_prefix, scope.file_prefix + _LAST]
-    if scope.community is not None:
-        condition += (
-            " AND nodes.id IN (SELECT members.node FROM members JOIN nodes AS own ON own.id = members.community"
-            " WHERE own.node_id = ?)"
-        )
-        parameters.append(scope.community)
-    if scope.types:
-        wanted = f"type IN (SELECT id FROM types WHERE name IN ({_marks(scope.types)}))"  # noqa: S608
-        condition += (
-            f" AND (EXISTS (SELECT 1 FROM edges WHERE source = nodes.id AND {wanted})"  # noqa: S608
-            f" OR EXISTS (SELECT 1 FROM edges WHERE target = nodes.id AND {wanted}))"
-        )
-        parameters += [*scope.types, *scope.types]
-    return condition, [_storable(text) for text in parameters]
 
 
 def _storable(text: str) -> str:

@@ -13,10 +13,12 @@ CREATE TABLE parts (part INTEGER PRIMARY KEY, first INTEGER NOT NULL, frames INT
 -- Frames of kind `meta`: the manifest and the agent guide.
 CREATE TABLE documents (id INTEGER PRIMARY KEY, uri TEXT NOT NULL, title TEXT NOT NULL);
 
-CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT NOT NULL, kind TEXT NOT NULL);
-CREATE TABLE types (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
+-- `nodes` has the ids of the nodes that have a label, lie in a file, or have a relationship of a type, in or out: in
+-- order, each as four bytes, little-endian. A filter reads these, not the nodes.
+CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT NOT NULL, kind TEXT NOT NULL, nodes BLOB NOT NULL);
+CREATE TABLE types (id INTEGER PRIMARY KEY, name TEXT NOT NULL, nodes BLOB NOT NULL);
 -- Paths that nodes name; `node` is the node of the file itself, NULL for a folder.
-CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT NOT NULL, node INTEGER REFERENCES nodes);
+CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT NOT NULL, node INTEGER REFERENCES nodes, nodes BLOB NOT NULL);
 
 -- `key` is the CRC-32 of `node_id`: an index over it is a quarter of one over the text.
 CREATE TABLE nodes (
