@@ -104,7 +104,10 @@ async def _serve(reader: Reader) -> signal.Signals | None:
 
                 group.start_soon(watch)
                 async with stdio_server(stdin=anyio.wrap_file(wire.lines)) as (read, write):
-                    await server.run(read, write, server.create_initialization_options())
+                    try:
+                        await server.run(read, write, server.create_initialization_options())
+                    finally:
+                        wire.end()  # also where nobody reads the answers
                 group.cancel_scope.cancel()
     except* BrokenPipeError:
         pass  # a client that went away has ended the session too
