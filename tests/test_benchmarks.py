@@ -31,4 +31,6 @@ def test_the_short_form_of_every_benchmark_gives_its_figures(tmp_path: Path) -> 
     assert figures["static embedding"]["value"] > 0
     assert figures["torch embedding: tiny shape"]["value"] > 0
     assert figures["1 − cosine to sentence-transformers"]["value"] < 500
+    found = {system: figures[f"memvid-export: {system}"]["value"] for system in ("hybrid, static", "plain BM25")}
+    assert found["hybrid, static"] > found["plain BM25"] > 0
     assert done.stdout.count("│") > 50

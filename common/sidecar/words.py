@@ -34,6 +34,8 @@ SATURATION = 2.0
 """BM25's k1: how soon more of a word says no more."""
 LENGTH_SHARE = 0.75
 """BM25's b: how much a word in a long field counts less."""
+NAME_LENGTH_SHARE = 1.0
+"""The same for names: of a name of two words, each is half of what it says."""
 
 _TOKENS = re.compile(r"\w+")
 _KNOWN_TOKENS = 200_000
@@ -150,11 +152,12 @@ def _weights(
 ) -> NDArray[np.float64]:
     """What one word counts, of shape (fields, nodes): less in a longer field."""
     weights = np.zeros((len(FIELDS), nodes))
-    for number, weight in enumerate(FIELDS.values()):
+    for number, (field, weight) in enumerate(FIELDS.items()):
         here = fields == number
         if here.any():
             own = lengths[here]
-            weights[number, places[here]] = weight / (1 - LENGTH_SHARE + LENGTH_SHARE * own / own.mean())
+            share = NAME_LENGTH_SHARE if field == "name" else LENGTH_SHARE
+            weights[number, places[here]] = weight / (1 - share + share * own / own.mean())
     return weights
 
 

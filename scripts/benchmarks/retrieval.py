@@ -1,4 +1,7 @@
-"""Does search find the right symbol? Queries are docstrings, and no docstring is in what is searched."""
+"""Does search find the right symbol? Queries are docstrings, and no docstring is in what is searched.
+
+``scripts/bench retrieval`` takes the graphs that are here, ``--graph FILE`` (repeatable) others.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ _BLANK = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*")
 _MARK = re.compile(r"\"\"\"|'''|[\"'#()\[\]{}:\n]")
 _JOINT = re.compile(r"^\.\.\.[ \t]*\n", re.M)
 _TRIPLE = re.compile(r"\"\"\"|'''")
+_QUOTED = re.compile(r"(\"\"\"|''').*?(?:\1|$)", re.S)
 _SENTENCE = re.compile(r"(?<=[.!?])\s")
 
 
@@ -160,7 +164,16 @@ def without_docstrings(text: str) -> str:
 def _without_tail(part: str) -> str:
     """A part of a compacted text without the end of a string that was opened before it."""
     quotes = list(_TRIPLE.finditer(part))
-    return _blank(part[: quotes[0].end()]) + part[quotes[0].end() :] if len(quotes) % 2 else part
+    if len(quotes) % 2 == 0:
+        return part
+    first = quotes[0]
+    if not part[: first.start()].strip():  # it opens one that was cut
+        return _blank(part)
+    return _blank(part[: first.end()]) + part[first.end() :]
+
+
+def _blanked(found: re.Match[str]) -> str:
+    return _blank(found[0])
 
 
 def _blank(text: str) -> str:
@@ -203,7 +216,9 @@ def strip(graph: Graph) -> None:
     for node in graph.nodes:
         content = node.properties.get("content")
         if content and (node.properties.get("filePath") or "").endswith((".py", ".pyi")):
-            node.properties["content"] = without_docstrings(content)
+            # GitNexus puts spaces in place of line ends, and then nothing says where a declaration starts.
+            flat = "\n" not in content
+            node.properties["content"] = _QUOTED.sub(_blanked, content) if flat else without_docstrings(content)
         node.properties.pop("description", None)
 
 
@@ -235,7 +250,12 @@ class Repository:
             yield Searched(self.name, sidecar, Vectors(np.array([at for at, _ in embedded]), matrix, embedder))
 
 
-def ranks_by_search(searched: Searched, questions: Sequence[Question], mode: Mode, scope: Scope) -> list[int | None]:
+def ranks_by_search(
+    searched: Searched,
+    questions: Sequence[Question],
+    mode: Mode,
+    scope: Scope = Scope(),  # noqa: B008 - immutable
+) -> list[int | None]:
     """Places of the answers among the first ten hits of ``search``."""
     return [
         _rank(question, [hit.node.id for hit in search([searched], question.text, mode=mode, limit=BEST, scope=scope)])
@@ -283,3 +303,39 @@ def ranks_by_vectors(searched: Searched, questions: Sequence[Question]) -> list[
 
 def _rank(question: Question, ids: list[str]) -> int | None:
     return ids.index(question.answer) if question.answer in ids else None
+
+
+class Measured(NamedTuple):
+    """One system on one repository."""
+
+    system: str
+    questions: int
+    everything: Scores
+    library: Scores
+    """Of the questions whose answers are no tests, docs, examples or tools."""
+
+
+def evaluate(
+    path: Path, folder: Path, embedders: dict[str, Embedder], *, most: int | None = None
+) -> Iterator[Measured]:
+    """Each system on one graph; ``embedders`` by the name that the figures have; ``most`` takes so many questions.
+
+    The peers rank symbols only; search ranks all that a capsule holds, as it does for its users.
+    """
+    repository = Repository(path, folder)
+    questions = repository.questions
+    if most is not None:
+        questions = questions[:: max(1, len(questions) // most)][:most]
+
+    def measured(system: str, ranks: list[int | None]) -> Measured:
+        library = [rank for rank, question in zip(ranks, questions, strict=True) if question.library]
+        return Measured(system, len(ranks), Scores.of(ranks), Scores.of(library))
+
+    yield measured("plain BM25", ranks_by_plain_bm25(repository, questions))
+    for number, (name, embedder) in enumerate(embedders.items()):
+        with repository.opened(embedder) as searched:
+            if number == 0:
+                yield measured("lexical", ranks_by_search(searched, questions, "lexical"))
+            yield measured(f"{name} alone", ranks_by_vectors(searched, questions))
+            yield measured(f"semantic, {name}", ranks_by_search(searched, questions, "semantic"))
+            yield measured(f"hybrid, {name}", ranks_by_search(searched, questions, "hybrid"))

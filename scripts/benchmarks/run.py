@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ from scripts.benchmarks.control_plane import cold_start, files, overhead, server
 from scripts.benchmarks.embedding import compare, static_rate  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
 from scripts.benchmarks.reading import CLIENTS, PACE, Times, measure, synthetic  # noqa: E402
+from scripts.benchmarks.retrieval import evaluate  # noqa: E402
 from scripts.benchmarks.storage import HASHED, ratio, transfer_rates  # noqa: E402
 from scripts.benchmarks.vector_cache import engine, largest, rates, repeats, times_faster  # noqa: E402
 
@@ -420,6 +422,34 @@ def _asked(name: str, times: Times, goal: float) -> Row:
     return row(name, times.at(0.95), "ms", note, at_most=goal)
 
 
+RETRIEVAL_GOALS = {
+    "runpod-python": {"hybrid, static": 75, "hybrid, MiniLM": 77},
+    "litestar": {"hybrid, static": 52, "hybrid, MiniLM": 58},
+}
+
+
+def retrieval(folder: Path, *, short: bool, graphs: list[Path] | None = None) -> list[Row]:
+    """Docstrings as questions: how early the symbol comes that each was taken from."""
+    if not graphs:
+        example = ROOT / "examples/memvid-export.graph.ndjson.gz"
+        real = [SHARED / "runpod-python.graph.json.gz", SHARED / "litestar.export.json.gz"]
+        graphs = [example] if short else [*(path for path in real if path.exists()), example]
+    embedders = {"static": engine("static"), "MiniLM": None if short else engine("torch")}
+    rows = []
+    for graph in graphs:
+        name = graph.name.partition(".")[0]
+        running = {kind: embedder for kind, embedder in embedders.items() if embedder is not None}
+        for found in evaluate(graph, folder, running, most=60 if short else None):
+            whole, library = found.everything, found.library
+            note = (
+                f"NDCG@10; recall@10 {100 * whole.recall:.1f}, MRR {100 * whole.reciprocal_rank:.1f}; "
+                f"library only: NDCG@10 {100 * library.ndcg:.1f}; {found.questions:,} questions"
+            )
+            goal = RETRIEVAL_GOALS.get(name, {}).get(found.system)
+            rows.append(row(f"{name}: {found.system}", 100 * whole.ndcg, "%", note, at_least=goal))
+    return rows
+
+
 def _p95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
@@ -431,6 +461,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "service": service,
     "control-plane": control_plane,
     "reading": reading,
+    "retrieval": retrieval,
     "storage": storage,
     "cache": cache,
     "embedding": embedding,
@@ -442,8 +473,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar=f"{{{','.join(BENCHMARKS)}}}")
     parser.add_argument("--short", action="store_true", help="small inputs, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--graph", type=Path, action="append", help="graphs for retrieval, in place of those here")
     arguments = parser.parse_args()
     rows: list[Row] = []
+    BENCHMARKS["retrieval"] = partial(retrieval, graphs=arguments.graph)
     console = Console(width=150 if not sys.stdout.isatty() else None)
     CACHE.mkdir(exist_ok=True)
     for name in arguments.names or BENCHMARKS:
