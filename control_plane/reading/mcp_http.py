@@ -20,6 +20,7 @@ from litestar import Litestar, asgi
 from litestar.datastructures import Headers
 from litestar.enums import ScopeType
 from litestar.handlers import ASGIRouteHandler
+from litestar.status_codes import HTTP_200_OK
 from litestar.types import HTTPScope, Message, Receive, Scope, Send
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
@@ -27,6 +28,7 @@ from common.errors import ExportError, PayloadTooLarge, UnsupportedMediaType
 from control_plane.errors import MethodNotAllowed, NotAcceptable, RateLimited, body_of, headers_of, status_of
 from control_plane.operations.limits import Allowance, TokenBuckets
 from control_plane.operations.origins import Origins
+from control_plane.reading import mcp_direct
 from control_plane.reading.mcp import mcp_server
 from control_plane.reading.reader import Reader, error_body
 
@@ -75,6 +77,9 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
                 retryAfterSeconds=allowance.retry_after_seconds,
             )
             await _answer(send, status_of(refusal), _json_rpc(refusal, body), headers_of(refusal))
+            return
+        if (plain := await mcp_direct.answer(reader, scope["headers"], body)) is not None:
+            await _answer(send, HTTP_200_OK, plain, {})
             return
         await manager.handle_request(scope, _replay(body, receive), send)  # type: ignore[arg-type]
 
