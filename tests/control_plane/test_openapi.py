@@ -50,6 +50,8 @@ def test_every_route_of_the_contract_is_in_the_document(document: dict[str, Any]
         ("GET", f"{job}/events"),
         ("GET", f"{job}/events/stream"),
         ("GET", f"{job}/report"),
+        ("GET", f"{job}/search"),
+        ("GET", "/v1/stats"),
         ("GET", "/healthz"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
@@ -110,6 +112,11 @@ def test_live_answers_are_as_the_document_says(server: Server, document: dict[st
         client.get(f"{job}/events", params={"sinceSeq": "x"}),
         client.get(f"{job}/events/stream"),
         client.get(f"{job}/report"),
+        client.get(f"{job}/search", params={"q": "call_1"}),
+        client.get(f"{job}/search"),
+        client.get(f"{job}/search", params={"q": "call_1", "label": "Nope"}),
+        client.get("/v1/stats"),
+        client.get("/v1/stats", params={"hours": 0}),
         client.get("/healthz"),
         client.get("/readyz"),
         client.get("/metrics"),
@@ -124,7 +131,9 @@ def test_live_answers_are_as_the_document_says(server: Server, document: dict[st
             client.get(f"{job}/{kind}", headers={"range": "bytes=999999999-"}),
         ]
     answers.append(client.get(f"{job}/download", headers={"if-none-match": etag}))
-    answers += [client.get(f"/v1/exports/none{rest}") for rest in ("", "/events", "/download", "/report")]
+    answers += [
+        client.get(f"/v1/exports/none{rest}") for rest in ("", "/events", "/download", "/report", "/search?q=x")
+    ]
     answers += [httpx.get(f"{server.url}{path}") for path in ("/v1/exports", job, f"{job}/events", f"{job}/download")]
     answers.append(httpx.post(f"{server.url}/v1/exports"))
     accept = {"accept": "application/json"}
