@@ -72,7 +72,9 @@ def _absolute(path: str) -> str:
 
 def serve(capsules: CapsuleFiles, engine: Callable[[Choice], Embedder], *, budget: int) -> None:
     """Answer until standard input ends, or SIGTERM. Raises KeyboardInterrupt on SIGINT, InvalidRequest for a message
-    that is too long."""
+    that is too long, or where standard input or output is closed."""
+    if sys.stdin is None or sys.stdout is None:
+        raise InvalidRequest("mcp speaks over standard input and output; one of them is closed", field="stdin")
     with tempfile.TemporaryDirectory(prefix="memvid-export-") as folder:
         artifacts = Artifacts(FileStorage([]), Path(folder) / "copies", 1)
         library = Library(artifacts, engine, capacity=MAX_CAPSULES)

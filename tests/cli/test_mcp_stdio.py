@@ -150,6 +150,14 @@ def test_a_capsule_that_is_missing_or_broken_ends_it_before_it_begins(
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_without_an_input_or_output_it_does_not_begin(capsule: Path, closed: str) -> None:
+    line = f'"{COMMAND}" mcp "{capsule}" {closed}'
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"closed" in done.stderr
+
+
 def test_no_capsule_is_wrong_usage() -> None:
     done = command("mcp")
     assert (done.returncode, done.stdout) == (2, b"")
