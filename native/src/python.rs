@@ -203,10 +203,10 @@ impl CapsuleReader {
                 .map(|(id, text)| {
                     let frame = self.inner.document(id)?;
                     Ok((
-                        frame.uri.clone().unwrap_or_default(),
-                        frame.title.clone().unwrap_or_default(),
-                        frame.track.clone().unwrap_or_default(),
-                        frame.tags.clone(),
+                        frame.uri.unwrap_or_default(),
+                        frame.title.unwrap_or_default(),
+                        frame.track.unwrap_or_default(),
+                        frame.tags,
                         text,
                     ))
                 })

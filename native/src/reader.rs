@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use memvid_core::find_last_valid_footer;
-use memvid_core::types::{CanonicalEncoding, Frame, FrameRole, FrameStatus, Toc};
+use memvid_core::types::{CanonicalEncoding, Frame, FrameRole, FrameStatus, SegmentMeta, Toc};
+use serde::de::DeserializeOwned;
 
 use crate::error::{At, Error, Result};
 
@@ -19,9 +20,13 @@ const MAX_FRAME_BYTES: u64 = 256 * 1024 * 1024;
 pub struct CapsuleReader {
     path: PathBuf,
     map: Mmap,
+    /// The table of contents without its frames: those of 170,000 frames take 260 MB, so each is read where it lies
+    /// when it is asked for.
     toc: Toc,
-    /// Places in `toc.frames` of the active documents.
-    documents: Vec<usize>,
+    /// Where each frame's entry begins in the file.
+    frames: Vec<usize>,
+    /// The active documents: places in `frames`, and frame ids.
+    documents: Vec<(usize, u64)>,
 }
 
 pub struct Vectors<'a> {
@@ -44,17 +49,24 @@ impl CapsuleReader {
         };
         let footer =
             find_last_valid_footer(&map).ok_or_else(|| unreadable("no valid footer".into()))?;
-        let toc = Toc::decode(footer.toc_bytes).map_err(|err| unreadable(err.to_string()))?;
-        let documents = (0..toc.frames.len())
-            .filter(|&at| {
-                let frame = &toc.frames[at];
-                frame.status == FrameStatus::Active && frame.role == FrameRole::Document
+        let mut entries = Entries {
+            bytes: footer.toc_bytes,
+            at: 0,
+        };
+        let (mut frames, mut documents) = (Vec::new(), Vec::new());
+        let toc = entries
+            .toc(|at, frame| {
+                if frame.status == FrameStatus::Active && frame.role == FrameRole::Document {
+                    documents.push((frames.len(), frame.id));
+                }
+                frames.push(footer.toc_offset + at);
             })
-            .collect();
+            .map_err(unreadable)?;
         Ok(Self {
             path: path.to_path_buf(),
             map,
             toc,
+            frames,
             documents,
         })
     }
@@ -67,12 +79,24 @@ impl CapsuleReader {
         self.toc.indexes.vec.as_ref()?.model.as_deref()
     }
 
-    pub fn document(&self, id: usize) -> Result<&Frame> {
-        let place = self
+    pub fn document(&self, id: usize) -> Result<Frame> {
+        let (place, _) = self
             .documents
             .get(id)
             .ok_or_else(|| self.unreadable(format!("no document {id}")))?;
-        Ok(&self.toc.frames[*place])
+        self.frame(*place)
+    }
+
+    fn frame(&self, place: usize) -> Result<Frame> {
+        let at = *self
+            .frames
+            .get(place)
+            .ok_or_else(|| self.unreadable(format!("no frame {place}")))?;
+        let mut entries = Entries {
+            bytes: &self.map,
+            at,
+        };
+        entries.next().map_err(|err| self.unreadable(err))
     }
 
     /// Texts of documents `from` to `to`, with one decompression context for all: a new one for each costs more than the
@@ -137,13 +161,13 @@ impl CapsuleReader {
             .documents
             .iter()
             .enumerate()
-            .map(|(id, place)| (self.toc.frames[*place].id, id))
+            .map(|(document, (_, id))| (*id, document))
             .collect();
         let documents = rows
             .chunks_exact(row as usize)
             .map(|row| {
                 let id = u64::from_le_bytes(row[..8].try_into().unwrap_or_default());
-                let parent = || self.toc.frames.get(usize::try_from(id).ok()?)?.parent_id;
+                let parent = || self.frame(usize::try_from(id).ok()?).ok()?.parent_id;
                 places.get(&id).or_else(|| places.get(&parent()?)).copied()
             })
             .collect::<Option<Vec<usize>>>()
@@ -165,7 +189,8 @@ impl CapsuleReader {
                 Err(self.unreadable(format!("{what} does not match its checksum")))
             }
         };
-        for frame in &self.toc.frames {
+        for place in 0..self.frames.len() {
+            let frame = self.frame(place)?;
             let what = format!("payload of frame {}", frame.id);
             check(
                 &what,
@@ -219,5 +244,39 @@ impl CapsuleReader {
             path: self.path.clone(),
             reason,
         }
+    }
+}
+
+/// Reads a table of contents piece by piece.
+struct Entries<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Entries<'_> {
+    fn next<T: DeserializeOwned>(&mut self) -> std::result::Result<T, String> {
+        let config = bincode::config::standard()
+            .with_fixed_int_encoding()
+            .with_little_endian();
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let (value, length) =
+            bincode::serde::decode_from_slice(rest, config).map_err(|err| err.to_string())?;
+        self.at += length;
+        Ok(value)
+    }
+
+    /// The table without its frames, of which each is shown with its place.
+    fn toc(&mut self, mut show: impl FnMut(usize, Frame)) -> std::result::Result<Toc, String> {
+        let _version: u64 = self.next()?;
+        let _segments: Vec<SegmentMeta> = self.next()?;
+        let mut others = self.bytes[..self.at].to_vec();
+        let count: u64 = self.next()?;
+        for _ in 0..count {
+            let at = self.at;
+            show(at, self.next()?);
+        }
+        others.extend(0u64.to_le_bytes());
+        others.extend(&self.bytes[self.at..]);
+        Toc::decode(&others).map_err(|err| err.to_string())
     }
 }

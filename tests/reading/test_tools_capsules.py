@@ -1,0 +1,142 @@
+"""Which files the read tools open: those under the export root, each with an index that belongs to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp_server import GRAPHS, Exports
+
+from common.embedding.choice import Engines
+from common.embedding.engine import OpenEngines
+from common.sidecar.open import Sidecar
+from common.storage import FileStorage
+from control_plane.reading.artifacts import Artifacts
+from control_plane.reading.library import CONNECTIONS, Library
+from control_plane.reading.places import ExportPlaces
+from control_plane.reading.reader import Reader
+
+
+@pytest.fixture
+def root(capsules: dict[str, Path], tmp_path: Path) -> Path:
+    """An export root with a copy of the example's capsule, which has its sidecar."""
+    folder = tmp_path / "root"
+    folder.mkdir()
+    shutil.copy(capsules[GRAPHS[0]], folder / "copy.mv2")
+    shutil.copy(f"{capsules[GRAPHS[0]]}.index.v1.sqlite", folder / "copy.mv2.index.v1.sqlite")
+    return folder
+
+
+@pytest.fixture
+def reader(root: Path, tmp_path: Path) -> Iterator[Reader]:
+    """The tools over the root; two capsules are kept open."""
+    with closing(OpenEngines(Engines())) as engines:
+        artifacts = Artifacts(FileStorage([]), tmp_path / "copies", 1)
+        library = Library(artifacts, engines.get, capacity=2)
+        yield Reader(ExportPlaces(Exports(), root, external=False), library, budget=65_536)
+        library.close()
+        artifacts.close()
+
+
+async def ask(reader: Reader, tool: str, path: str, **arguments: Any) -> dict[str, Any]:
+    """The envelope, or the error."""
+    body, _ = await reader.ask(tool, {**arguments, "locator": {"capsulePath": path}})
+    answer: dict[str, Any] = json.loads(body)
+    return answer
+
+
+async def patiently(reader: Reader, tool: str, path: str, **arguments: Any) -> dict[str, Any]:
+    """The envelope, after the index that a question may have to wait for."""
+    for _ in range(100):
+        answer = await ask(reader, tool, path, **arguments)
+        if answer.get("code") not in ("INDEX_BUILD_IN_PROGRESS", "TIMEOUT"):
+            break
+    return answer
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "damaged in the middle"])
+def test_many_who_ask_at_once_all_get_the_answer_of_one_new_index(reader: Reader, root: Path, harm: str) -> None:
+    sidecar = root / "copy.mv2.index.v1.sqlite"
+    with closing(Sidecar.open(sidecar)) as opened:
+        before = opened.content_digest()
+    if harm == "missing":
+        sidecar.unlink()
+    elif harm == "damaged":
+        sidecar.write_bytes(b"no index")
+    else:
+        content = sidecar.read_bytes()
+        sidecar.write_bytes(content[:8192] + bytes(len(content) - 8192))
+
+    async def check() -> None:
+        asked = [("symbol_lookup", {"query": "ProgressReporter"}), ("community_list", {}), ("process_list", {})]
+        questions = [patiently(reader, tool, "copy.mv2", **given) for tool, given in asked * 8]
+        answers = await asyncio.gather(*questions)
+        assert all(answer["result"]["items"] for answer in answers)
+
+    asyncio.run(check())
+    with closing(Sidecar.open(sidecar)) as opened:
+        assert opened.content_digest() == before
+
+
+def test_many_questions_to_one_capsule_are_answered_side_by_side(reader: Reader) -> None:
+    async def check() -> None:
+        node = "Class:common/contract.py:Wire"
+        tools = ("impact_analysis", "call_trace", "text_search", "node_get")
+        key = {"call_trace": "fromNodeId", "text_search": "query"}
+        questions = [
+            ask(reader, tool, "copy.mv2", **{key.get(tool, "nodeId"): node}) for tool in tools * CONNECTIONS * 2
+        ]
+        first = await ask(reader, "manifest_get", "copy.mv2")
+        assert first["result"]["counts"]["nodes"]
+        answers = await asyncio.gather(*questions)
+        assert [answer.get("tool") for answer in answers] == [*tools] * CONNECTIONS * 2
+
+    asyncio.run(check())
+
+
+def test_no_link_leads_out_of_the_export_root(reader: Reader, root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.copy(root / "copy.mv2", outside / "secret.mv2")
+    (root / "link.mv2").symlink_to(outside / "secret.mv2")
+    (root / "folder").symlink_to(outside)
+
+    async def check() -> None:
+        for path in ("link.mv2", "folder/secret.mv2", "../outside/secret.mv2", str(outside / "secret.mv2")):
+            assert (await ask(reader, "manifest_get", path))["code"] == "INVALID_ARGUMENT"
+        for path in ("copy.mv2.index.v1.sqlite", ".", "folder"):
+            assert (await ask(reader, "manifest_get", path))["code"] in ("NOT_FOUND", "INVALID_ARGUMENT")
+
+    asyncio.run(check())
+    assert [path.name for path in outside.iterdir()] == ["secret.mv2"]
+
+
+@pytest.mark.parametrize("path", ["../outside/secret.txt", "/etc/passwd", "..", "common/../../outside/secret.txt"])
+def test_a_file_path_is_only_a_name_in_the_capsule(reader: Reader, path: str) -> None:
+    async def check() -> None:
+        for tool in ("file_outline", "file_snippet"):
+            assert (await ask(reader, tool, "copy.mv2", filePath=path))["code"] == "NOT_FOUND"
+
+    asyncio.run(check())
+
+
+def test_a_capsule_that_changed_is_noticed(reader: Reader, root: Path, capsules: dict[str, Path]) -> None:
+    others = [name for name in GRAPHS[1:] if name in capsules]
+    if not others:
+        pytest.skip("another graph lies beside the repository only")
+
+    async def check() -> None:
+        before = await patiently(reader, "manifest_get", "copy.mv2")
+        shutil.copy(capsules[others[0]], root / "new.mv2")
+        (root / "new.mv2").replace(root / "copy.mv2")
+        await asyncio.sleep(1.1)  # for a second a capsule is taken for the same
+        after = await patiently(reader, "manifest_get", "copy.mv2")
+        assert before["result"]["counts"] != after["result"]["counts"]
+
+    asyncio.run(check())
