@@ -43,6 +43,7 @@ _TABLES = {
 _KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
 _MAX_VARIABLES = 500
 _DIGEST_ROWS = 10_000
+_MAX_NAMED = 10_000
 _MAX_MASKS = 8
 """Scopes of which it is known what is inside: a byte a node."""
 _encode = msgspec.msgpack.Encoder().encode
@@ -254,16 +255,21 @@ class Sidecar:
                 found.update((at, Node(at, name, "missing", "Missing", name, None, None, None)) for at, name in absent)
         return [found[position] for position in wanted if position in found]
 
-    def named(self, name: str, *, prefix: bool = False, limit: int = 100) -> list[int]:
+    def named(self, name: str, *, prefix: bool = False, limit: int = 100, scope: Scope = Scope()) -> list[int]:  # noqa: B008
         """Positions of nodes of that name, however it is written (see ``normalise_name``), or whose name starts so.
 
-        Shorter names come first, then smaller ids.
+        Shorter names come first, then smaller ids. Of the nodes of a name the first ``_MAX_NAMED`` are looked at for a
+        scope.
         """
         key = normalise_name(name)
         if not key:
             return []
         if not prefix:
-            return self._column("SELECT node FROM symbols WHERE name = ? ORDER BY node LIMIT ?", key, limit)
+            query = "SELECT node FROM symbols WHERE name = ? ORDER BY node LIMIT ?"
+            if scope == Scope():
+                return self._column(query, key, limit)
+            found = np.array(self._column(query, key, _MAX_NAMED), dtype=np.int64)
+            return [*map(int, found[self.inside(scope)[found]][:limit])]
         return self._column(
             "SELECT node FROM symbols WHERE name >= ? AND name < ? ORDER BY length(name), node LIMIT ?",
             key,
@@ -382,12 +388,9 @@ class Sidecar:
             )
         return sorted(found)
 
-    def within(self, nodes: Sequence[Node], scope: Scope) -> list[Node]:
-        """Those of the nodes that a scope has, in their order."""
-        if scope == Scope():
-            return list(nodes)
-        inside = self.inside(scope)
-        return [node for node in nodes if node.position >= 0 and inside[node.position]]
+    def of_nodes(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which positions of frames are those of nodes, not of relationships: nodes come first."""
+        return positions < self._extent()[1]
 
     # --- edges ---
 

@@ -123,9 +123,11 @@ def vectors(files: Files, sidecar: Sidecar, engine: Callable[[Choice], Embedder]
                 embedder = _engine(manifest, reader.model, manifest.dimension if manifest else None, engine)
             found = reader.vectors()
         if found is not None:
-            positions.append(found[0] + sidecar.position(part, 0))
-            matrices.append(found[1])
-    if not positions:
+            at = found[0] + sidecar.position(part, 0)
+            kept = sidecar.of_nodes(at)  # a search answers with nodes
+            positions.append(at[kept])
+            matrices.append(found[1] if kept.all() else found[1][kept])
+    if not any(map(len, positions)):
         return None
     if embedder is None:
         raise InvalidRequest("The vectors are of an unknown model", field="mode")

@@ -269,7 +269,7 @@ def _prefer_exact(
     """Put nodes whose whole name is the query before all others; answers what makes them so."""
     named = {}
     for number, (_, sidecar, _) in enumerate(capsules):
-        for node in sidecar.within(sidecar.nodes(sidecar.named(query)), scope):
+        for node in sidecar.nodes(sidecar.named(query, scope=scope)):
             same = node.name == query.strip()
             place = number, node.position
             found[place] = round(found.get(place, 0.0) + (3.0 if same else 1.5), 6)

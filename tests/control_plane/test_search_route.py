@@ -304,3 +304,15 @@ def test_hybrid_goes_on_without_an_engine_and_says_so_and_semantic_does_not(
         status, error, _ = _fails(server, paid, q="call_2", mode="semantic")
         assert (status, error["details"]) == (400, {"field": "mode", "allowed": ["lexical", "hybrid"]})
     assert len(openai.seen) == asked
+
+
+def test_vectors_of_relationships_are_no_hits(tmp_path: Path) -> None:
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text('[profiles.everything]\nembed = ["nodes", "relations"]\n')
+    with closing(Server(tmp_path / "root", profiles_file=profiles).start()) as server:
+        job = _done(server, graph(6, name="everything", options=SEMANTIC | {"profile": "everything"}))
+        assert server.client.get(f"/v1/exports/{job}/report").json()["capsule"]["vectors"] == 12
+        for mode in ("semantic", "hybrid"):
+            for given in ({}, {"label": "Function"}):
+                hits = _search(server, job, "call something", mode=mode, **given)["hits"]
+                assert {hit["kind"] for hit in hits} == {"node"}
