@@ -8,7 +8,6 @@ imported when it runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -183,6 +182,7 @@ def engines_of(settings: Settings, env: Mapping[str, str]) -> Engines:
 
 def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
     from common.contract import Source
+    from common.graph import base_name_of
 
     if graph == "-":
         if sys.stdin is None:
@@ -190,8 +190,7 @@ def _local(graph: str) -> tuple[BinaryIO | Path, Source]:
         return sys.stdin.buffer, Source(base_name="graph")
     path = Path(graph)
     shown = _text(path.name)
-    name = re.sub(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", "", shown) or shown
-    return path, Source(base_name=name, original_file_name=shown)
+    return path, Source(base_name=base_name_of(shown), original_file_name=shown)
 
 
 def _text(argument: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -188,6 +189,7 @@ class ExportClient:
         headers = {
             "Content-Type": "application/x-ndjson" if ".ndjson" in graph.name else "application/json",
             "Content-Encoding": encoding,
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(os.fsencode(graph.name))}",
             "Idempotency-Key": str(uuid.uuid4()),
         }
         answer = self._send(

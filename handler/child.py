@@ -108,7 +108,11 @@ class Child:
         self._kept = None
         started = time.perf_counter()
         request = read_payload(
-            command.payload_ref, storage=self._storage, scratch=self._scratch, limits=self._config.limits
+            command.payload_ref,
+            storage=self._storage,
+            scratch=self._scratch,
+            limits=self._config.limits,
+            source=command.source,
         )
         self._kept = _Kept(command.job_id, request, time.perf_counter() - started)
         return Checked(

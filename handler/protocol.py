@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from common.contract import JobError, JobInput, JobOutput, Progress, WriterName
+from common.contract import JobError, JobInput, JobOutput, Progress, Source, WriterName
 from common.embedding.choice import Choice, Engines
 from common.embedding.routing import CATALOG
 from common.errors import ExportError
@@ -39,6 +39,8 @@ class Check(msgspec.Struct, tag="check", kw_only=True):
 
     job_id: str
     payload_ref: str
+    source: Source | None = None
+    """Stands in for what the payload does not say."""
 
 
 class Run(msgspec.Struct, tag="run", kw_only=True):

@@ -2,7 +2,7 @@
 
 from common.graph.canonical import canonical, content_digest
 from common.graph.model import ExportRequest, Graph, GraphLimits, Node, Relation, Totals, WarningCounter
-from common.graph.names import capsule_file_name, safe_base_name
+from common.graph.names import base_name_of, capsule_file_name, safe_base_name
 from common.graph.read import read_graph
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Relation",
     "Totals",
     "WarningCounter",
+    "base_name_of",
     "canonical",
     "capsule_file_name",
     "content_digest",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 MAX_BASE_NAME_BYTES = 120
 FALLBACK_BASE_NAME = "graph"
 
+_ENDINGS = re.compile(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", re.IGNORECASE)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
+
+
+def base_name_of(file_name: str) -> str:
+    """What a graph's file name says about its source: ``app.graph.ndjson.gz`` gives ``app``."""
+    return _ENDINGS.sub("", file_name) or file_name
 
 
 def safe_base_name(base_name: str) -> str:

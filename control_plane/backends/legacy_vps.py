@@ -9,7 +9,7 @@ from typing import NamedTuple
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import JobInput, JobOutput, Progress
+from common.contract import JobInput, JobOutput, Progress, Source
 from common.embedding.routing import fields_of
 from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
 from control_plane.backends.endings import Endings, heartbeat
@@ -233,6 +233,7 @@ class LegacyVps:
             output_prefix=self._layout.output_prefix(job.id, job.attempt),
             attempt=job.attempt,
             created_at=iso(job.created_at),
+            source=Source(base_name=job.base_name) if job.base_name else None,
             **fields_of(self._profiles.of_job(job.profile).embedding),
         )
 

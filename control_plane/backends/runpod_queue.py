@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from common.contract import JobInput, JobOutput, Links, Progress, Report, WorkerProgress
+from common.contract import JobInput, JobOutput, Links, Progress, Report, Source, WorkerProgress
 from common.embedding.routing import fields_of
 from common.errors import (
     CapsuleUnreadable,
@@ -292,6 +292,7 @@ class RunpodQueue:
             created_at=created,
             timeout_seconds=max(1.0, timeout_ms / 1000 - MARGIN_SECONDS),
             links=links,
+            source=Source(base_name=job.base_name) if job.base_name else None,
             **fields_of(self._profiles.of_job(job.profile).embedding),
         )
 

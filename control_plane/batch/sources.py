@@ -14,14 +14,13 @@ from urllib.parse import unquote
 
 from common.contract import Source
 from common.errors import InvalidRequest, PayloadTooLarge, StorageFailed
-from common.graph.names import safe_base_name
+from common.graph.names import base_name_of, safe_base_name
 from common.storage import Storage
 from common.storage.file import sha256_of
 from control_plane.batch.journal import JOURNAL_NAME
 from control_plane.client import GitNexus, GitNexusRepo
 
 MAX_GRAPHS = 100_000
-_GRAPH = re.compile(r"(\.(gz|zst|ndjson|jsonl|json|graph|export))+$", re.IGNORECASE)
 _ENDING = re.compile(r"(?<!\.manifest)\.(json|ndjson|jsonl)(\.(gz|zst))?$", re.IGNORECASE)
 _CHUNK = 1 << 20
 
@@ -163,7 +162,7 @@ def _is_graph(path: str) -> bool:
 def _of_file(below: str, address: str, size: int) -> Graph:
     folder, slash, file = below.rpartition("/")
     shown = os.fsencode(file).decode(errors="replace")
-    base_name = _GRAPH.sub("", shown) or shown
+    base_name = base_name_of(shown)
     origin = Source(base_name=base_name, original_file_name=shown)
     return Graph(folder + slash + base_name, os.fsencode(address).decode(errors="replace"), size, origin, below)
 

@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
 import structlog
 from litestar.exceptions import HTTPException
 
+from common.contract import Source
 from common.errors import (
     AccessDenied,
     ExportError,
@@ -22,6 +24,7 @@ from common.errors import (
     StorageFailed,
     UnsupportedMediaType,
 )
+from common.graph import base_name_of
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
@@ -43,6 +46,7 @@ CHUNK_SECONDS = 60.0
 """A body that brings nothing for so long is given up."""
 PIECE = 1 << 20
 MAX_KEY = 255
+MAX_FILE_NAME = 255
 
 
 class Intake:
@@ -80,17 +84,20 @@ class Intake:
         encoding = _encoding(headers)
         _check_content_type(headers)
         key = _idempotency_key(headers)
+        source = _source(headers)
         self._check_length(headers)
         await self._admission.check_any()
         if self._uploads >= MAX_UPLOADS:
             raise QueueUnavailable(f"{MAX_UPLOADS} uploads are running at once. Try again later.")
         self._uploads += 1
         try:
-            return await self._accept(chunks, encoding, key)
+            return await self._accept(chunks, encoding, key, source)
         finally:
             self._uploads -= 1
 
-    async def _accept(self, chunks: AsyncIterator[bytes], encoding: str, key: str | None) -> tuple[JobRecord, bool]:
+    async def _accept(
+        self, chunks: AsyncIterator[bytes], encoding: str, key: str | None, source: Source | None
+    ) -> tuple[JobRecord, bool]:
         job_id = str(uuid.uuid4())
         ref = self._layout.payload_ref(job_id)
         path = self._layout.incoming / job_id
@@ -98,7 +105,7 @@ class Intake:
             size, sha256 = await self._staged(path, chunks, encoding)
             if key is not None and (first := await self._store.find_key(key, sha256)) is not None:
                 return first, False
-            checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size)
+            checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
             await self._admission.check(self._profiles.get(checked.profile))
             staged = await self._put(path, ref, sha256)
             record, new = await self._store.create(self._new_job(job_id, staged, checked), key)
@@ -228,6 +235,23 @@ def _check_magic(start: bytearray, encoding: str) -> None:
         raise InvalidRequest(
             f"Content-Encoding says {encoding}, but the body does not begin like {encoding}.", field="Content-Encoding"
         )
+
+
+def _source(headers: Mapping[str, str]) -> Source | None:
+    """What the file's name says, for a graph that does not say where it comes from."""
+    given = headers.get("content-disposition")
+    if given is None:
+        return None
+    parsed = Message()
+    # Header values come as Latin-1; names of other scripts are written as RFC 8187 has it (filename*=UTF-8''...).
+    parsed["Content-Disposition"] = given
+    name = (parsed.get_filename() or "").replace("\\", "/").rpartition("/")[2]
+    if not 0 < len(name) <= MAX_FILE_NAME:
+        message = (
+            f"Content-Disposition must name a file in 1 to {MAX_FILE_NAME} characters (attachment; filename=app.json)."
+        )
+        raise InvalidRequest(message, field="Content-Disposition")
+    return Source(base_name=base_name_of(name))
 
 
 def _idempotency_key(headers: Mapping[str, str]) -> str | None:

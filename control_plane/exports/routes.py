@@ -146,6 +146,10 @@ class ExportController(Controller):
         idempotency_key: Annotated[
             str | None, Parameter(header="Idempotency-Key", description="A retry with it returns the first job.")
         ] = None,
+        content_disposition: Annotated[
+            str | None,
+            Parameter(header="Content-Disposition", description="The file's name, for a graph that names no source."),
+        ] = None,
     ) -> Response[JobCreated]:
         """The answer comes when the graph has been read and is safe on disk."""
         job, new = await intake.accept(request.headers, request.stream())

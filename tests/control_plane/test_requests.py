@@ -128,6 +128,34 @@ def test_a_path_in_the_base_name_leaves_no_folder(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        (None, "graph"),
+        ("attachment; filename=shop.graph.json", "shop"),
+        ("attachment; filename*=UTF-8''%C3%BCber%20uns.json.gz", "über uns"),
+        ('attachment; filename="../../etc/passwd"', "passwd"),
+        ('attachment; filename="C:\\\\work\\\\shop.json"', "shop"),
+    ],
+)
+def test_a_graph_that_names_no_source_is_named_by_its_file(server: Server, header: str | None, name: str) -> None:
+    raw = {key: value for key, value in graph().items() if key in ("nodes", "relationships")}
+    headers = {"content-disposition": header} if header else {}
+    created = server.client.post("/v1/exports", json=raw, headers=headers)
+    assert created.status_code == 202, created.text
+    job_id = created.json()["jobId"]
+    server.wait(job_id)
+    assert server.job(job_id)["artifact"]["fileName"].startswith(f"{name}-gitnexus-mem_capsule-")
+
+
+def test_what_a_graph_says_itself_counts_more_than_its_file_s_name(server: Server) -> None:
+    headers = {"content-disposition": "attachment; filename=other.json"}
+    created = server.client.post("/v1/exports", json=graph(name="own"), headers=headers)
+    job_id = created.json()["jobId"]
+    server.wait(job_id)
+    assert server.job(job_id)["artifact"]["fileName"].startswith("own-gitnexus-")
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({"content_type": "text/plain"}, 415),
@@ -137,6 +165,8 @@ def test_a_path_in_the_base_name_leaves_no_folder(server: Server) -> None:
         ({"content_encoding": "zstd"}, 400),
         ({"idempotency_key": ""}, 400),
         ({"idempotency_key": "k" * 256}, 400),
+        ({"content_disposition": "attachment"}, 400),
+        ({"content_disposition": f"attachment; filename={'n' * 256}"}, 400),
         ({"content_type": "application/json; charset=utf-8"}, 202),
         ({"content_type": "application/octet-stream"}, 202),
     ],

@@ -380,6 +380,11 @@ async function encodingOf(file) {
   return null;
 }
 
+// RFC 8187 allows fewer characters than encodeURIComponent leaves.
+function inHeader(text) {
+  return encodeURIComponent(text).replace(/['()*]/g, (sign) => `%${sign.charCodeAt(0).toString(16)}`);
+}
+
 // XMLHttpRequest, not fetch: only it tells how much of a body has been sent.
 function send(file, encoding, progress) {
   return new Promise((resolve, reject) => {
@@ -387,6 +392,7 @@ function send(file, encoding, progress) {
     request.open("POST", "/v1/exports");
     request.setRequestHeader("Content-Type", /\.(ndjson|jsonl)/.test(file.name) ? "application/x-ndjson" : "application/json");
     request.setRequestHeader("Idempotency-Key", crypto.randomUUID?.() ?? String(Math.random()).slice(2));
+    request.setRequestHeader("Content-Disposition", `attachment; filename*=UTF-8''${inHeader(file.name)}`);
     if (encoding) request.setRequestHeader("Content-Encoding", encoding);
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
