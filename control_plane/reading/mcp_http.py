@@ -164,7 +164,7 @@ def _refusal_headers(error: ExportError) -> dict[str, str]:
 def _json_rpc(error: RateLimited, request: bytes) -> bytes:
     try:
         id_ = msgspec.json.decode(request, type=_Request).id
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         id_ = None
     data = msgspec.json.decode(error_body(error, uuid.uuid4().hex))
     return msgspec.json.encode(

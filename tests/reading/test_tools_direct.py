@@ -17,6 +17,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
 from common.storage import FileStorage
+from control_plane.operations.limits import TokenBuckets
 from control_plane.reading import mcp_direct
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
@@ -75,6 +76,8 @@ def messages() -> list[bytes]:
         call(name, arguments).replace(b"Class", b"Cl\x01ass"),
         call(name, arguments).replace(b"Class", b"Cl\xffass"),
         b"  \n" + call(name, arguments) + b"\n ",
+        *(call(name, "deep").replace(b'"deep"', b"[" * depth + b"]" * depth) for depth in (300, 100_000)),
+        *(call(name, {"nodeId": "deep"}).replace(b'"deep"', b"[" * depth + b"]" * depth) for depth in (300, 100_000)),
     ]
     return [call(tool, given) for tool, given in CALLS] + odd
 
@@ -150,6 +153,16 @@ def test_protocols_without_a_handshake_are_left_to_the_package(version: bytes) -
         assert await mcp_direct.answer(None, headers, message) is None  # type: ignore[arg-type]
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("burst", [1, 100])
+def test_a_message_nested_deeply_is_refused_as_a_message(tmp_path: Path, burst: int) -> None:
+    deep = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    headers = {"Authorization": f"Bearer {KEY}", "Accept": "application/json", "Content-Type": "application/json"}
+    with McpServer(tmp_path, Exports(), buckets=TokenBuckets(per_minute=1, burst=burst)) as server:
+        answers = [httpx.post(server.url, content=deep, headers=headers) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [400, 429 if burst == 1 else 400]
+    assert all(answer.json()["error"]["code"] in (-32700, -32029) for answer in answers)
 
 
 def test_both_ways_say_how_many_questions_are_left(mcp_server: McpServer) -> None:
