@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
 
@@ -329,7 +329,8 @@ class Sidecar:
             f"SELECT word, nodes, postings FROM words WHERE word IN ({_marks(stems)}) ORDER BY word",  # noqa: S608
             stems,
         )
-        found = scores(rows, *self._extent())
+        with _packed_well():
+            found = scores(rows, *self._extent())
         if scope != Scope():
             found[~self.inside(scope)] = 0
         return found
@@ -339,10 +340,11 @@ class Sidecar:
         mask = self._masks.get(scope)
         if mask is None:
             mask = np.ones(self._extent()[1], dtype=np.bool_)
-            for positions in self._filters(scope):
-                one = np.zeros(len(mask), dtype=np.bool_)
-                one[positions] = True
-                mask &= one
+            with _packed_well():
+                for positions in self._filters(scope):
+                    one = np.zeros(len(mask), dtype=np.bool_)
+                    one[positions] = True
+                    mask &= one
             if len(self._masks) >= _MAX_MASKS:
                 self._masks.clear()
             self._masks[scope] = mask
@@ -609,6 +611,15 @@ class Sidecar:
     def _count(self, query: str, *parameters: object) -> int:
         count: int = self._db.execute(query, parameters).fetchone()[0]
         return count
+
+
+@contextmanager
+def _packed_well() -> Iterator[None]:
+    """Make of arrays that were packed otherwise what SQLite makes of a damaged page."""
+    try:
+        yield
+    except (TypeError, ValueError, IndexError) as error:
+        raise sqlite3.DatabaseError(f"positions of nodes are malformed: {error}") from error
 
 
 def _storable(text: str) -> str:

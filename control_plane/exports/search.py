@@ -16,7 +16,7 @@ from control_plane.errors import ArtifactMissing, IndexBuildInProgress, Semantic
 from control_plane.exports.service import ExportService
 from control_plane.jobs.records import JobRecord
 from control_plane.reading.ask import AWAY, MAX_CAPSULES, Found, Names, check_scope, find, prepared
-from control_plane.reading.library import Library
+from control_plane.reading.library import Library, was_ended
 from control_plane.reading.search import MAX_QUERY_CHARS, Hit, Mode
 
 THREADS = 4
@@ -74,11 +74,9 @@ class ExportSearch:
     def _answer(self, jobs: dict[str, JobRecord], question: Question) -> SearchAnswer:
         try:
             found = self._find(jobs, question)
-        except sqlite3.OperationalError as error:
-            if "interrupted" not in str(error):
-                raise
-            raise TimedOut("The answer took too long; ask with fewer words, or of fewer exports.") from error
         except sqlite3.DatabaseError as error:
+            if was_ended(error):
+                raise TimedOut("The answer took too long; ask with fewer words, or of fewer exports.") from error
             # A sidecar that turns out to be damaged is built anew for the next question.
             log.warning("damaged sidecar", jobs=list(jobs), exc_info=error)
             for job in jobs.values():

@@ -216,11 +216,14 @@ def _noting(entry: _Entry) -> Iterator[None]:
     """Remember that the sidecar turned out to be damaged; a query that was ended says nothing about it."""
     try:
         yield
-    except sqlite3.OperationalError:
+    except sqlite3.DatabaseError as error:
+        entry.damaged = entry.damaged or not was_ended(error)
         raise
-    except sqlite3.DatabaseError:
-        entry.damaged = True
-        raise
+
+
+def was_ended(error: sqlite3.DatabaseError) -> bool:
+    """Whether a query was ended because its time was over; all else that a sidecar raises means that it is damaged."""
+    return isinstance(error, sqlite3.OperationalError) and "interrupted" in str(error)
 
 
 class Library:

@@ -21,7 +21,7 @@ from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Storag
 from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.reading.inspect import META_URI
-from control_plane.reading.library import Library, OpenCapsule
+from control_plane.reading.library import Library, OpenCapsule, was_ended
 from control_plane.reading.places import Places
 from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page, TextSearch, text_search
 
@@ -128,11 +128,9 @@ class Reader:
                 for _, capsule in capsules:
                     capsule.allow(SECONDS)
                 yield capsules
-        except sqlite3.OperationalError as error:
-            if "interrupted" not in str(error):
-                raise
-            raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
         except sqlite3.DatabaseError as error:
+            if was_ended(error):
+                raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
             # A sidecar that turns out to be damaged is built anew for the next question.
             log.warning("damaged sidecar", trace_id=trace_id, exc_info=error)
             for place in places.values():

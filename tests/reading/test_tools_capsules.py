@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -78,6 +79,35 @@ def test_many_who_ask_at_once_all_get_the_answer_of_one_new_index(reader: Reader
         questions = [patiently(reader, tool, "copy.mv2", **given) for tool, given in asked * 8]
         answers = await asyncio.gather(*questions)
         assert all(answer["result"]["items"] for answer in answers)
+
+    asyncio.run(check())
+    with closing(Sidecar.open(sidecar)) as opened:
+        assert opened.content_digest() == before
+
+
+HARMS = {
+    "a letter that is no UTF-8": "UPDATE nodes SET name = CAST(x'fffe' AS TEXT)",
+    "a table that is gone": "DROP TABLE words",
+    "postings cut off": "UPDATE words SET postings = substr(postings, 1, length(postings) - 1)",
+    "postings of nodes that are not there": "UPDATE words SET postings = x'ffffff'",
+    "a filter's positions cut off": "UPDATE labels SET nodes = substr(nodes, 1, length(nodes) - 1)",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_sidecar_with_damage_that_only_a_question_finds_is_built_anew(reader: Reader, root: Path, harm: str) -> None:
+    sidecar = root / "copy.mv2.index.v1.sqlite"
+    with closing(Sidecar.open(sidecar)) as opened:
+        before = opened.content_digest()
+    with closing(sqlite3.connect(sidecar)) as db:
+        db.execute(HARMS[harm])
+        db.commit()
+
+    async def check() -> None:
+        asked = [("symbol_lookup", {}), ("text_search", {}), ("text_search", {"labels": ["Class"]})]
+        for tool, given in asked:
+            answer = await patiently(reader, tool, "copy.mv2", query="ProgressReporter", **given)
+            assert answer["result"]["items"][0]["name"] == "ProgressReporter"
 
     asyncio.run(check())
     with closing(Sidecar.open(sidecar)) as opened:
