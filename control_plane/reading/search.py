@@ -29,6 +29,8 @@ DEPTH = 200
 """Candidates of each retriever before they are fused."""
 MEANING_WEIGHT = 0.15
 """What one standard deviation of cosine counts; the best match of words counts 1."""
+EXACT_NAME, SAME_NAME = 3.0, 1.5
+"""What it counts that a whole name is the query, or is it written differently."""
 LINKED_SHARE = 0.1
 """What a neighbour gets of a hit's score."""
 LINKING_HITS = 10
@@ -272,7 +274,7 @@ def _prefer_exact(
         for node in sidecar.nodes(sidecar.named(query, scope=scope)):
             same = node.name == query.strip()
             place = number, node.position
-            found[place] = round(found.get(place, 0.0) + (3.0 if same else 1.5), 6)
+            found[place] = round(found.get(place, 0.0) + (EXACT_NAME if same else SAME_NAME), 6)
             named[place] = "exact name" if same else "the same name written differently"
     return named
 

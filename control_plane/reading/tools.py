@@ -12,10 +12,19 @@ from common.errors import ExportError, InvalidRequest
 from common.frames.guide import TOOLS
 from common.sidecar.build import SCHEMA_VERSION, snippet_of
 from common.sidecar.open import Node, Scope, Sidecar
+from common.sidecar.words import FIELDS
 from common.text import split_identifier
 from control_plane.reading.ask import MAX_CAPSULES, Names, check_scope, find, prepared
 from control_plane.reading.library import OpenCapsule
-from control_plane.reading.search import DEPTH, MAX_LIMIT, PLAIN_LABELS, query_words
+from control_plane.reading.search import (
+    DEPTH,
+    EXACT_NAME,
+    LINKED_SHARE,
+    MAX_LIMIT,
+    MEANING_WEIGHT,
+    PLAIN_LABELS,
+    query_words,
+)
 
 MAX_PATH_STEPS = 20_000
 """Calls followed for one ``call_trace``."""
@@ -518,9 +527,9 @@ def _coverage(query: str, node: Node | None) -> tuple[float, str]:
     """How sure a search by words is, from the words that its best hit has in its name and path."""
     if node is None:
         return 0.1, "no_match"
-    if node.name == query.strip():
-        return 0.95, "exact_name"
     words = query_words(query)
+    if node.name == query.strip() or not words:  # without words only a name is found
+        return 0.95, "exact_name"
     held = {*split_identifier(node.name).split(), *split_identifier(node.file_path or "").split()}
     return round(0.35 + 0.5 * sum(word in held for word in words) / len(words), 4), "word_coverage"
 
@@ -533,9 +542,11 @@ def file_outline(capsule: OpenCapsule, given: FileOutline, page: Page) -> Answer
     nodes = capsule.sidecar.in_file(given.file_path)
     if not nodes:
         raise NotFound(f"This capsule has no file {given.file_path[:200]}")
-    symbols = [_item(node) for node in nodes if node.label not in ("File", "Folder")]
-    result = {"filePath": given.file_path, "symbols": symbols[page.offset :], "symbolCount": len(symbols)}
-    return Answer(result, 1.0, ["graph_exact"], items="symbols")
+    symbols = [node for node in nodes if node.label not in ("File", "Folder")]
+    shown = symbols[page.offset : page.offset + MAX_LIMIT]
+    result = {"filePath": given.file_path, "symbols": [*map(_item, shown)], "symbolCount": len(symbols)}
+    more = len(symbols) > page.offset + len(shown)
+    return Answer(result, 1.0, ["graph_exact"], items="symbols", more=more)
 
 
 def file_snippet(capsule: OpenCapsule, given: FileSnippet, page: Page) -> Answer:
@@ -587,8 +598,9 @@ def process_get(capsule: OpenCapsule, given: ProcessGet, page: Page) -> Answer:
     if node is None or process is None:
         raise NotFound(f"This capsule has no process {given.process_id[:200]}")
     entry, terminal = _ids(sidecar, process.entry, process.terminal)
-    steps = sidecar.steps(process.position)[page.offset :]
-    nodes = {found.position: found for found in sidecar.nodes({at for _, at in steps})}
+    steps = sidecar.steps(process.position)
+    shown = steps[page.offset : page.offset + MAX_LIMIT]
+    nodes = {found.position: found for found in sidecar.nodes({at for _, at in shown})}
     about = {
         **_item(node),
         "processType": process.process_type,
@@ -596,8 +608,8 @@ def process_get(capsule: OpenCapsule, given: ProcessGet, page: Page) -> Answer:
         "entryPointId": entry,
         "terminalId": terminal,
     }
-    result = {"process": about, "steps": [{"step": step, "node": _item(nodes[at])} for step, at in steps]}
-    return Answer(result, 1.0, ["graph_exact"], items="steps")
+    result = {"process": about, "steps": [{"step": step, "node": _item(nodes[at])} for step, at in shown]}
+    return Answer(result, 1.0, ["graph_exact"], items="steps", more=len(steps) > page.offset + len(shown))
 
 
 def community_list(capsule: OpenCapsule, given: Listing, page: Page) -> Answer:
@@ -655,12 +667,10 @@ def query_explain(capsule: OpenCapsule, given: QueryExplain, page: Page) -> Answ
             {"step": 4, "name": "semantic", "tools": ["text_search"], "when": f"confidence below {LOW_CONFIDENCE}"},
         ],
         "rankingSignals": [
-            {"signal": "exact name", "weight": 2.0},
-            {"signal": "words of the name", "weight": 10},
-            {"signal": "words of the path", "weight": 4},
-            {"signal": "words of the signature", "weight": 3},
-            {"signal": "names of callers, callees and container", "weight": 1},
-            {"signal": "words of the body", "weight": 0.5},
+            {"signal": "exact name", "weight": EXACT_NAME},
+            *({"signal": f"words of the {field}", "weight": weight} for field, weight in FIELDS.items()),
+            {"signal": "meaning", "weight": MEANING_WEIGHT},
+            {"signal": "next to a hit", "weight": LINKED_SHARE},
         ],
         "recommendedToolSequence": [{"tool": name, "why": _USES[name]} for name in sequence],
     }
