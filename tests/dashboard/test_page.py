@@ -11,13 +11,14 @@ import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx
 import pytest
 from browsing import DONE, KEY, Seen, begin, enter, function, graph, large, made, search, shot, town
 from playwright.sync_api import Page, expect
-from processes import COMMAND, EXAMPLE, free_port, running, serving
+from processes import COMMAND, EXAMPLE, answering, free_port, running, serving
 
 from common.contract import Progress
 from control_plane.jobs.database import Database
@@ -157,8 +158,72 @@ def test_the_key_lasts_as_long_as_the_tab(page: Page, server: str) -> None:
     other.goto(server)
     expect(other.get_by_label("API key")).to_be_visible()
     page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_label("API key")).to_be_visible()
     page.reload()
     expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_the_key_stands_nowhere_in_the_page_and_what_it_opened_goes_with_it(page: Page, server: str) -> None:
+    job_id = made(server, town("secret"))
+    enter(page, f"{server}/#search=x&of={job_id}&node=market")
+    expect(page.locator("#snippet")).to_contain_text("def market")
+    expect(page.locator("#key")).to_have_value("")
+    assert KEY not in page.content()
+    page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+    expect(page).to_have_title("memvid-export")
+    assert "market" not in page.content()
+
+
+@pytest.mark.parametrize("text", ["ключ", "correct\u200bhorse", "😀", "   "])
+def test_what_can_be_no_key_is_named_and_not_sent(page: Page, server: str, text: str) -> None:
+    enter(page, server, text)
+    expect(page.locator("#notice")).to_contain_text("That is no key")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    expect(page.locator("#workspace")).to_be_visible()
+    expect(page.locator("main")).to_be_focused()
+
+
+def test_answers_of_something_in_between_are_named_and_hold_nothing_up(page: Page, server: str, tmp_path: Path) -> None:
+    strange: list[tuple[str, str]] = []  # method and path that the proxy answers itself, with a success
+
+    class Proxy(BaseHTTPRequestHandler):
+        def _pass(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if (self.command, self.path.partition("?")[0]) in strange:
+                status, kind, content = 200, "text/html", b"<html>Please log in"
+            else:
+                headers = {k: v for k, v in self.headers.items() if k not in ("Host", "Connection", "Accept-Encoding")}
+                answer = httpx.request(self.command, server + self.path, content=body, headers=headers, timeout=60)
+                status, kind, content = answer.status_code, answer.headers["Content-Type"], answer.content
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = _pass  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    file = tmp_path / "town.json"
+    file.write_text(json.dumps(town()))
+    garbled = re.compile("The answer was cut off, or something between")
+    seen = Seen(page)
+    with answering(Proxy) as url:
+        enter(page, url)
+        strange.append(("POST", "/v1/exports"))
+        page.locator("#file").set_input_files(file)
+        expect(page.locator("#notice")).to_have_text(garbled)
+        strange[:] = []
+        row = begin(page, file)  # the next file goes on
+        expect(row).to_have_attribute("data-status", "completed", timeout=DONE)
+        strange.append(("GET", "/v1/stats"))
+        page.get_by_role("link", name="Activity").click()
+        expect(page.locator("#activity-error")).to_have_text(garbled)
+        page.goto("about:blank")
+    assert seen.errors == []
 
 
 def test_a_file_that_is_no_graph_is_refused_in_words(page: Page, server: str, tmp_path: Path) -> None:

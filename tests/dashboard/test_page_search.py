@@ -217,6 +217,20 @@ def test_an_address_of_an_export_that_is_not_there_is_answered_in_words(page: Pa
     expect(page.locator("#search-error")).to_contain_text("There is no export of this id.")
 
 
+def test_an_address_that_asks_for_nothing_shows_nothing_found_before(page: Page, server: str, first: str) -> None:
+    enter(page, server)
+    expect(search(page, "market", first)).not_to_have_count(0)
+    page.get_by_role("link", name="Search", exact=True).first.click()
+    expect(page.locator(".hit")).to_have_count(0)
+    expect(page.locator("#query")).to_be_focused()
+    page.evaluate("hash => { location.hash = hash }", f"#search=&node=&of={first}")
+    expect(page.locator("#walk")).to_be_hidden()
+    expect(page.locator("#search-form")).to_be_visible()
+    page.go_back()
+    page.go_back()
+    expect(page.locator(".hit")).not_to_have_count(0)
+
+
 def test_a_community_can_be_searched_on_its_own(page: Page, server: str, project: str) -> None:
     enter(page, f"{server}/#search=capsule&in={project}&label=Community")
     page.locator(".hit").first.get_by_role("link").click()

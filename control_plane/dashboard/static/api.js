@@ -3,6 +3,7 @@
 const KEY = "memvid-export.key";
 const BUILDING_MS = 1500; // between two questions to a capsule whose index is being built
 const BUILDING_TRIES = 40;
+const GARBLED = "The answer was cut off, or something between this page and the server gave it. Try again.";
 
 export const key = {
   get: () => sessionStorage.getItem(KEY),
@@ -37,16 +38,35 @@ export async function call(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The server does not answer. Is it running?");
   }
-  if (!answer.ok) throw refusal(answer.status, await answer.text());
+  if (!answer.ok) throw refusal(answer.status, await body(answer, "text"));
   return answer;
 }
 
-export function refusal(status, body) {
+// What an answer holds, as JSON or as a "blob".
+export const read = async (path, options, as = "json") => body(await call(path, options), as);
+
+async function body(answer, as) {
+  try {
+    return await answer[as]();
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Refused(0, GARBLED);
+  }
+}
+
+export function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new Refused(0, GARBLED);
+  }
+}
+
+export function refusal(status, text) {
   if (status === 401) refused();
   let message = `The server answered ${status}.`;
   let code = "";
   try {
-    ({ message, code } = JSON.parse(body).error);
+    ({ message = message, code = code } = JSON.parse(text).error);
   } catch {
     // not one of our error bodies (a proxy's, say): the status is all there is to show
   }
@@ -55,13 +75,12 @@ export function refusal(status, body) {
 
 // The answer of a read tool: its envelope.
 export async function ask(tool, args, signal) {
-  const answer = await call("/mcp", {
+  const { result, error } = await read("/mcp", {
     method: "POST",
     signal,
     headers: { "Content-Type": "application/json", Accept: "application/json, text/event-stream" },
     body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/call", params: { name: tool, arguments: args } }),
   });
-  const { result, error } = await answer.json();
   if (error) throw new Refused(200, error.message);
   if (result.isError) throw new Refused(200, result.structuredContent.message, result.structuredContent.code);
   return result.structuredContent;

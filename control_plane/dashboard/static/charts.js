@@ -1,6 +1,6 @@
 // Queue depth, throughput and failures over the last hours or days.
 
-import { call } from "./api.js";
+import { read } from "./api.js";
 import { $, clean, draw, foreign, make, picture, problem, table } from "./dom.js";
 import { ticks } from "./timeline.js";
 import { FAILURES, count, many, seconds } from "./words.js";
@@ -21,7 +21,7 @@ export function start() {
 
 export async function enter(wanted) {
   document.title = "Activity · memvid-export";
-  hours = wanted.get("activity") in RANGES ? Number(wanted.get("activity")) : 24;
+  hours = Object.hasOwn(RANGES, wanted.get("activity")) ? Number(wanted.get("activity")) : 24;
   for (const radio of document.querySelectorAll('input[name="hours"]')) radio.checked = Number(radio.value) === hours;
   $("activity-status").textContent = "Reading…";
   await show();
@@ -40,7 +40,7 @@ async function show() {
   running?.abort();
   running = new AbortController();
   try {
-    const stats = await (await call(`/v1/stats?hours=${hours}`, { signal: running.signal })).json();
+    const stats = await read(`/v1/stats?hours=${hours}`, { signal: running.signal });
     $("activity-error").hidden = true;
     $("activity-body").hidden = false;
     present(stats);

@@ -37,6 +37,7 @@ function askForKey(text) {
   for (const id of ["workspace", "forget", "nav"]) $(id).hidden = true;
   $("key-panel").hidden = false;
   notice(text);
+  document.title = "memvid-export";
   $("key").value = "";
   $("key").focus();
 }
@@ -45,16 +46,16 @@ onRefusedKey(() => askForKey(key.get() ? "That key was not accepted." : ""));
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key.set($("key").value.trim());
+  const text = $("key").value.trim();
+  if (!/^[\x20-\x7e]+$/.test(text)) return notice("That is no key: it has only plain letters, digits and signs.");
+  key.set(text);
   notice("");
   load();
 });
 
 $("forget").addEventListener("click", () => {
-  leave();
-  exports.forget();
-  search.forget();
-  askForKey("");
+  key.forget();
+  location.reload(); // nothing that was read with it stays in the page
 });
 
 // --- views --------------------------------------------------------------------------------------
@@ -104,11 +105,15 @@ async function load() {
     if (away) notice("");
     away = false;
     const first = $("workspace").hidden;
+    const asked = $("key-panel").contains(document.activeElement);
     $("key-panel").hidden = true;
+    $("key").value = "";
     for (const id of ["workspace", "nav"]) $(id).hidden = false;
     $("forget").hidden = !key.get();
     if (first) await route();
     else VIEWS[current]?.tick?.();
+    // The field that had the focus is gone; a view may have taken it.
+    if (asked && [document.body, $("key")].includes(document.activeElement)) $("main").focus();
   } catch (error) {
     away = error.status !== 401;
     show(error);

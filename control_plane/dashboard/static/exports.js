@@ -1,6 +1,6 @@
 // The list of exports: follows the running ones, starts new ones, hands out their files.
 
-import { Refused, authorization, call, refusal } from "./api.js";
+import { Refused, authorization, call, parsed, read, refusal } from "./api.js";
 import { $, clean, cut } from "./dom.js";
 import { fillReport } from "./report.js";
 import { Timeline } from "./timeline.js";
@@ -56,7 +56,7 @@ export async function enter(wanted) {
   document.title = "Exports · memvid-export";
   const jobId = wanted.get("export");
   if (!jobId) return;
-  if (!jobs.has(jobId)) update(await (await call(path(jobId))).json());
+  if (!jobs.has(jobId)) update(await read(path(jobId)));
   arrange();
   const entry = jobs.get(jobId);
   if (part(entry.row, "timeline").hidden) await press(entry, "timeline");
@@ -74,11 +74,11 @@ export function forget() {
 
 // --- the list -----------------------------------------------------------------------------------
 
-async function list(from) {
+function list(from) {
   const query = new URLSearchParams({ limit: PAGE });
   if (from) query.set("cursor", from);
   if ($("status").value) query.set("status", $("status").value);
-  return (await call(`/v1/exports?${query}`)).json();
+  return read(`/v1/exports?${query}`);
 }
 
 export async function refresh() {
@@ -246,7 +246,7 @@ function apply(entry, event) {
 
 async function look({ job }) {
   try {
-    update(await (await call(path(job.jobId))).json());
+    update(await read(path(job.jobId)));
     arrange();
   } catch (error) {
     app.show(error);
@@ -280,7 +280,7 @@ async function press(entry, what) {
 const ACTIONS = {
   download: async (entry) => {
     if (entry.job.artifact.parts === 1) return save(entry, "download", entry.job.artifact.fileName);
-    const manifest = await (await call(path(entry.job.jobId, "/manifest"))).json();
+    const manifest = await read(path(entry.job.jobId, "/manifest"));
     for (const [place, { fileName }] of manifest.parts.entries()) {
       await save(entry, `download?part=${place + 1}`, fileName);
     }
@@ -288,7 +288,7 @@ const ACTIONS = {
   sidecar: (entry) => save(entry, "sidecar", `${entry.job.artifact.fileName}.index.v1.sqlite`),
   manifest: (entry) => save(entry, "manifest", `${entry.job.artifact.fileName}.manifest.json`),
   report: (entry, button) => toggle(entry, button, async (box) => {
-    const report = await (await call(path(entry.job.jobId, "/report"))).json();
+    const report = await read(path(entry.job.jobId, "/report"));
     box.hidden = false; // pictures are drawn to the width that they get
     fillReport(box, report);
   }),
@@ -298,7 +298,7 @@ const ACTIONS = {
     await entry.timeline.catchUp();
   }),
   cancel: async (entry) => {
-    update(await (await call(path(entry.job.jobId), { method: "DELETE" })).json());
+    update(await read(path(entry.job.jobId), { method: "DELETE" }));
     arrange();
   },
 };
@@ -329,8 +329,7 @@ function close({ row }, event) {
 }
 
 async function save(entry, what, name) {
-  const answer = await call(path(entry.job.jobId, `/${what}`));
-  const address = URL.createObjectURL(await answer.blob());
+  const address = URL.createObjectURL(await read(path(entry.job.jobId, `/${what}`), {}, "blob"));
   const link = document.createElement("a");
   link.href = address;
   link.download = name;
@@ -386,9 +385,9 @@ function inHeader(text) {
 }
 
 // XMLHttpRequest, not fetch: only it tells how much of a body has been sent.
-function send(file, encoding, progress) {
-  return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
+async function send(file, encoding, progress) {
+  const request = new XMLHttpRequest();
+  await new Promise((resolve, reject) => {
     request.open("POST", "/v1/exports");
     request.setRequestHeader("Content-Type", /\.(ndjson|jsonl)/.test(file.name) ? "application/x-ndjson" : "application/json");
     request.setRequestHeader("Idempotency-Key", crypto.randomUUID?.() ?? String(Math.random()).slice(2));
@@ -396,12 +395,11 @@ function send(file, encoding, progress) {
     if (encoding) request.setRequestHeader("Content-Encoding", encoding);
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
-    request.onload = () => {
-      if (request.status < 300) resolve(JSON.parse(request.responseText));
-      else reject(refusal(request.status, request.responseText));
-    };
+    request.onload = resolve;
     request.onerror = () => reject(new Refused(0, `${file.name} could not be sent.`));
     progress(0);
     request.send(file);
   });
+  if (request.status >= 300) throw refusal(request.status, request.responseText);
+  return parsed(request.responseText);
 }

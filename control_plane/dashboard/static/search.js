@@ -1,7 +1,7 @@
 // Search over one or several capsules. What is asked stands in the address, so that it can be kept, shared and gone
 // back to.
 
-import { ask, call, patiently } from "./api.js";
+import { ask, patiently, read } from "./api.js";
 import { $, clean, foreign, make, problem } from "./dom.js";
 import * as walk from "./walk.js";
 import { WARNINGS, bytes, many, place, relation, when } from "./words.js";
@@ -48,25 +48,22 @@ export function leave() {
   capsules = null;
 }
 
-export function forget() {
-  leave();
-  [asked, offered, kinds] = ["", "", { labels: [], types: [] }];
-  for (const id of ["hits", "where-list", "labels", "types"]) $(id).replaceChildren();
-  $("query").value = "";
-}
-
 export async function enter(wanted) {
   document.title = "Search · memvid-export";
   const mine = (turn += 1);
-  const node = wanted.get("node");
+  const node = wanted.get("node") || null;
   $("walk").hidden = node === null;
   $("search").hidden = node !== null;
   if (node !== null) return walk.open(wanted);
   const from = walk.close();
   await (ready = prepare(wanted));
   if (mine !== turn) return;
-  if (!wanted.get("search")) settle();
-  else if (question(wanted.get("search")).toString() !== asked) {
+  if (!wanted.get("search")) {
+    running?.abort();
+    asked = "";
+    $("hits").replaceChildren();
+    settle();
+  } else if (question(wanted.get("search")).toString() !== asked) {
     limit = STEPS[0];
     await run(question(wanted.get("search")));
   }
@@ -86,7 +83,7 @@ async function prepare(wanted) {
   $("community").replaceChildren(...(community ? [pick("community", community, community, true)] : []));
   $("community-box").hidden = !community;
   choose({ labels: wanted.getAll("label"), types: wanted.getAll("type") });
-  capsules ??= (await (await call("/v1/exports?status=completed&limit=200")).json()).jobs;
+  capsules ??= (await read("/v1/exports?status=completed&limit=200")).jobs;
   const chosen = wanted.getAll("in").slice(0, MAX_CAPSULES);
   const known = new Set(capsules.map(({ jobId }) => jobId));
   const picked = new Set(chosen.length ? chosen : capsules.slice(0, 1).map(({ jobId }) => jobId));
@@ -171,7 +168,7 @@ async function run(query) {
   const { signal } = (running = new AbortController());
   const [first, ...others] = query.getAll("in");
   asked = query.toString();
-  if (!first) return settle("Choose a capsule to search.");
+  if (!first) return settle(capsules.length ? "Choose a capsule to search." : "");
   settle("Searching…");
   $("hits").setAttribute("aria-busy", "true");
   const params = new URLSearchParams({ q: query.get("search"), mode: query.get("mode") ?? "hybrid", limit });
@@ -179,7 +176,7 @@ async function run(query) {
   for (const name of ["label", "type", "file", "community"]) for (const value of query.getAll(name)) params.append(name, value);
   try {
     const answer = await patiently(
-      async () => (await call(`/v1/exports/${encodeURIComponent(first)}/search?${params}`, { signal })).json(),
+      () => read(`/v1/exports/${encodeURIComponent(first)}/search?${params}`, { signal }),
       signal, () => { $("search-status").textContent = "The index of this capsule is being built; this takes a moment…"; });
     settle();
     present(answer, query);

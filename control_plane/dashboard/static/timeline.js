@@ -1,6 +1,6 @@
 // One export's stages as a picture: when each began and how long it took, from its events.
 
-import { call } from "./api.js";
+import { read } from "./api.js";
 import { draw, make, picture, table } from "./dom.js";
 import { STAGES, seconds } from "./words.js";
 
@@ -34,7 +34,7 @@ export class Timeline {
   async read() {
     for (;;) {
       const path = `/v1/exports/${encodeURIComponent(this.jobId)}/events?sinceSeq=${this.since}&limit=${PAGE}`;
-      const { events, statusSnapshot: job } = await (await call(path)).json();
+      const { events, statusSnapshot: job } = await read(path);
       // The server's clock from its own figures, so that a wrong clock here bends nothing.
       const [server, here] = [Date.parse(job.createdAt) + job.elapsedMs, performance.now()];
       this.clock = () => server + performance.now() - here;
