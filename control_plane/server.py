@@ -9,6 +9,7 @@ import threading
 
 import structlog
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from common.settings import Settings
 from control_plane.app import create_app
@@ -56,6 +57,9 @@ def serve(settings: Settings) -> None:
     Raises InvalidSettings where the export root cannot be used.
     """
     log_as_json()
+    # Questions by meaning come from several threads already: with two cores, a BLAS thread for each core under each of
+    # them made searches 3 times slower.
+    threadpool_limits(1, user_api="blas")
     layout = Layout(settings)
     layout.prepare()
     hub = EventHub()

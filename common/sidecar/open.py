@@ -376,20 +376,6 @@ class Sidecar:
             self._nodes = self._db.execute("SELECT count(*), ifnull(max(id), -1) + 1 FROM nodes").fetchone()
         return self._nodes
 
-    def labelled(self, positions: Sequence[int], labels: Iterable[str]) -> list[int]:
-        """Those of the positions whose nodes have one of the labels, in order."""
-        names = [*labels]
-        numbers = self._column(f"SELECT id FROM labels WHERE name IN ({_marks(names)})", *names)  # noqa: S608
-        found: list[int] = []
-        for start in range(0, len(positions), _MAX_VARIABLES):
-            some = positions[start : start + _MAX_VARIABLES]
-            found += self._column(
-                f"SELECT id FROM nodes WHERE id IN ({_marks(some)}) AND label IN ({_marks(numbers)})",  # noqa: S608
-                *some,
-                *numbers,
-            )
-        return sorted(found)
-
     def of_nodes(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which positions of frames are those of nodes, not of relationships: nodes come first."""
         return positions < self._extent()[1]

@@ -44,6 +44,7 @@ PLAIN_SHARE = 0.6
 PLAIN_LABELS = frozenset(
     {"File", "Folder", "Section", "Community", "Process", "Variable", "Const", "Property", "Route", "Import"}
 )
+_PLAIN = Scope(labels=tuple(sorted(PLAIN_LABELS)))
 
 # fmt: off
 STOP_WORDS = frozenset({
@@ -237,9 +238,10 @@ def _fused(by_word: dict[int, NDArray[np.float32]], by_meaning: dict[int, _Meani
 
 
 def _put_symbols_first(capsules: Sequence[Searched], found: dict[Place, float]) -> None:
-    for number, (_, sidecar, _) in enumerate(capsules):
-        for position in sidecar.labelled([at for capsule, at in found if capsule == number], PLAIN_LABELS):
-            found[number, position] = round(PLAIN_SHARE * found[number, position], 6)
+    plain = [capsule.sidecar.inside(_PLAIN) for capsule in capsules]
+    for (number, position), score in found.items():
+        if plain[number][position]:
+            found[number, position] = round(PLAIN_SHARE * score, 6)
 
 
 def _link(capsules: Sequence[Searched], scope: Scope, found: dict[Place, float]) -> dict[Place, Place]:
@@ -254,10 +256,10 @@ def _link(capsules: Sequence[Searched], scope: Scope, found: dict[Place, float])
     new = [place for place in linked if place not in found]
     for number, (_, sidecar, _) in enumerate(capsules):
         positions = [at for capsule, at in new if capsule == number]
-        left_out = set() if scope.labels else set(sidecar.labelled(positions, PLAIN_LABELS))
+        plain = None if scope.labels else sidecar.inside(_PLAIN)
         inside = None if scope == Scope() else sidecar.inside(scope)
         for at in positions:
-            if at in left_out or (inside is not None and not inside[at]):
+            if (plain is not None and plain[at]) or (inside is not None and not inside[at]):
                 del linked[number, at]
     shares = {place: round(LINKED_SHARE * found[hit], 6) for place, hit in linked.items()}
     for place, share in shares.items():

@@ -32,6 +32,8 @@ MAX_IMPACTED = 20_000
 DEPENDING = ("CALLS", "IMPORTS", "EXTENDS", "IMPLEMENTS", "METHOD_OVERRIDES", "OVERRIDES", "ACCESSES", "USES")
 """Relations whose source may break when their target changes."""
 HOTSPOTS = 10
+IMPACT_PAGE = 300
+"""Impacted nodes of one answer, about what fits its usual budget; a cursor goes on."""
 LOW_CONFIDENCE = 0.6
 MAX_BY_WORDS, MAX_BY_BEGINNING = 100, 200
 """Nodes that a lookup adds to those of the whole name."""
@@ -459,7 +461,7 @@ def impact_analysis(capsule: OpenCapsule, given: ImpactAnalysis, page: Page) -> 
             break
     del depths[root.position]
     ordered = sorted(depths, key=lambda at: (depths[at], at))
-    shown = ordered[page.offset : page.offset + MAX_LIMIT]
+    shown = ordered[page.offset : page.offset + IMPACT_PAGE]
     hot = sidecar.calls(ordered)[:HOTSPOTS]
     nodes = {node.position: node for node in sidecar.nodes({*shown, *(spot.position for spot in hot)})}
     result = {
