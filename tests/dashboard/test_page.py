@@ -235,6 +235,20 @@ def test_a_file_that_is_no_graph_is_refused_in_words(page: Page, server: str, tm
     shot(page, "refused")
 
 
+def test_of_several_files_each_that_is_refused_is_named(page: Page, server: str, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("cut.json", "good.json", "empty.json")]
+    for file, text in zip(files, ['{"nodes": [', json.dumps(town("good")), ""], strict=True):
+        file.write_text(text)
+    enter(page, server)
+    before = page.locator(".export").count()
+    page.locator("#file").set_input_files(files[:2])
+    expect(page.locator(".export")).to_have_count(before + 1, timeout=DONE)
+    expect(page.locator(".export .timeline").first.get_by_role("img")).to_be_visible()
+    expect(page.locator("#notice")).to_have_text("cut.json: the JSON is cut: its end is missing")
+    page.locator("#file").set_input_files([files[0], files[2]])
+    expect(page.locator("#notice")).to_have_text(re.compile("^cut.json: .*cut.* — empty.json: .*empty"))
+
+
 def test_hostile_text_is_shown_as_text(page: Page, server: str, tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)>"
     body = graph([function(hostile, label=hostile)], [(hostile, hostile, hostile)], hostile)

@@ -75,6 +75,9 @@ def test_the_range_goes_from_a_day_to_a_week(page: Page, busy: str) -> None:
     expect(page.get_by_role("radio", name="7 days")).to_be_checked()
     page.get_by_role("radio", name="7 days").press("ArrowLeft")
     expect(page.locator("#throughput")).to_contain_text("each hour")
+    page.evaluate("location.hash = '#activity=toString'")  # no range, though each object has something of this name
+    expect(page.locator("#throughput")).to_contain_text("each hour")
+    expect(page.locator("#activity-error")).to_be_hidden()
 
 
 def test_a_failed_export_says_why_and_what_would_help(page: Page, busy: str) -> None:

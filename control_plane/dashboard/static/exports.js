@@ -14,11 +14,12 @@ const TERMINAL = new Set(["job_completed", "job_failed", "job_canceled", "job_ex
 const EMPTY = "Nothing here yet. Drop a graph above to make your first capsule.";
 
 const jobs = new Map(); // jobId -> {job, row, since, reading, timeline}
-const given = new Map(); // jobId -> the name of the file that was dropped here
+const given = new Map(); // jobId -> the name of the file that was dropped here, or of a capsule that is no more
 let cursor = null; // of the next older page
 let fresh = true; // the list is to be built from its beginning
 let asked = 0; // counts the lists that were asked for, so that a late answer to an older one is dropped
 let sending = Promise.resolve(); // one file after the other
+let refusals = []; // of the files that were brought together
 let app; // {show, notice, isOpen} of the page
 
 const path = (jobId, rest = "") => `/v1/exports/${encodeURIComponent(jobId)}${rest}`;
@@ -156,7 +157,8 @@ function paint(entry) {
   const { job, row } = entry;
   row.dataset.status = job.status;
   row.dataset.job = job.jobId;
-  const title = clean(job.artifact?.fileName ?? given.get(job.jobId) ?? `Export ${job.jobId}`);
+  if (job.artifact) given.set(job.jobId, job.artifact.fileName);
+  const title = clean(given.get(job.jobId) ?? `Export ${job.jobId}`);
   const link = part(row, "title").firstElementChild;
   say(link, cut(title, 160));
   link.title = title;
@@ -343,33 +345,43 @@ function receive(files) {
   if (!app.isOpen() || !files.length) return;
   if ($("view-exports").hidden) location.hash = "#exports";
   app.notice("");
+  refusals = [];
   for (const file of files) sending = sending.then(() => upload(file));
 }
 
 async function upload(file) {
   if (!app.isOpen()) return;
   const name = cut(clean(file.name), 120);
+  let created;
   $("uploading").hidden = false;
   try {
-    const created = await send(file, await encodingOf(file), (share) => {
+    created = await send(file, await encodingOf(file), (share) => {
       $("upload-bar").value = share * 100;
       $("upload-text").textContent = share < 1 ? `Sending ${name}: ${Math.floor(share * 100)}%` : `Sent ${name}`;
     });
-    given.set(created.jobId, file.name);
-    if ($("status").value) { // else a list of failed ones, say, would not show it
-      $("status").value = "";
-      forget();
-    }
-    await refresh();
-    const entry = jobs.get(created.jobId);
-    if (!entry) return; // others came in faster than a page holds
-    entry.row.scrollIntoView({ block: "nearest" });
-    if (part(entry.row, "timeline").hidden) await press(entry, "timeline");
   } catch (error) {
-    app.show(error);
+    refusals.push(`${name}: ${error.message}`);
+    if (error.status !== 401) app.notice(refusals.join(" — "));
+    return;
   } finally {
     $("uploading").hidden = true;
   }
+  given.set(created.jobId, file.name);
+  await reveal(created).catch(app.show);
+}
+
+// Shows an export that was just begun here.
+async function reveal({ jobId }) {
+  if ($("status").value) { // else a list of failed ones, say, would not show it
+    $("status").value = "";
+    forget();
+  }
+  await refresh();
+  const entry = jobs.get(jobId);
+  if (!entry) return; // others came in faster than a page holds
+  entry.row.scrollIntoView({ block: "nearest" });
+  // Not as if the button were pressed: that takes away what was said of the file before.
+  if (part(entry.row, "timeline").hidden) await ACTIONS.timeline(entry, entry.row.querySelector('[data-do="timeline"]'));
 }
 
 async function encodingOf(file) {
@@ -396,7 +408,7 @@ async function send(file, encoding, progress) {
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
     request.onload = resolve;
-    request.onerror = () => reject(new Refused(0, `${file.name} could not be sent.`));
+    request.onerror = () => reject(new Refused(0, "It could not be sent."));
     progress(0);
     request.send(file);
   });

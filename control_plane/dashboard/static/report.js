@@ -7,7 +7,7 @@ import { TIMINGS, WARNINGS, bytes, count, many, seconds } from "./words.js";
 export function fillReport(box, report) {
   const { input, capsule, sidecar, timings, embedding, versions } = report;
   const facts = [
-    ["Graph", `${many(input.nodes, "node")}, ${many(input.relationships, "relationship")}, ${many(input.files, "file")}, ${bytes(input.bytes)}`],
+    ["Graph", `${many(input.nodes, "node")}, ${many(input.relationships, "relationship")}, ${many(input.files, "file text")}, ${bytes(input.bytes)}`],
     ["Capsule", `${many(capsule.frames, "frame")}, ${bytes(capsule.sizeBytes)}${capsule.parts > 1 ? `, ${capsule.parts} parts` : ""}`],
     ["Index", bytes(sidecar.sizeBytes)],
     ["Vectors", capsule.vectors ? `${count(capsule.vectors)} of ${capsule.dimension} numbers, ${capsule.model ?? ""}` : "none; the capsule can be searched by words"],
