@@ -78,8 +78,8 @@ class OpenCapsule:
 class _Opened:
     """What the connections to one capsule share; closed with the last of them."""
 
-    def __init__(self, held: Held, engine: Callable[[Choice], Embedder]) -> None:
-        """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes. Raises
+    def __init__(self, held: Held, engine: Callable[[Choice], Embedder], rebuilding: threading.Lock) -> None:
+        """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes, one at a time. Raises
         CapsuleUnreadable, StorageFailed, TimedOut."""
         self._held = held
         self._engine = engine
@@ -97,7 +97,8 @@ class _Opened:
                 self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
                 path = Path(self._folder.name) / path.name
             held.wait(None)
-            rebuild(files.parts, path)
+            with rebuilding:  # takes a lot of memory
+                rebuild(files.parts, path)
             sidecar = Sidecar.open(path)
         self.sidecar_path = path
         self._free = [OpenCapsule(self, sidecar)]
@@ -237,7 +238,9 @@ class Library:
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
         self._at_hand: dict[str, _Entry] = {}
-        self._opener = ThreadPoolExecutor(1, "capsule-opener")
+        # So many that a capsule whose index is there never waits for one whose index is built or fetched.
+        self._opener = ThreadPoolExecutor(max(4, capacity), "capsule-opener")
+        self._rebuilding = threading.Lock()
         artifacts.before_removal(self._forget)
 
     @contextmanager
@@ -344,7 +347,7 @@ class Library:
     def _entry(self, key: tuple[object, ...], held: Held) -> _Entry:
         def open_capsule() -> _Opened:
             try:
-                return _Opened(held, self._engine)
+                return _Opened(held, self._engine, self._rebuilding)
             finally:
                 held.release()
 
@@ -354,6 +357,7 @@ class Library:
                 self._retire(self._entries.pop(key))
                 entry = None
             if entry is None:
+                self._retire_removed()
                 held.hold()  # the opener goes on when the question that needs it has given up
                 entry = self._entries[key] = _Entry(self._opener.submit(open_capsule))
             self._entries.move_to_end(key)
@@ -367,7 +371,8 @@ class Library:
             raise IndexBuildInProgress("The index of this capsule is being built; ask again in a moment.") from error
         except BaseException:  # the next question tries again
             with self._lock:
-                self._entries.pop(key, None)
+                if self._entries.get(key) is entry:  # another may have begun again meanwhile
+                    del self._entries[key]
             raise
 
     def _shrink(self) -> None:
@@ -375,6 +380,13 @@ class Library:
             if len(self._entries) <= self._capacity:
                 return
             if entry.users == 0:
+                self._retire(self._entries.pop(key))
+
+    def _retire_removed(self) -> None:
+        """Close capsules whose files were removed, with an export that expired, say: open files keep their space."""
+        for key, entry in list(self._entries.items()):
+            opened = entry.opening.done() and not entry.opening.exception() and entry.opening.result()
+            if entry.users == 0 and opened and not opened.sidecar_path.exists():
                 self._retire(self._entries.pop(key))
 
     def _retire(self, entry: _Entry) -> None:

@@ -170,3 +170,45 @@ def test_a_capsule_that_changed_is_noticed(reader: Reader, root: Path, capsules:
         assert before["result"]["counts"] != after["result"]["counts"]
 
     asyncio.run(check())
+
+
+def test_an_index_that_is_built_keeps_no_other_capsule_waiting(
+    reader: Reader, root: Path, capsules: dict[str, Path]
+) -> None:
+    large = list(capsules.values())[-1]
+    names = [f"large-{number}.mv2" for number in range(3)]
+    for name in names:
+        shutil.copy(large, root / name)  # without its index
+
+    async def check() -> None:
+        building = [asyncio.create_task(patiently(reader, "manifest_get", name)) for name in names]
+        await asyncio.sleep(0)
+        answer = await ask(reader, "manifest_get", "copy.mv2")
+        assert answer["result"]["counts"]["nodes"]
+        assert not all(task.done() for task in building)
+        for answer in await asyncio.gather(*building):
+            assert answer["result"]["counts"]["nodes"]
+
+    asyncio.run(check())
+
+
+def test_a_capsule_that_was_removed_is_closed_when_another_is_opened(reader: Reader, root: Path) -> None:
+    for name in ("one.mv2", "two.mv2"):
+        for end in ("", ".index.v1.sqlite"):
+            shutil.copy(root / f"copy.mv2{end}", root / f"{name}{end}")
+
+    def kept_open() -> set[str]:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return {name for link in links if (name := str(link.readlink())).startswith(str(root))}
+
+    async def check() -> None:
+        node = {"nodeId": "Class:common/contract.py:Wire"}
+        assert "result" in await patiently(reader, "node_get", "one.mv2", **node)
+        assert kept_open() == {str(root / "one.mv2.index.v1.sqlite")}
+        for path in root.glob("one.mv2*"):
+            path.unlink()
+        assert (await ask(reader, "node_get", "one.mv2", **node))["code"] == "NOT_FOUND"
+        assert "result" in await patiently(reader, "node_get", "two.mv2", **node)
+        assert kept_open() == {str(root / "two.mv2.index.v1.sqlite")}
+
+    asyncio.run(check())
