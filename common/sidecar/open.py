@@ -572,11 +572,6 @@ class Sidecar:
             while some := rows.fetchmany(_DIGEST_ROWS):
                 yield _encode(some)
 
-    def _edges_at(self, positions: Sequence[int]) -> Iterator[Edge]:
-        for start in range(0, len(positions), _MAX_VARIABLES):
-            some = positions[start : start + _MAX_VARIABLES]
-            yield from map(Edge._make, self._db.execute(f"{_EDGE} WHERE edges.id IN ({_marks(some)})", some))
-
     def _end(self, node_id: str) -> int | None:
         key = node_key(node_id)
         rows = self._column(
