@@ -123,8 +123,9 @@ class JobError(Wire, kw_only=True):
 
 
 class JobMetadata(Wire, kw_only=True):
-    """Where a job ran and what it moved."""
+    """What a job is of, where it ran and what it moved."""
 
+    project_name: str
     backend: str
     runpod_job_id: str | None = None
     payload_ref: str | None = None

@@ -45,6 +45,7 @@ def job_view(job: JobRecord) -> Job:
         artifact=_artifact(job),
         error=job.error,
         metadata=JobMetadata(
+            project_name=job.project_name,
             backend=job.backend,
             runpod_job_id=job.runpod_id,
             payload_ref=job.payload_ref if job.status not in TERMINAL else None,

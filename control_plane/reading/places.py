@@ -73,7 +73,7 @@ class ExportPlaces:
         if job_id is not None:
             job = await self._jobs.get(job_id)
             if job is None or job.status != "completed" or job.output is None:
-                raise NotFound("There is no completed export of that jobId", field="locator.jobId")
+                raise NotFound("There is no export of that jobId whose files are there", field="locator.jobId")
             return job
         newest = await self._jobs.page(status="completed", before=None, limit=1)
         if not newest or newest[0].output is None:

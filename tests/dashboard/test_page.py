@@ -136,6 +136,8 @@ def test_a_running_export_can_be_canceled(page: Page, server: str, tmp_path: Pat
     row.get_by_role("button", name="Cancel").click()
     expect(row).to_have_attribute("data-status", "canceled", timeout=DONE)
     expect(row.locator(".message")).to_have_text("Export canceled")
+    page.reload()  # and the page that knew the file is gone
+    expect(page.locator(".export .title").first).to_have_text("large")
 
 
 def test_a_wrong_key_is_named_and_the_right_one_then_opens(page: Page, server: str) -> None:

@@ -158,7 +158,7 @@ function paint(entry) {
   row.dataset.status = job.status;
   row.dataset.job = job.jobId;
   if (job.artifact) given.set(job.jobId, job.artifact.fileName);
-  const title = clean(given.get(job.jobId) ?? `Export ${job.jobId}`);
+  const title = clean(given.get(job.jobId) ?? job.metadata.projectName ?? `Export ${job.jobId}`);
   const link = part(row, "title").firstElementChild;
   say(link, cut(title, 160));
   link.title = title;
