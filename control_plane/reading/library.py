@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -18,9 +20,10 @@ from typing import Any
 import msgspec
 
 from common.capsule.reader import CapsuleReader
+from common.contract import Manifest
 from common.embedding.choice import Choice
 from common.embedding.port import Embedder
-from common.errors import CapsuleUnreadable
+from common.errors import CapsuleUnreadable, StorageFailed
 from common.frames.model import Frame
 from common.sidecar.open import Sidecar
 from common.sidecar.rebuild import capsule_sha256, rebuild
@@ -93,12 +96,16 @@ class _Opened:
         path, expected = files.sidecar_path, _expected(files)
         sidecar = _current(path, expected)
         if sidecar is None:
-            if not os.access(path.parent, os.W_OK):
-                self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
-                path = Path(self._folder.name) / path.name
             held.wait(None)
+            self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
+            own = Path(self._folder.name) / path.name
             with rebuilding:  # takes a lot of memory
-                rebuild(files.parts, path)
+                rebuild(files.parts, own)
+            if os.access(path.parent, os.W_OK) and _belongs(own, files.manifest):
+                _put(own, path)
+                self._folder.cleanup()
+            else:
+                path = own
             sidecar = Sidecar.open(path)
         self.sidecar_path = path
         self._free = [OpenCapsule(self, sidecar)]
@@ -190,6 +197,25 @@ def _expected(files: Files) -> str:
     if manifest and all(size in (None, part.size_bytes) for part, size in zip(manifest.parts, sizes, strict=True)):
         return manifest.capsule_sha256  # a part that is not here yet was not changed here either
     return capsule_sha256(files.parts)
+
+
+def _belongs(sidecar: Path, manifest: Manifest | None) -> bool:
+    """Whether it may lie beside the capsule: what was published is replaced by the same bytes only, which another
+    version's sidecar has not."""
+    if manifest is None:
+        return True
+    with sidecar.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == manifest.sidecar_sha256
+
+
+def _put(sidecar: Path, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        shutil.copyfile(sidecar, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageFailed(f"Cannot write the sidecar {path.name}: {error.strerror}") from error
 
 
 def _current(path: Path, expected: str) -> Sidecar | None:

@@ -92,7 +92,10 @@ class Reader:
             question = _Question(tool, given, places, trace_id, started)
             body = None if tool in _LONG else self._answer_at_once(question)
             if body is None:
-                body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
+                with anyio.move_on_after(SECONDS):  # while it waits for a thread; one that runs ends by its own clock
+                    body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
+            if body is None:
+                raise TimedOut("Too many questions are asked at once; try again.")
         except ExportError as error:
             return Reply(error_body(error, trace_id), is_error=True)
         except Exception as error:

@@ -508,7 +508,8 @@ def text_search(capsules: Sequence[tuple[str, OpenCapsule]], given: TextSearch, 
     ]
     result = {"query": given.query, "scope": given.scope, "items": items, "semanticUsed": found.semantic_used}
     more = len(found.hits) > page.offset + given.limit
-    return Answer(result, score, factors, found.warnings, items="items", more=more)
+    limited = ["SEARCH_LIMITED"] if len(found.hits) == DEPTH and not more else []
+    return Answer(result, score, factors, [*found.warnings, *limited], items="items", more=more)
 
 
 _FILTERS = Names("labels", "filePrefix", "communityId", "relationTypes")

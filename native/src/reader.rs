@@ -19,6 +19,7 @@ const MAX_FRAME_BYTES: u64 = 256 * 1024 * 1024;
 
 pub struct CapsuleReader {
     path: PathBuf,
+    file: File,
     map: Mmap,
     /// The table of contents without its frames: those of 170,000 frames take 260 MB, so each is read where it lies
     /// when it is asked for.
@@ -40,8 +41,8 @@ pub struct Vectors<'a> {
 impl CapsuleReader {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).at(path)?;
-        // SAFETY: capsules are immutable: they appear by rename and are never written again. A file that is cut while
-        // it is mapped would end the process with SIGBUS, as with any mapped file.
+        // SAFETY: capsules are immutable: they appear by rename and are never written again. Reading what was cut off
+        // a mapped file ends the process with SIGBUS, so each read looks at the length first (`whole`).
         let map = unsafe { Mmap::map(&file) }.at(path)?;
         let unreadable = |reason: String| Error::Unreadable {
             path: path.to_path_buf(),
@@ -64,6 +65,7 @@ impl CapsuleReader {
             .map_err(unreadable)?;
         Ok(Self {
             path: path.to_path_buf(),
+            file,
             map,
             toc,
             frames,
@@ -92,6 +94,7 @@ impl CapsuleReader {
             .frames
             .get(place)
             .ok_or_else(|| self.unreadable(format!("no frame {place}")))?;
+        self.whole()?;
         let mut entries = Entries {
             bytes: &self.map,
             at,
@@ -228,7 +231,17 @@ impl CapsuleReader {
         Ok(())
     }
 
+    /// An error where the file was cut since it was opened.
+    fn whole(&self) -> Result<()> {
+        let length = self.file.metadata().at(&self.path)?.len();
+        if length < self.map.len() as u64 {
+            return Err(self.unreadable("the file was cut while it was open".into()));
+        }
+        Ok(())
+    }
+
     fn range(&self, offset: u64, length: u64) -> Result<&[u8]> {
+        self.whole()?;
         let range = usize::try_from(offset).ok().and_then(|from| {
             usize::try_from(length)
                 .ok()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -260,3 +261,13 @@ def test_a_damaged_capsule_is_refused_by_name(example_frames: list[Frame], tmp_p
 
     with pytest.raises(CapsuleUnreadable, match=r"c\.mv2"):
         read_all()
+
+
+def test_a_capsule_that_is_cut_while_it_is_open_ends_in_an_error(example_frames: list[Frame], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.mv2", example_frames, vectors_of(example_frames))
+    with CapsuleReader(path) as reader:
+        assert reader.frames(0, 1)
+        os.truncate(path, path.stat().st_size // 2)
+        for read in (lambda: reader.frames(len(example_frames) - 1, 1), reader.vectors, reader.verify):
+            with pytest.raises(CapsuleUnreadable, match="cut"):
+                read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 from mcp_server import GRAPHS, Exports
 
+from common.capsule.gate import Gate
+from common.capsule.reader import CapsuleReader
 from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
+from common.graph.read import read_graph
+from common.pipeline import export
 from common.sidecar.open import Sidecar
 from common.storage import FileStorage
 from control_plane.reading.artifacts import Artifacts
@@ -212,3 +217,71 @@ def test_a_capsule_that_was_removed_is_closed_when_another_is_opened(reader: Rea
         assert kept_open() == {str(root / "two.mv2.index.v1.sqlite")}
 
     asyncio.run(check())
+
+
+def test_a_published_sidecar_of_another_version_is_read_anew_and_left_as_it_is(
+    reader: Reader, root: Path, real_graphs: dict[str, Path]
+) -> None:
+    with Gate() as gate:
+        result = export(
+            read_graph(real_graphs[GRAPHS[0]]),
+            out_dir=root,
+            gate=gate,
+            generated_at="2026-01-02T10:11:12.345Z",
+            embedder=None,
+            on_progress=lambda _: None,
+            should_stop=lambda: None,
+        )
+    sidecar, capsule = result.sidecar_path, result.capsule_paths[0].name
+    published = sidecar.read_bytes()
+    with closing(sqlite3.connect(sidecar)) as db:
+        db.execute("PRAGMA user_version = 1")
+    old = sidecar.read_bytes()
+    manifest = json.loads(result.manifest_path.read_bytes())
+    # As an earlier version published it.
+    manifest["sidecarSha256"] = hashlib.sha256(old).hexdigest()
+    result.manifest_path.write_text(json.dumps(manifest))
+    found = asyncio.run(patiently(reader, "symbol_lookup", capsule, query="ProgressReporter"))
+    assert found["result"]["items"][0]["name"] == "ProgressReporter"
+    assert sidecar.read_bytes() == old
+    manifest["sidecarSha256"] = hashlib.sha256(published).hexdigest()
+    result.manifest_path.write_text(json.dumps(manifest))
+    sidecar.unlink()
+    (root / "again").mkdir()
+    for path in (*result.capsule_paths, result.manifest_path):
+        shutil.copy(path, root / "again")
+    assert "result" in asyncio.run(patiently(reader, "symbol_lookup", f"again/{capsule}", query="ProgressReporter"))
+    assert (root / "again" / sidecar.name).read_bytes() == published
+
+
+def test_words_answer_where_the_vectors_are_damaged(reader: Reader, root: Path) -> None:
+    capsule = root / "copy.mv2"
+    with CapsuleReader(capsule) as opened:
+        found = opened.vectors()
+    assert found is not None
+    content = bytearray(capsule.read_bytes())
+    at = content.index(found[1][len(found[1]) // 2].tobytes())
+    content[at] ^= 0xFF
+    capsule.write_bytes(content)
+    with closing(sqlite3.connect(root / "copy.mv2.index.v1.sqlite")) as db:
+        same = hashlib.sha256(content).hexdigest()
+        db.execute("UPDATE meta SET value = ? WHERE key = 'capsule_sha256'", (same,))
+        db.commit()
+    answer = asyncio.run(patiently(reader, "text_search", "copy.mv2", query="zebra progress unheard of"))
+    assert answer["confidence"]["warnings"] == ["SEMANTIC_UNAVAILABLE"]
+    assert answer["result"]["items"]
+    assert answer["result"]["semanticUsed"] is False
+
+
+def test_a_search_says_where_it_ends_before_its_hits_do(reader: Reader) -> None:
+    async def pages() -> list[dict[str, Any]]:
+        found = [await patiently(reader, "text_search", "copy.mv2", query="test", limit=150)]
+        while cursor := found[-1]["pagination"]["nextCursor"]:
+            found.append(await patiently(reader, "text_search", "copy.mv2", query="test", limit=150, cursor=cursor))
+        return found
+
+    found = asyncio.run(pages())
+    assert sum(len(page["result"]["items"]) for page in found) == 200
+    assert [page["confidence"]["warnings"] for page in found][-1] == ["SEARCH_LIMITED"]
+    few = asyncio.run(patiently(reader, "text_search", "copy.mv2", query="ProgressReporter", limit=5))
+    assert few["confidence"]["warnings"] == []
