@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from common.capsule.reader import CapsuleReader
 from common.contract import Manifest
 from common.embedding.choice import Choice
 from common.embedding.port import Embedder
-from common.errors import CapsuleUnreadable, StorageFailed
+from common.errors import CapsuleUnreadable, EmbeddingFailed, StorageFailed
 from common.frames.model import Frame
 from common.sidecar.open import Sidecar
 from common.sidecar.rebuild import capsule_sha256, rebuild
@@ -35,6 +35,8 @@ from control_plane.reading.search import Vectors
 
 PATIENCE = 2.0
 """Seconds that a question waits for files that are on their way, for an index that is being built, or for others."""
+VECTORS_SECONDS = 10.0
+"""That a question waits for vectors, and for the model that made them; words answer it where they come later."""
 CONNECTIONS = 6
 """To one sidecar at most; each keeps up to 2 MB of it in memory."""
 FRESH_SECONDS = 1.0
@@ -52,9 +54,9 @@ class OpenCapsule:
 
     @property
     def vectors(self) -> Vectors | None:
-        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here; and what
-        ``Held.wait`` raises."""
-        return self._opened.vectors(self.sidecar)
+        """The capsule's vectors, None where it has none. Raises InvalidRequest for a model that is not here,
+        EmbeddingFailed while it takes longer than ``VECTORS_SECONDS`` to open, and what ``Held.wait`` raises."""
+        return self._opened.vectors()
 
     def frame(self, position: int) -> Frame:
         """The frame at a position. Raises CapsuleUnreadable, and what ``Held.wait`` raises."""
@@ -81,37 +83,54 @@ class OpenCapsule:
 class _Opened:
     """What the connections to one capsule share; closed with the last of them."""
 
-    def __init__(self, held: Held, engine: Callable[[Choice], Embedder], rebuilding: threading.Lock) -> None:
+    def __init__(
+        self,
+        held: Held,
+        engine: Callable[[Choice], Embedder],
+        background: ThreadPoolExecutor,
+        rebuilding: threading.Lock,
+    ) -> None:
         """Open the sidecar, after rebuilding it where it is missing, damaged or of other bytes, one at a time. Raises
         CapsuleUnreadable, StorageFailed, TimedOut."""
         self._held = held
         self._engine = engine
+        self._background = background
         self._files = files = Files(held.path, whole=held.whole)
         self._readers: dict[int, CapsuleReader] = {}
         self._reading = threading.Lock()
-        self._vectors: Vectors | None = None
-        self._vectors_read = False
+        self._vectors: Future[Vectors | None] | None = None
         self._vectors_lock = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         path, expected = files.sidecar_path, _expected(files)
         sidecar = _current(path, expected)
         if sidecar is None:
             held.wait(None)
-            self._folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
-            own = Path(self._folder.name) / path.name
             with rebuilding:  # takes a lot of memory
-                rebuild(files.parts, own)
-            if os.access(path.parent, os.W_OK) and _belongs(own, files.manifest):
-                _put(own, path)
-                self._folder.cleanup()
-            else:
-                path = own
+                path = self._rebuilt(path)
             sidecar = Sidecar.open(path)
         self.sidecar_path = path
         self._free = [OpenCapsule(self, sidecar)]
         self._count = 1
         self._closed = False
         self._changed = threading.Condition()
+
+    def _rebuilt(self, path: Path) -> Path:
+        """Where a new sidecar lies: at ``path``, or in a folder of its own where it may not lie there."""
+        folder = tempfile.TemporaryDirectory(prefix="memvid-export-")
+        own = Path(folder.name) / path.name
+        try:
+            rebuild(self._files.parts, own)
+            beside = os.access(path.parent, os.W_OK) and _belongs(own, self._files.manifest)
+            if beside:
+                _put(own, path)
+        except BaseException:
+            folder.cleanup()
+            raise
+        if beside:
+            folder.cleanup()
+            return path
+        self._folder = folder
+        return own
 
     def take(self) -> OpenCapsule:
         """A connection that nobody uses. Raises TimedOut, CapsuleUnreadable."""
@@ -180,15 +199,31 @@ class _Opened:
                 self._readers[part] = CapsuleReader(self._files.parts[part])
             return self._readers[part]
 
-    def vectors(self, sidecar: Sidecar) -> Vectors | None:
-        """See ``OpenCapsule.vectors``; read once, by the first who asks, while others wait."""
-        if not self._vectors_read:
+    def vectors(self) -> Vectors | None:
+        """See ``OpenCapsule.vectors``; read once, for the first who asks, while others wait."""
+        with self._vectors_lock:
+            if self._vectors is None:
+                self._held.hold()  # they are read to the end though the question that needs them has given up
+                self._vectors = self._background.submit(self._read_vectors)
+            reading = self._vectors
+        try:
+            return reading.result(VECTORS_SECONDS)
+        except BaseException as error:
+            if not reading.done():
+                message = "The vectors of this capsule, or their model, are being opened; ask again in a moment."
+                raise EmbeddingFailed(message) from error
+            with self._vectors_lock:  # the next question tries again
+                if self._vectors is reading:
+                    self._vectors = None
+            raise
+
+    def _read_vectors(self) -> Vectors | None:
+        try:
             self._held.wait(PATIENCE)
-            with self._vectors_lock:
-                if not self._vectors_read:
-                    self._vectors = vectors(self._files, sidecar, self._engine)
-                    self._vectors_read = True
-        return self._vectors
+            with closing(Sidecar.open(self.sidecar_path)) as sidecar:
+                return vectors(self._files, sidecar, self._engine)
+        finally:
+            self._held.release()
 
 
 def _expected(files: Files) -> str:
@@ -373,7 +408,7 @@ class Library:
     def _entry(self, key: tuple[object, ...], held: Held) -> _Entry:
         def open_capsule() -> _Opened:
             try:
-                return _Opened(held, self._engine, self._rebuilding)
+                return _Opened(held, self._engine, self._opener, self._rebuilding)
             finally:
                 held.release()
 

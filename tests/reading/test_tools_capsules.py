@@ -7,18 +7,22 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from mcp_server import GRAPHS, Exports
 
 from common.capsule.gate import Gate
 from common.capsule.reader import CapsuleReader
-from common.embedding.choice import Engines
+from common.embedding.choice import Choice, Engines
 from common.embedding.engine import OpenEngines
+from common.embedding.port import Embedder
+from common.embedding.static import StaticEmbedder
 from common.graph.read import read_graph
 from common.pipeline import export
 from common.sidecar.open import Sidecar
@@ -209,12 +213,12 @@ def test_a_capsule_that_was_removed_is_closed_when_another_is_opened(reader: Rea
     async def check() -> None:
         node = {"nodeId": "Class:common/contract.py:Wire"}
         assert "result" in await patiently(reader, "node_get", "one.mv2", **node)
-        assert kept_open() == {str(root / "one.mv2.index.v1.sqlite")}
+        assert kept_open() == {str(root / "one.mv2"), str(root / "one.mv2.index.v1.sqlite")}
         for path in root.glob("one.mv2*"):
             path.unlink()
         assert (await ask(reader, "node_get", "one.mv2", **node))["code"] == "NOT_FOUND"
         assert "result" in await patiently(reader, "node_get", "two.mv2", **node)
-        assert kept_open() == {str(root / "two.mv2.index.v1.sqlite")}
+        assert kept_open() == {str(root / "two.mv2"), str(root / "two.mv2.index.v1.sqlite")}
 
     asyncio.run(check())
 
@@ -285,3 +289,42 @@ def test_a_search_says_where_it_ends_before_its_hits_do(reader: Reader) -> None:
     assert [page["confidence"]["warnings"] for page in found][-1] == ["SEARCH_LIMITED"]
     few = asyncio.run(patiently(reader, "text_search", "copy.mv2", query="ProgressReporter", limit=5))
     assert few["confidence"]["warnings"] == []
+
+
+def test_a_model_that_opens_slowly_leaves_the_question_to_the_words(root: Path, real_graphs: dict[str, Path]) -> None:
+    opening = threading.Event()
+    choice = Choice(mode="local_cpu", provider="torch", model="slow", dimension=256)
+
+    class Slow(StaticEmbedder):
+        model = msgspec.structs.replace(StaticEmbedder.model, provider="torch", name="slow")
+
+    def engine(_choice: Choice) -> Embedder:
+        assert opening.wait(60)
+        return Slow()
+
+    with Gate() as gate:
+        result = export(
+            read_graph(real_graphs[GRAPHS[0]]),
+            out_dir=root,
+            gate=gate,
+            generated_at="2026-01-02T10:11:12.345Z",
+            embedder=Slow(),
+            choice=choice,
+            on_progress=lambda _: None,
+            should_stop=lambda: None,
+        )
+    artifacts = Artifacts(FileStorage([]), root / "copies", 1)
+    library = Library(artifacts, engine, capacity=2)
+    reader = Reader(ExportPlaces(Exports(), root, external=False), library, budget=65_536)
+    asked = {"path": result.capsule_paths[0].name, "query": "zebra progress unheard of"}
+    try:
+        meanwhile = asyncio.run(ask(reader, "text_search", **asked))
+        opening.set()
+        after = asyncio.run(patiently(reader, "text_search", **asked))
+    finally:
+        opening.set()
+        library.close()
+        artifacts.close()
+    assert meanwhile["confidence"]["warnings"] == ["SEMANTIC_UNAVAILABLE"]
+    assert meanwhile["result"]["items"]
+    assert (after["result"]["semanticUsed"], after["confidence"]["warnings"]) == (True, [])
