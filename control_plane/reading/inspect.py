@@ -66,6 +66,9 @@ def _manifest(capsule: Path) -> Manifest | None:
                 raise CapsuleUnreadable(f"The manifest {path.name} is damaged: {error}") from error
             continue  # of another capsule in the same folder
         if any(part.file_name == capsule.name for part in manifest.parts):
+            for name in (manifest.sidecar_file_name, *(part.file_name for part in manifest.parts)):
+                if name in ("", ".", "..") or "/" in name or "\0" in name:
+                    raise CapsuleUnreadable(f"The manifest {path.name} names a file that is not beside it")
             return manifest
         if path == own:
             raise CapsuleUnreadable(f"The manifest {path.name} is not this capsule's")

@@ -223,9 +223,8 @@ def test_a_capsule_that_was_removed_is_closed_when_another_is_opened(reader: Rea
     asyncio.run(check())
 
 
-def test_a_published_sidecar_of_another_version_is_read_anew_and_left_as_it_is(
-    reader: Reader, root: Path, real_graphs: dict[str, Path]
-) -> None:
+def _exported(root: Path, real_graphs: dict[str, Path]) -> tuple[str, Path]:
+    """The name of a capsule under the root, and its manifest."""
     with Gate() as gate:
         result = export(
             read_graph(real_graphs[GRAPHS[0]]),
@@ -236,26 +235,44 @@ def test_a_published_sidecar_of_another_version_is_read_anew_and_left_as_it_is(
             on_progress=lambda _: None,
             should_stop=lambda: None,
         )
-    sidecar, capsule = result.sidecar_path, result.capsule_paths[0].name
+    return result.capsule_paths[0].name, result.manifest_path
+
+
+def test_a_published_sidecar_of_another_version_is_read_anew_and_left_as_it_is(
+    reader: Reader, root: Path, real_graphs: dict[str, Path]
+) -> None:
+    capsule, path = _exported(root, real_graphs)
+    sidecar = root / f"{capsule}.index.v1.sqlite"
     published = sidecar.read_bytes()
     with closing(sqlite3.connect(sidecar)) as db:
         db.execute("PRAGMA user_version = 1")
     old = sidecar.read_bytes()
-    manifest = json.loads(result.manifest_path.read_bytes())
+    manifest = json.loads(path.read_bytes())
     # As an earlier version published it.
     manifest["sidecarSha256"] = hashlib.sha256(old).hexdigest()
-    result.manifest_path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))
     found = asyncio.run(patiently(reader, "symbol_lookup", capsule, query="ProgressReporter"))
     assert found["result"]["items"][0]["name"] == "ProgressReporter"
     assert sidecar.read_bytes() == old
     manifest["sidecarSha256"] = hashlib.sha256(published).hexdigest()
-    result.manifest_path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))
     sidecar.unlink()
     (root / "again").mkdir()
-    for path in (*result.capsule_paths, result.manifest_path):
-        shutil.copy(path, root / "again")
+    for file in (root / capsule, path):
+        shutil.copy(file, root / "again")
     assert "result" in asyncio.run(patiently(reader, "symbol_lookup", f"again/{capsule}", query="ProgressReporter"))
     assert (root / "again" / sidecar.name).read_bytes() == published
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(
+    reader: Reader, root: Path, real_graphs: dict[str, Path]
+) -> None:
+    capsule, path = _exported(root, real_graphs)
+    manifest = json.loads(path.read_bytes())
+    for name in ("../copy.mv2.index.v1.sqlite", "/etc/passwd", "..", "", "a\0b"):
+        path.write_text(json.dumps(manifest | {"sidecarFileName": name}))
+        answer = asyncio.run(ask(reader, "manifest_get", capsule))
+        assert answer.get("code") == "CAPSULE_INCOMPATIBLE", answer
 
 
 def test_words_answer_where_the_vectors_are_damaged(reader: Reader, root: Path) -> None:
