@@ -622,16 +622,16 @@ def test_an_export_above_its_ceiling_is_refused_with_the_estimate_before_the_fir
         run(small(), tmp_path, gate, engine=engine, choice=Choice(**ceiling))
     assert engine.texts == 0
     details = caught.value.details
-    assert details["tokens"] == 150
+    assert details["tokens"] == 300
     assert details["costEstimate"] == pytest.approx(details["tokens"] / 1_000)
-    assert "150 tokens" in caught.value.message
+    assert "300 tokens" in caught.value.message
 
 
 def test_an_export_at_its_ceiling_is_made_and_the_report_has_what_it_cost(tmp_path: Path, gate: Gate) -> None:
     engine = Priced()
-    report = run(small(), tmp_path, gate, engine=engine, choice=Choice(max_tokens=150, max_usd=0.15)).report
+    report = run(small(), tmp_path, gate, engine=engine, choice=Choice(max_tokens=300, max_usd=0.30)).report
     assert engine.texts == 40
-    assert (report.embedding.texts, report.embedding.tokens, report.embedding.cost_estimate) == (40, 150, 0.15)
+    assert (report.embedding.texts, report.embedding.tokens, report.embedding.cost_estimate) == (40, 300, 0.30)
 
 
 def test_an_engine_that_reads_more_than_it_said_is_stopped(tmp_path: Path, gate: Gate) -> None:
@@ -671,4 +671,4 @@ def test_what_a_first_writer_that_failed_had_embedded_is_counted_in_the_cost(tmp
     writers: dict[WriterName, Callable[[], CapsuleWriter]] = {"native": Failing, "sdk": NativeWriter}
     report = run(small(), tmp_path, gate, engine=engine, writers=writers).report
     assert (engine.texts, report.embedding.texts) == (80, 40)
-    assert report.embedding.tokens == 300
+    assert report.embedding.tokens == 600
