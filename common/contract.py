@@ -109,6 +109,7 @@ class Artifact(Wire, kw_only=True):
     size_bytes: int
     sha256: str
     sidecar_url: str
+    sidecar_sha256: str
     manifest_url: str
     parts: int = 1
 
@@ -126,7 +127,14 @@ class JobMetadata(Wire, kw_only=True):
     """What a job is of, where it ran and what it moved."""
 
     project_name: str
+    client: str
+    """Whose it is: keys of this client see it."""
     backend: str
+    trace_id: str | None = None
+    """Of the request that made it; logs and traces have it."""
+    retry_of: str | None = None
+    """The failed job that this one does again."""
+    payload_sha256: str
     runpod_job_id: str | None = None
     payload_ref: str | None = None
     artifact_ref: str | None = None

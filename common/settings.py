@@ -378,7 +378,31 @@ class Settings(WorkerSettings):
     """What the control plane runs with."""
 
     api_key: SecretStr | None = None
-    """The bearer key; None only with ``--dev``."""
+    """A key that may do everything; with ``--dev`` there may be no key at all."""
+    keys: str = Field(
+        "",
+        validation_alias="MEMVID_EXPORT_KEYS",
+        description="the text of a keys file (TOML), where there is no MEMVID_EXPORT_KEYS_FILE",
+    )
+    keys_file: Path | None = Field(
+        None, validation_alias="MEMVID_EXPORT_KEYS_FILE", description="a keys file (TOML) that can be read"
+    )
+    """Named keys with scopes; the file is read again when it changes."""
+    rate_limit_per_minute: int = Field(
+        60_000,
+        ge=1,
+        le=60_000_000,
+        validation_alias="MEMVID_EXPORT_RATE_LIMIT_PER_MINUTE",
+        description="a number of requests, 1 to 60000000",
+    )
+    """Of one key to ``/v1``, unless the keys file says otherwise of it."""
+    rate_limit_burst: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        validation_alias="MEMVID_EXPORT_RATE_LIMIT_BURST",
+        description="a number of requests, 1 to 1000000",
+    )
     bind_addr: str = Field(
         "0.0.0.0:8080", validation_alias="MEMVID_EXPORT_BIND_ADDR", description="HOST:PORT, port 0 to 65535"
     )
@@ -494,6 +518,44 @@ class Settings(WorkerSettings):
     max_streams: int = Field(
         2_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_STREAMS", description="a number of open event streams"
     )
+    max_downloads: int = Field(
+        128, ge=1, le=100_000, validation_alias="MEMVID_EXPORT_MAX_DOWNLOADS", description="a number of downloads"
+    )
+    """That run at once."""
+    disk_floor_bytes: int = Field(
+        GIB, ge=0, validation_alias="MEMVID_EXPORT_DISK_FLOOR_BYTES", description="a number of bytes, at least 0"
+    )
+    """With less free on a disk that exports are written to, no new ones are taken."""
+    stage_seconds: float = Field(
+        1_800,
+        gt=0,
+        le=7 * 86_400,
+        validation_alias="MEMVID_EXPORT_STAGE_SECONDS",
+        description="a number of seconds a stage of a job may take",
+    )
+    scrub_seconds: float = Field(
+        86_400,
+        ge=0,
+        le=365 * 86_400,
+        validation_alias="MEMVID_EXPORT_SCRUB_SECONDS",
+        description="a number of seconds, 0 to 31536000",
+    )
+    """Within so long every stored artifact is read and compared with its hash once; 0: never."""
+    canary_seconds: float = Field(
+        0,
+        ge=0,
+        le=7 * 86_400,
+        validation_alias="MEMVID_EXPORT_CANARY_SECONDS",
+        description="a number of seconds, 0 to 604800",
+    )
+    """Between two canary exports; 0: none."""
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="the http(s) URL of an OpenTelemetry collector",
+    )
+    """Where traces go; without it none are made."""
     cors_origins: tuple[str, ...] = Field(
         (), validation_alias="MEMVID_EXPORT_CORS_ORIGINS", description="origins parted by commas (https://host), or *"
     )

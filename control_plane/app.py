@@ -40,7 +40,7 @@ from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.notify import Notifier
 from control_plane.jobs.store import JobStore
-from control_plane.operations.auth import BearerAuth
+from control_plane.operations.auth import BearerAuth, caller_of
 from control_plane.operations.health import HealthController, metrics_route
 from control_plane.operations.http import cors, preflight_refusals, security_headers
 from control_plane.operations.limits import TokenBuckets
@@ -145,7 +145,8 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             *dashboard_routes(),
             mcp.handler,
         ],
-        dependencies={name: _providing(part) for name, part in parts.items()},
+        dependencies={name: _providing(part) for name, part in parts.items()}
+        | {"caller": Provide(caller_of, sync_to_thread=False)},
         middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
         exception_handlers={Exception: to_response},
         before_send=[security_headers, preflight_refusals],

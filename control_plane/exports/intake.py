@@ -33,6 +33,7 @@ from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewJob
 from control_plane.jobs.store import JobStore
+from control_plane.operations.keys import Caller
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.profiles import Profiles
 from handler.protocol import Checked
@@ -76,8 +77,10 @@ class Intake:
         self._max_bytes = max_bytes
         self._uploads = 0
 
-    async def accept(self, headers: Mapping[str, str], chunks: AsyncIterator[bytes]) -> tuple[JobRecord, bool]:
-        """Stage, check and queue; answers the job and whether it is a new one.
+    async def accept(
+        self, headers: Mapping[str, str], chunks: AsyncIterator[bytes], caller: Caller
+    ) -> tuple[JobRecord, bool]:
+        """Stage, check and queue a job of ``caller``; answers the job and whether it is a new one.
 
         Raises InvalidRequest, PayloadTooLarge, UnsupportedMediaType, QueueUnavailable, StorageFailed.
         """
@@ -91,24 +94,24 @@ class Intake:
             raise QueueUnavailable(f"{MAX_UPLOADS} uploads are running at once. Try again later.")
         self._uploads += 1
         try:
-            return await self._accept(chunks, encoding, key, source)
+            return await self._accept(chunks, encoding, key, source, caller)
         finally:
             self._uploads -= 1
 
     async def _accept(
-        self, chunks: AsyncIterator[bytes], encoding: str, key: str | None, source: Source | None
+        self, chunks: AsyncIterator[bytes], encoding: str, key: str | None, source: Source | None, caller: Caller
     ) -> tuple[JobRecord, bool]:
         job_id = str(uuid.uuid4())
         ref = self._layout.payload_ref(job_id)
         path = self._layout.incoming / job_id
         try:
             size, sha256 = await self._staged(path, chunks, encoding)
-            if key is not None and (first := await self._store.find_key(key, sha256)) is not None:
+            if key is not None and (first := await self._store.find_key(caller.client, key, sha256)) is not None:
                 return first, False
             checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
             await self._admission.check(self._profiles.get(checked.profile))
             staged = await self._put(path, ref, sha256)
-            record, new = await self._store.create(self._new_job(job_id, staged, checked), key)
+            record, new = await self._store.create(self._new_job(job_id, staged, checked, caller), key)
         except BaseException:
             await asyncio.shield(self._give_up(job_id, ref))
             raise
@@ -129,7 +132,7 @@ class Intake:
             log.error("the storage does not take a payload", code=error.code, reason=error.message)
             raise StorageFailed("The storage does not take the payload now. Try again later.") from error
 
-    def _new_job(self, job_id: str, staged: Stored, checked: Checked) -> NewJob:
+    def _new_job(self, job_id: str, staged: Stored, checked: Checked, caller: Caller) -> NewJob:
         counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
         return NewJob(
             id=job_id,
@@ -144,6 +147,7 @@ class Intake:
             meta=counts,
             profile=self._profiles.get(checked.profile).name,
             base_name=checked.base_name,
+            client=caller.client,
         )
 
     async def _give_up(self, job_id: str, ref: str) -> None:

@@ -18,6 +18,7 @@ from control_plane.exports.intake import CONTENT_TYPES, Intake
 from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
+from control_plane.operations.keys import Caller
 from control_plane.operations.openapi import error_specs
 from control_plane.reading.ask import MAX_CAPSULES
 from control_plane.reading.search import MAX_QUERY_CHARS
@@ -143,6 +144,7 @@ class ExportController(Controller):
         self,
         request: Request[Any, Any, Any],
         intake: Intake,
+        caller: Caller,
         idempotency_key: Annotated[
             str | None, Parameter(header="Idempotency-Key", description="A retry with it returns the first job.")
         ] = None,
@@ -152,7 +154,7 @@ class ExportController(Controller):
         ] = None,
     ) -> Response[JobCreated]:
         """The answer comes when the graph has been read and is safe on disk."""
-        job, new = await intake.accept(request.headers, request.stream())
+        job, new = await intake.accept(request.headers, request.stream(), caller)
         headers = {"Location": f"/v1/exports/{job.id}"} | ({} if new else {"Idempotent-Replayed": "true"})
         return Response(created_view(job), status_code=202, headers=headers)
 

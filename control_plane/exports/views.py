@@ -46,13 +46,22 @@ def job_view(job: JobRecord) -> Job:
         error=job.error,
         metadata=JobMetadata(
             project_name=job.project_name,
+            client=job.client,
             backend=job.backend,
+            trace_id=trace_id_of(job.trace),
+            retry_of=job.retry_of,
+            payload_sha256=job.payload_sha256,
             runpod_job_id=job.runpod_id,
             payload_ref=job.payload_ref if job.status not in TERMINAL else None,
             artifact_ref=output.artifact_ref if output else None,
             worker_metrics=output.metrics if output else None,
         ),
     )
+
+
+def trace_id_of(traceparent: str) -> str | None:
+    """The trace id in a W3C ``traceparent``; None where there is none."""
+    return traceparent.split("-")[1] if traceparent else None
 
 
 def _artifact(job: JobRecord) -> Artifact | None:
@@ -67,6 +76,7 @@ def _artifact(job: JobRecord) -> Artifact | None:
         size_bytes=job.output.size_bytes,
         sha256=job.output.sha256,
         sidecar_url=f"{url}/sidecar",
+        sidecar_sha256=job.manifest.sidecar_sha256,
         manifest_url=f"{url}/manifest",
         parts=len(job.manifest.parts),
     )

@@ -39,6 +39,12 @@ class NewJob:
     meta: dict[str, Any]
     profile: str = "default"
     base_name: str = ""
+    client: str = "default"
+    """Whose it is: keys of this client see it, others do not."""
+    trace: str = ""
+    """The request that made it, as a W3C ``traceparent``; empty: not told."""
+    retry_of: str | None = None
+    """The failed job that this one does again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,13 @@ class JobRecord:
     """Of the capsule; what it was made of is in ``manifest``."""
     error_code: str | None
     """That of ``error``, for counting."""
+    client: str
+    trace: str
+    retry_of: str | None
+    read_until: int
+    """Somebody downloads it at least so long; it is not removed before."""
+    damage: str | None
+    """What a look at its stored files found wrong with them; None: nothing."""
 
     @classmethod
     def of(cls, row: Row[Any]) -> JobRecord:

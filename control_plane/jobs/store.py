@@ -90,7 +90,10 @@ class JobStore:
         try:
             record, event = await self._insert(job, idempotency_key)
         except IntegrityError:
-            if idempotency_key is None or (first := await self.find_key(idempotency_key, job.payload_sha256)) is None:
+            if (
+                idempotency_key is None
+                or (first := await self.find_key(job.client, idempotency_key, job.payload_sha256)) is None
+            ):
                 raise
             return first, False
         self._hub.publish(record.id, [event])
@@ -125,13 +128,19 @@ class JobStore:
             "timeouts": 0,
             "told": 0,
             "secret": secrets.token_urlsafe(32),
+            "client": job.client,
+            "trace": job.trace,
+            "retry_of": job.retry_of,
+            "read_until": 0,
         }
         async with self._database.write.begin() as connection:
             await lock_creation(connection)
             row = (await connection.execute(insert(jobs).values(**values).returning(*jobs.c))).one()
             if key is not None:
                 await connection.execute(
-                    insert(idempotency_keys).values(key=key, job_id=job.id, body_sha256=job.payload_sha256)
+                    insert(idempotency_keys).values(
+                        client=job.client, key=key, job_id=job.id, body_sha256=job.payload_sha256
+                    )
                 )
             queued = await connection.scalar(select(func.count()).where(jobs.c.status == "queued"))
             if queued is not None and queued > self.capacity:
@@ -143,12 +152,11 @@ class JobStore:
     def _full(self) -> QueueUnavailable:
         return QueueUnavailable(f"The queue is full ({self.capacity:,} jobs are waiting). Try again later.")
 
-    async def find_key(self, key: str, body_sha256: str) -> JobRecord | None:
-        """The job that a key stands for. Raises InvalidRequest when it came with another body."""
+    async def find_key(self, client: str, key: str, body_sha256: str) -> JobRecord | None:
+        """The job that a client's key stands for. Raises InvalidRequest when it came with another body."""
         async with self._database.read.connect() as connection:
-            used = (
-                await connection.execute(select(idempotency_keys).where(idempotency_keys.c.key == key))
-            ).one_or_none()
+            query = select(idempotency_keys).where(idempotency_keys.c.client == client, idempotency_keys.c.key == key)
+            used = (await connection.execute(query)).one_or_none()
         if used is None:
             return None
         if used.body_sha256 != body_sha256:

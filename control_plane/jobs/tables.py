@@ -1,4 +1,4 @@
-"""The tables of jobs, events and idempotency keys; JSON lies in text columns, times are milliseconds since 1970."""
+"""The tables of jobs, events, idempotency keys and the audit log; JSON lies in text columns, times are milliseconds."""
 
 from __future__ import annotations
 
@@ -46,10 +46,17 @@ jobs = Table(
     Column("secret", String(64), nullable=False),
     Column("frames", BigInteger),
     Column("error_code", String(64)),
+    Column("client", String(64), nullable=False),
+    Column("trace", String(55), nullable=False),
+    Column("retry_of", String(36)),
+    Column("read_until", BigInteger, nullable=False),
+    Column("damage", Text),
     Index("ix_jobs_status_created", "status", "created_at", "id"),
     Index("ix_jobs_created", "created_at", "id"),
     Index("ix_jobs_owner_status", "owner", "status"),
     Index("ix_jobs_finished", "status", "finished_at", "frames", "error_code"),
+    Index("ix_jobs_client_created", "client", "created_at", "id"),
+    Index("ix_jobs_retry_of", "retry_of", unique=True),
 )
 
 events = Table(
@@ -69,8 +76,24 @@ events = Table(
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
+    Column("client", String(64), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("job_id", String(36), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Index("ix_idempotency_keys_job", "job_id"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("client", String(64), nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("outcome", String(64), nullable=False),
+    Column("job_id", String(36)),
+    Column("trace", String(32), nullable=False),
+    Index("ix_audit_ts", "ts", "id"),
 )

@@ -39,6 +39,15 @@ class Metrics:
         self.write = self._histogram("memvid_export_write_seconds", "Writing of a capsule")
         self.embed = self._histogram("memvid_export_embed_seconds", "Embedding of a capsule's texts")
         self.check = self._histogram("memvid_export_check_seconds", "Reading of a payload before 202")
+        self.refused = self._counter("memvid_export_refused", "Requests that a limit refused, by limit", ["limit"])
+        self.downloads = Gauge("memvid_export_downloads", "Downloads that run", registry=self._registry)
+        self.damage = self._counter("memvid_export_damaged", "Stored files that were found damaged", ["file"])
+        self.scrubbed = self._counter("memvid_export_scrubbed_bytes", "Stored bytes compared with their hashes", [])
+        self.canary = self._counter("memvid_export_canary_runs", "Canary exports, by outcome", ["outcome"])
+        self.canary_seconds = self._histogram("memvid_export_canary_seconds", "From the canary's POST to its answer")
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(name, text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=SECONDS, registry=self._registry)

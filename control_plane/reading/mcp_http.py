@@ -143,8 +143,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _client(scope: Scope) -> str:
     """Whom a request counts for: the key, by the name that the bearer check gave it, or the address."""
-    if name := scope.get("auth"):
-        return f"key {name}"
+    if caller := scope.get("auth"):
+        return f"key {caller.key}"
     address = scope.get("client")
     return f"address {address[0] if address else ''}"
 

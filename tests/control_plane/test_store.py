@@ -160,7 +160,7 @@ def test_names_hold_any_character_but_that_of_which_a_database_knows_nothing(url
         assert jobs[0].project_name in ("a\x00b", "a\ufffdb")
         for text in ("\x00", "a\x00", "' OR 1=1 --"):
             assert await store.get(text) is None
-            assert await store.find_key(text, "0" * 64) is None
+            assert await store.find_key("default", text, "0" * 64) is None
 
     _run(url, scenario)
 
@@ -309,7 +309,7 @@ def test_old_records_are_forgotten_with_all_that_belongs_to_them(url: str) -> No
         assert await store.forget(2**62) == 1
         assert await store.get(job.id) is None
         assert await store.events(job.id, 0, 10) == []
-        assert await store.find_key("key", "0" * 64) is None
+        assert await store.find_key("default", "key", "0" * 64) is None
         assert await store.get(waiting.id) is not None
 
     _run(url, scenario)
