@@ -83,7 +83,8 @@ def test_migrations_make_the_tables_that_the_code_uses(url: str) -> None:
             )
         await database.close()
         for name, table in metadata.tables.items():
-            assert found[name] == {column.name: str(column.type) for column in table.columns}
+            wanted = {column.name: column.type.compile(database.read.dialect) for column in table.columns}
+            assert found[name] == wanted
         assert {index.name for table in metadata.tables.values() for index in table.indexes} <= indexes
 
     asyncio.run(inside())
