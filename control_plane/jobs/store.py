@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     ScalarSelect,
+    case,
     column,
     delete,
     func,
@@ -405,9 +406,53 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return {row[0]: row[1] for row in await connection.execute(query)}
 
+    # --- files that are read, or damaged ----------------------------------------------------------------
+
+    async def hold(self, job_ids: Collection[str], seconds: float) -> set[str]:
+        """Keep the files of completed jobs for so long from now on, by the database's clock; answers those of which
+        there are files. A reader that does not say so again lets go of them."""
+        until = db_now() + int(seconds * 1000)
+        query = (
+            update(jobs)
+            .where(jobs.c.id.in_(job_ids), jobs.c.status == "completed")
+            .values(read_until=case((jobs.c.read_until > until, jobs.c.read_until), else_=until))
+            .returning(jobs.c.id)
+        )
+        async with self._database.write.begin() as connection:
+            return set(await connection.scalars(query))
+
+    async def damaged(self, job_id: str, what: str) -> bool:
+        """Note what is wrong with the stored files of a completed job: from now on nobody is given them. False where
+        something was noted before, or the job has no files."""
+        query = (
+            update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.status == "completed", jobs.c.damage.is_(None))
+            .values(damage=what)
+            .returning(jobs.c.id)
+        )
+        async with self._database.write.begin() as connection:
+            noted = await connection.scalar(query) is not None
+        self._hub.changes += noted
+        return noted
+
+    async def expire(self, job: JobRecord, event: NewEvent | None, values: dict[str, Any]) -> JobRecord | None:
+        """Expire a job that ``expired`` told of; None where it is another one's by now, or somebody reads it."""
+        async with self._database.write.begin() as connection:
+            moved = await move(
+                connection,
+                job.id,
+                "expired",
+                now=now_ms(),
+                event=event,
+                sources=frozenset({job.status}),
+                values=values,
+                when=jobs.c.read_until <= db_now(),
+            )
+        return None if moved is None else self._publish(moved)
+
     async def expired(self, now: int, *, queued_before: int, limit: int = 100) -> list[JobRecord]:
-        """Finished jobs past their time, and queued ones that nobody took since ``queued_before``."""
-        past = (jobs.c.status == "completed") & (jobs.c.expires_at <= now)
+        """Finished jobs past their time that nobody reads, and queued ones that nobody took since ``queued_before``."""
+        past = (jobs.c.status == "completed") & (jobs.c.expires_at <= now) & (jobs.c.read_until <= db_now())
         forgotten = (jobs.c.status == "queued") & (jobs.c.created_at <= queued_before)
         async with self._database.read.connect() as connection:
             return [

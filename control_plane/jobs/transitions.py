@@ -43,15 +43,19 @@ async def move(
     attempt: int | None = None,
     sources: frozenset[Status] | None = None,
     values: dict[str, Any] | None = None,
+    when: ColumnElement[bool] | None = None,
 ) -> tuple[JobRecord, Event | None] | None:
     """Change the state of a job and append the event that tells of it; None if the change is not allowed (any more).
 
-    ``attempt`` and ``sources`` narrow the guard to one attempt or to fewer states; ``values`` are further columns.
+    ``attempt``, ``sources`` and ``when`` narrow the guard to one attempt, to fewer states, or by any condition on the
+    row; ``values`` are further columns.
     """
     allowed = {source for source, targets in ALLOWED.items() if to in targets}
     guard = [jobs.c.id == job_id, jobs.c.status.in_(sorted(allowed & (sources or allowed)))]
     if attempt is not None:
         guard.append(jobs.c.attempt == attempt)
+    if when is not None:
+        guard.append(when)
     changes: dict[str, Any] = {"status": to, "updated_at": now, **(values or {})}
     if to in TERMINAL and event is not None:
         changes["finished_at"] = now
