@@ -162,17 +162,18 @@ class ExportController(Controller):
     async def list_jobs(
         self,
         exports: ExportService,
+        caller: Caller,
         status: Status | None = None,
         cursor: str | None = None,
         limit: Annotated[int, Parameter(description="1 to 200")] = 50,
     ) -> JobPage:
         """``nextCursor`` begins the next page; null at the end."""
-        return await exports.list(status, cursor, limit)
+        return await exports.list(caller, status, cursor, limit)
 
     @get("/{job_id:str}", operation_id="getExport", summary="One export", responses=_errors("JOB_NOT_FOUND"))
-    async def read(self, exports: ExportService, job_id: str) -> Job:
+    async def read(self, exports: ExportService, caller: Caller, job_id: str) -> Job:
         """Status, progress, and the artifact once it is there."""
-        return await exports.job(job_id)
+        return await exports.job(caller, job_id)
 
     @delete(
         "/{job_id:str}",
@@ -181,9 +182,9 @@ class ExportController(Controller):
         summary="Cancel an export",
         responses=_errors("JOB_NOT_FOUND"),
     )
-    async def cancel(self, exports: ExportService, job_id: str) -> Job:
+    async def cancel(self, exports: ExportService, caller: Caller, job_id: str) -> Job:
         """A queued or running export is canceled; one that has ended answers as it is."""
-        return await exports.cancel(job_id)
+        return await exports.cancel(caller, job_id)
 
     @get(
         "/{job_id:str}/events",
@@ -194,6 +195,7 @@ class ExportController(Controller):
     async def events(
         self,
         exports: ExportService,
+        caller: Caller,
         job_id: str,
         since_seq: Annotated[
             str, Parameter(query="sinceSeq", schema_extra=_SEQ, description="Events after this number")
@@ -201,7 +203,7 @@ class ExportController(Controller):
         limit: Annotated[int, Parameter(description="1 to 2000; a number outside counts as the nearest")] = 200,
     ) -> EventPage:
         """``nextSeq`` is the number of the first event that is not in this page."""
-        return await exports.events(job_id, _since(since_seq), limit)
+        return await exports.events(caller, job_id, _since(since_seq), limit)
 
     @get(
         "/{job_id:str}/events/stream",
@@ -220,6 +222,7 @@ class ExportController(Controller):
     async def stream(
         self,
         exports: ExportService,
+        caller: Caller,
         job_id: str,
         since_seq: Annotated[
             str, Parameter(query="sinceSeq", schema_extra=_SEQ, description="Events after this number")
@@ -230,7 +233,7 @@ class ExportController(Controller):
     ) -> ASGIApp:
         """``Last-Event-ID`` goes before ``sinceSeq``; one that is no number counts as absent."""
         since, seen = _since(since_seq), _number(last_event_id)
-        return await exports.stream(job_id, since if seen is None else seen)
+        return await exports.stream(caller, job_id, since if seen is None else seen)
 
     @route(
         "/{job_id:str}/download",
@@ -243,11 +246,12 @@ class ExportController(Controller):
         self,
         request: Request[Any, Any, Any],
         exports: ExportService,
+        caller: Caller,
         job_id: str,
         part: Annotated[int, Parameter(description="Which file of a capsule in several parts")] = 1,
     ) -> ASGIApp:
         """Ranges, validators and digests are given."""
-        return await exports.download(job_id, part, request.headers)
+        return await exports.download(caller, job_id, part, request.headers)
 
     @route(
         "/{job_id:str}/sidecar",
@@ -256,9 +260,11 @@ class ExportController(Controller):
         summary="The capsule's SQLite index",
         responses=_file("application/vnd.sqlite3"),
     )
-    async def sidecar(self, request: Request[Any, Any, Any], exports: ExportService, job_id: str) -> ASGIApp:
+    async def sidecar(
+        self, request: Request[Any, Any, Any], exports: ExportService, caller: Caller, job_id: str
+    ) -> ASGIApp:
         """Ranges, validators and digests are given."""
-        return await exports.sidecar(job_id, request.headers)
+        return await exports.sidecar(caller, job_id, request.headers)
 
     @route(
         "/{job_id:str}/manifest",
@@ -267,9 +273,11 @@ class ExportController(Controller):
         summary="The capsule's manifest",
         responses=_file("application/json"),
     )
-    async def manifest(self, request: Request[Any, Any, Any], exports: ExportService, job_id: str) -> ASGIApp:
+    async def manifest(
+        self, request: Request[Any, Any, Any], exports: ExportService, caller: Caller, job_id: str
+    ) -> ASGIApp:
         """Hashes, counts and versions of all files."""
-        return await exports.manifest(job_id, request.headers)
+        return await exports.manifest(caller, job_id, request.headers)
 
     @get(
         "/{job_id:str}/search",
@@ -290,6 +298,7 @@ class ExportController(Controller):
     async def search(
         self,
         search: ExportSearch,
+        caller: Caller,
         job_id: str,
         *,
         q: Annotated[str, Parameter(description=f"Words, or a name; at most {MAX_QUERY_CHARS:,} characters")],
@@ -309,9 +318,9 @@ class ExportController(Controller):
     ) -> SearchAnswer:
         """Best first. `warnings` says where `hybrid` had to do without vectors that are there."""
         question = Question(q, mode, limit, label or (), file, community, type_ or (), also or ())
-        return await search.search(job_id, question)
+        return await search.search(caller, job_id, question)
 
     @get("/{job_id:str}/report", operation_id="getReport", summary="Report", responses=_errors("JOB_NOT_FOUND"))
-    async def report(self, exports: ExportService, job_id: str) -> Report:
+    async def report(self, exports: ExportService, caller: Caller, job_id: str) -> Report:
         """Timings, counts and sizes of a finished export; of any other what is known."""
-        return await exports.report(job_id)
+        return await exports.report(caller, job_id)

@@ -15,6 +15,7 @@ from common.sidecar.open import Scope
 from control_plane.errors import ArtifactMissing, IndexBuildInProgress, SemanticUnavailable, TimedOut
 from control_plane.exports.service import ExportService
 from control_plane.jobs.records import JobRecord
+from control_plane.operations.keys import Caller
 from control_plane.reading.ask import AWAY, MAX_CAPSULES, Found, Names, check_scope, find, prepared
 from control_plane.reading.library import Library, was_ended
 from control_plane.reading.search import MAX_QUERY_CHARS, Hit, Mode
@@ -54,7 +55,7 @@ class ExportSearch:
         self._library = library
         self._threads = anyio.CapacityLimiter(THREADS)
 
-    async def search(self, job_id: str, question: Question) -> SearchAnswer:
+    async def search(self, caller: Caller, job_id: str, question: Question) -> SearchAnswer:
         """The nodes of exports that fit a question.
 
         Raises InvalidRequest; JobNotFound, ArtifactNotReady, JobExpired, ArtifactMissing; IndexBuildInProgress,
@@ -63,7 +64,7 @@ class ExportSearch:
         _check(question)
         jobs: dict[str, JobRecord] = {}
         for found in dict.fromkeys([job_id, *question.also]):
-            jobs[found], _ = await self._exports.finished(found)
+            jobs[found], _ = await self._exports.finished(caller, found)
         answer: SearchAnswer | None = None
         with anyio.move_on_after(SECONDS):  # while it waits for a thread; one that runs ends by its own clock
             answer = await anyio.to_thread.run_sync(self._answer, jobs, question, limiter=self._threads)

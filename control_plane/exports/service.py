@@ -17,6 +17,7 @@ from control_plane.exports.views import cursor_of, job_view, parse_cursor, repor
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import JobStore, now_ms
+from control_plane.operations.keys import Caller
 from handler.job import ref_of
 
 MAX_EVENTS = 2_000
@@ -33,58 +34,58 @@ class ExportService:
         self._backend = backend
         self._max_streams = max_streams
 
-    async def record(self, job_id: str) -> JobRecord:
-        """One job. Raises JobNotFound."""
+    async def record(self, caller: Caller, job_id: str) -> JobRecord:
+        """One job. Raises JobNotFound, for a job of another client too: nothing tells the two apart."""
         job = await self._store.get(job_id)
-        if job is None:
+        if job is None or not caller.sees(job.client):
             raise JobNotFound("There is no export of this id.")
         return job
 
-    async def job(self, job_id: str) -> Job:
+    async def job(self, caller: Caller, job_id: str) -> Job:
         """One job as clients see it. Raises JobNotFound."""
-        return job_view(await self.record(job_id))
+        return job_view(await self.record(caller, job_id))
 
-    async def list(self, status: Status | None, cursor: str | None, limit: int) -> JobPage:
-        """Jobs, newest first."""
+    async def list(self, caller: Caller, status: Status | None, cursor: str | None, limit: int) -> JobPage:
+        """The jobs that a caller sees, newest first."""
         limit = min(max(limit, 1), MAX_PAGE)
         before = parse_cursor(cursor) if cursor else None
-        jobs = await self._store.page(status=status, before=before, limit=limit + 1)
+        jobs = await self._store.page(status=status, before=before, limit=limit + 1, client=caller.only)
         following = cursor_of(jobs[limit - 1]) if len(jobs) > limit else None
         return JobPage(jobs=[job_view(job) for job in jobs[:limit]], next_cursor=following)
 
-    async def events(self, job_id: str, since: int, limit: int) -> EventPage:
+    async def events(self, caller: Caller, job_id: str, since: int, limit: int) -> EventPage:
         """Events above ``since``; ``nextSeq`` is the number of the first event that is not in this page."""
-        since = min(since, (await self.record(job_id)).last_seq)
+        since = min(since, (await self.record(caller, job_id)).last_seq)
         events = await self._store.events(job_id, since, min(max(limit, 1), MAX_EVENTS))
         # Read after the events, so that a snapshot that says "completed" never comes before the last event is out.
-        job = await self.record(job_id)
+        job = await self.record(caller, job_id)
         next_seq = events[-1].seq + 1 if events else min(since, job.last_seq) + 1
         return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=job_view(job))
 
-    async def stream(self, job_id: str, since: int) -> EventStream:
+    async def stream(self, caller: Caller, job_id: str, since: int) -> EventStream:
         """The event stream of a job. Raises JobNotFound, RateLimited."""
-        job = await self.record(job_id)
+        job = await self.record(caller, job_id)
         return EventStream(self._store, self._hub, job, since, max_streams=self._max_streams)
 
-    async def cancel(self, job_id: str) -> Job:
+    async def cancel(self, caller: Caller, job_id: str) -> Job:
         """Cancel a job that has not ended; one that has answers as it is."""
-        await self.record(job_id)
+        await self.record(caller, job_id)
         progress = Progress(stage="canceled", progress=0, stage_progress=100, message="Export canceled")
         moved = await self._store.move(job_id, "canceled", NewEvent("job_canceled", progress))
         if moved is not None:
             await self._backend.cancel(job_id)
-        return await self.job(job_id)
+        return await self.job(caller, job_id)
 
-    async def report(self, job_id: str) -> Report:
+    async def report(self, caller: Caller, job_id: str) -> Report:
         """The report of a job."""
-        job = await self.record(job_id)
+        job = await self.record(caller, job_id)
         # What was counted before the 202 stands in the first event.
         first = await self._store.events(job_id, 0, 1)
         return report_view(job, first[0].meta if first else {})
 
-    async def download(self, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
+    async def download(self, caller: Caller, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
         """A part of the capsule."""
-        job, manifest = await self.finished(job_id)
+        job, manifest = await self.finished(caller, job_id)
         if not 1 <= part <= len(manifest.parts):
             raise InvalidRequest(f"part must be 1 to {len(manifest.parts)}.", field="part", allowed=len(manifest.parts))
         found = manifest.parts[part - 1]
@@ -95,9 +96,9 @@ class ExportService:
             self._storage, artifact, headers, {"X-Capsule-Part": f"{part}/{len(manifest.parts)}"}
         )
 
-    async def sidecar(self, job_id: str, headers: Mapping[str, str]) -> Download:
+    async def sidecar(self, caller: Caller, job_id: str, headers: Mapping[str, str]) -> Download:
         """The SQLite index."""
-        job, manifest = await self.finished(job_id)
+        job, manifest = await self.finished(caller, job_id)
         name = manifest.sidecar_file_name
         artifact = Artifact(
             self._ref(job, name),
@@ -108,9 +109,9 @@ class ExportService:
         )
         return await Download.prepare(self._storage, artifact, headers, {})
 
-    async def manifest(self, job_id: str, headers: Mapping[str, str]) -> Download:
+    async def manifest(self, caller: Caller, job_id: str, headers: Mapping[str, str]) -> Download:
         """The manifest, byte by byte as it was published."""
-        job, manifest = await self.finished(job_id)
+        job, manifest = await self.finished(caller, job_id)
         assert job.output is not None
         ref = job.output.manifest_ref
         size, sha256 = await asyncio.to_thread(self._hash, ref)
@@ -126,9 +127,9 @@ class ExportService:
             digest.update(piece)
         return size, digest.hexdigest()
 
-    async def finished(self, job_id: str) -> tuple[JobRecord, Manifest]:
+    async def finished(self, caller: Caller, job_id: str) -> tuple[JobRecord, Manifest]:
         """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady."""
-        job = await self.record(job_id)
+        job = await self.record(caller, job_id)
         if job.status == "expired" or (job.expires_at is not None and job.expires_at <= now_ms()):
             raise JobExpired("The files of this export were removed after their time.")
         if job.status != "completed" or job.manifest is None:

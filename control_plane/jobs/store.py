@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -31,12 +32,14 @@ from control_plane.errors import QueueUnavailable
 from control_plane.jobs.database import Database, db_now, lock_creation
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.notify import announce_wake
-from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, NewJob, event_of
+from control_plane.jobs.records import STATUSES, TERMINAL, JobRecord, NewEvent, NewJob, event_of
 from control_plane.jobs.tables import events, idempotency_keys, jobs
-from control_plane.jobs.transitions import advance, move, open_log
+from control_plane.jobs.transitions import advance, end_damaged, move, open_log
 
 LEASE_MS = 5_000
 """A replica that does not renew for so long has lost its jobs to another one."""
+LONGEST_PAUSE_MS = 120_000
+"""No pause before an attempt is longer; one that seems to be was begun before the clock went back."""
 ADOPTED = 200
 """Jobs taken over at a time."""
 _QUEUED: frozenset[Status] = frozenset({"queued"})
@@ -53,6 +56,41 @@ def started(attempt: int) -> NewEvent:
     message = "Export started" if attempt == 1 else f"Export started again (attempt {attempt})"
     progress = Progress(stage="transform", progress=0, stage_progress=0, message=message, meta={"attempt": attempt})
     return NewEvent("job_started", progress)
+
+
+def _columns(job: NewJob, now: int) -> dict[str, Any]:
+    """Of a job that has just come."""
+    return {
+        "id": job.id,
+        "backend": job.backend,
+        "status": "queued",
+        "stage": "queued",
+        "progress": 0,
+        "stage_progress": 0,
+        "message": job.message,
+        "last_seq": 1,
+        "attempt": 0,
+        "lost": 0,
+        "weight": job.weight,
+        "session_id": job.session_id,
+        "project_name": job.project_name,
+        "payload_ref": job.payload_ref,
+        "payload_sha256": job.payload_sha256,
+        "payload_size": job.payload_size,
+        "created_at": now,
+        "updated_at": now,
+        "profile": job.profile,
+        "base_name": job.base_name,
+        "available_at": 0,
+        "retries": 0,
+        "timeouts": 0,
+        "told": 0,
+        "secret": secrets.token_urlsafe(32),
+        "client": job.client,
+        "trace": job.trace,
+        "retry_of": job.retry_of,
+        "read_until": 0,
+    }
 
 
 class Activity(NamedTuple):
@@ -103,37 +141,7 @@ class JobStore:
     async def _insert(self, job: NewJob, key: str | None) -> tuple[JobRecord, Event]:
         now = now_ms()
         progress = Progress(stage="queued", progress=0, stage_progress=0, message=job.message, meta=job.meta)
-        values: dict[str, Any] = {
-            "id": job.id,
-            "backend": job.backend,
-            "status": "queued",
-            "stage": "queued",
-            "progress": 0,
-            "stage_progress": 0,
-            "message": job.message,
-            "last_seq": 1,
-            "attempt": 0,
-            "lost": 0,
-            "weight": job.weight,
-            "session_id": job.session_id,
-            "project_name": job.project_name,
-            "payload_ref": job.payload_ref,
-            "payload_sha256": job.payload_sha256,
-            "payload_size": job.payload_size,
-            "created_at": now,
-            "updated_at": now,
-            "profile": job.profile,
-            "base_name": job.base_name,
-            "available_at": 0,
-            "retries": 0,
-            "timeouts": 0,
-            "told": 0,
-            "secret": secrets.token_urlsafe(32),
-            "client": job.client,
-            "trace": job.trace,
-            "retry_of": job.retry_of,
-            "read_until": 0,
-        }
+        values = _columns(job, now)
         async with self._database.write.begin() as connection:
             await lock_creation(connection)
             row = (await connection.execute(insert(jobs).values(**values).returning(*jobs.c))).one()
@@ -173,11 +181,15 @@ class JobStore:
             row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
         return None if row is None else JobRecord.of(row)
 
-    async def page(self, *, status: Status | None, before: tuple[int, str] | None, limit: int) -> list[JobRecord]:
-        """Jobs, newest first, older than the one of (creation time, id)."""
+    async def page(
+        self, *, status: Status | None, before: tuple[int, str] | None, limit: int, client: str | None = None
+    ) -> list[JobRecord]:
+        """Jobs (of one client), newest first, older than the one of (creation time, id)."""
         query = select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
+        if client is not None:
+            query = query.where(jobs.c.client == client)
         if before is not None:
             query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < before)
         async with self._database.read.connect() as connection:
@@ -201,7 +213,9 @@ class JobStore:
 
     async def _take(self, max_weight: int | None, *, start: bool) -> JobRecord | None:
         query = select(jobs.c.id, jobs.c.attempt).where(
-            jobs.c.status == "queued", jobs.c.owner.is_(None), jobs.c.available_at <= db_now()
+            jobs.c.status == "queued",
+            jobs.c.owner.is_(None),
+            (jobs.c.available_at <= db_now()) | (jobs.c.available_at > db_now() + LONGEST_PAUSE_MS),
         )
         if max_weight is not None:
             query = query.where(jobs.c.weight <= max_weight)
@@ -434,6 +448,74 @@ class JobStore:
             noted = await connection.scalar(query) is not None
         self._hub.changes += noted
         return noted
+
+    async def whole(self, job: JobRecord) -> bool:
+        """Note that the stored files of a job are what its manifest says, whatever was noted before; ``output`` and
+        ``manifest`` of its row are written anew where they were damaged. False if it has no files any more."""
+        assert job.output is not None
+        assert job.manifest is not None
+        values = {
+            "damage": None,
+            "output": msgspec.json.encode(job.output).decode(),
+            "manifest": msgspec.json.encode(job.manifest).decode(),
+            "stage": "download_ready",
+        }
+        query = (
+            update(jobs)
+            .where(jobs.c.id == job.id, jobs.c.status == "completed", jobs.c.attempt == job.attempt)
+            .values(**values)
+            .returning(jobs.c.id)
+        )
+        async with self._database.write.begin() as connection:
+            noted = await connection.scalar(query) is not None
+        self._hub.changes += noted
+        return noted
+
+    async def end_damaged(self, *, limit: int = 100) -> int:
+        """End jobs whose rows have a status that is none, as failed; answers how many."""
+        query = select(jobs.c.id).where(jobs.c.status.not_in(sorted(STATUSES))).limit(limit)
+        async with self._database.read.connect() as connection:
+            found = list(await connection.scalars(query))
+        for job_id in found:
+            async with self._database.write.begin() as connection:
+                moved = await end_damaged(connection, job_id, now=now_ms())
+            if moved is not None:
+                self._publish(moved)
+        return len(found)
+
+    # --- files that nobody knows ------------------------------------------------------------------------
+
+    async def unknown(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these ids that no job has."""
+        left = sorted(job_ids)
+        known: set[str] = set()
+        async with self._database.read.connect() as connection:
+            for start in range(0, len(left), 500):
+                query = select(jobs.c.id).where(jobs.c.id.in_(left[start : start + 500]))
+                known |= set(await connection.scalars(query))
+        return set(left) - known
+
+    async def recover(self, job: NewJob, attempt: int, values: dict[str, Any], event: NewEvent) -> bool:
+        """Make the record of a job whose files were found, ``completed`` from its first event on; False if there is
+        one by now. ``values`` are further columns."""
+        row = {
+            **_columns(job, values["finished_at"]),
+            "status": "completed",
+            "stage": event.progress.stage,
+            "progress": event.progress.progress,
+            "stage_progress": event.progress.stage_progress,
+            "attempt": attempt,
+            **values,
+        }
+        try:
+            async with self._database.write.begin() as connection:
+                made = (await connection.execute(insert(jobs).values(**row).returning(*jobs.c))).one()
+                record = JobRecord.of(made)
+                await open_log(connection, record, event)
+        except IntegrityError:
+            return False
+        self._hub.changes += 1
+        return True
 
     async def expire(self, job: JobRecord, event: NewEvent | None, values: dict[str, Any]) -> JobRecord | None:
         """Expire a job that ``expired`` told of; None where it is another one's by now, or somebody reads it."""

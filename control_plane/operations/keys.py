@@ -28,6 +28,15 @@ class Caller(NamedTuple):
         """Whether jobs of other clients are there for it."""
         return "admin" in self.scopes
 
+    def sees(self, client: str) -> bool:
+        """Whether the jobs of a client are there for it."""
+        return self.sees_all or client == self.client
+
+    @property
+    def only(self) -> str | None:
+        """The one client whose jobs it sees; None: those of all."""
+        return None if self.sees_all else self.client
+
 
 EVERYBODY = Caller(DEFAULT_CLIENT, DEFAULT_CLIENT, SCOPES)
 """The caller where no key is asked for."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mcp.shared.exceptions import MCPError
 
 from common.errors import ExportError, InvalidRequest
 from common.frames.guide import PLAYBOOKS, RULES, TOOLS, Playbook, guide_pages
+from control_plane.operations.keys import Caller
 from control_plane.reading.inspect import META_URI
 from control_plane.reading.reader import Reader, error_body
 from control_plane.reading.tools import REGISTRY, Arguments, Locator, NotFound
@@ -64,13 +65,15 @@ _ARGUMENTS = {
 }
 
 
-def mcp_server(reader: Reader, *, exports: bool = True) -> Server[Any]:
-    """A server over ``reader``, which knows ``exports``, or files alone."""
+def mcp_server(
+    reader: Reader, caller_of: Callable[[ServerRequestContext[Any]], Caller], *, exports: bool = True
+) -> Server[Any]:
+    """A server over ``reader``, which knows ``exports``, or files alone; ``caller_of`` says who sent a request."""
 
     async def call(
-        _context: ServerRequestContext[Any], params: mcp_types.CallToolRequestParams
+        context: ServerRequestContext[Any], params: mcp_types.CallToolRequestParams
     ) -> mcp_types.CallToolResult:
-        body, is_error = await reader.ask(params.name, params.arguments or {})
+        body, is_error = await reader.ask(params.name, params.arguments or {}, caller_of(context))
         return mcp_types.CallToolResult(
             content=[mcp_types.TextContent(type="text", text=body.decode())],
             structured_content=msgspec.json.decode(body),
@@ -83,11 +86,11 @@ def mcp_server(reader: Reader, *, exports: bool = True) -> Server[Any]:
         return mcp_types.ListResourceTemplatesResult(resource_templates=_templates(exports=exports))
 
     async def read(
-        _context: ServerRequestContext[Any], params: mcp_types.ReadResourceRequestParams
+        context: ServerRequestContext[Any], params: mcp_types.ReadResourceRequestParams
     ) -> mcp_types.ReadResourceResult:
         try:
             uri, locator = _document(params.uri)
-            text = await reader.document(uri, locator)
+            text = await reader.document(uri, locator, caller_of(context))
         except ExportError as error:
             raise _protocol_error(error) from error
         found = mcp_types.TextResourceContents(uri=params.uri, mime_type=_mime_type(uri), text=text)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
+from control_plane.operations.keys import Caller
 from control_plane.reading.reader import Reader
 
 _VERSIONS = frozenset(version.encode() for version in HANDSHAKE_PROTOCOL_VERSIONS)
@@ -40,7 +41,7 @@ _decode = msgspec.json.Decoder(_Call).decode
 _encode = msgspec.json.Encoder().encode
 
 
-async def answer(reader: Reader, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes | None:
+async def answer(reader: Reader, headers: Iterable[tuple[bytes, bytes]], body: bytes, caller: Caller) -> bytes | None:
     """The body of the answer, of status 200, to a message; None for one that is not plain.
 
     What every message of these headers has to fulfil (method, content type, length) is checked before.
@@ -54,7 +55,7 @@ async def answer(reader: Reader, headers: Iterable[tuple[bytes, bytes]], body: b
         call = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    found, is_error = await reader.ask(call.params.name, call.params.arguments or {})
+    found, is_error = await reader.ask(call.params.name, call.params.arguments or {}, caller)
     return b"".join(
         (
             b'{"jsonrpc":"2.0","id":',

@@ -22,10 +22,12 @@ from litestar.enums import ScopeType
 from litestar.handlers import ASGIRouteHandler
 from litestar.status_codes import HTTP_200_OK
 from litestar.types import HTTPScope, Message, Receive, Scope, Send
+from mcp.server.context import ServerRequestContext
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 from common.errors import ExportError, PayloadTooLarge, UnsupportedMediaType
 from control_plane.errors import MethodNotAllowed, NotAcceptable, RateLimited, body_of, headers_of, status_of
+from control_plane.operations.keys import Caller
 from control_plane.operations.limits import Allowance, TokenBuckets
 from control_plane.operations.origins import Origins
 from control_plane.reading import mcp_direct
@@ -47,13 +49,13 @@ class McpRoute(NamedTuple):
 def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenBuckets | None = None) -> McpRoute:
     """The read tools that ``reader`` answers at ``/mcp``; the application's bearer check stands before it.
 
-    Pages of ``origins`` may ask, as often as ``buckets`` allow for one key, or for one address where there is no key.
+    Pages of ``origins`` may ask, as often as ``buckets`` allow for one key.
     """
     origins = origins or Origins(any_host=False)
     buckets = buckets or TokenBuckets(per_minute=240_000, burst=8_000)
     # Host and Origin are checked here: the package knows lists of names only, and its refusals are plain text.
     manager = StreamableHTTPSessionManager(
-        mcp_server(reader), stateless=True, json_response=True, max_request_body_size=MAX_REQUEST_BYTES
+        mcp_server(reader, _caller), stateless=True, json_response=True, max_request_body_size=MAX_REQUEST_BYTES
     )
 
     @asgi("/mcp", copy_scope=True)
@@ -78,7 +80,7 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
             )
             await _answer(send, status_of(refusal), _json_rpc(refusal, body), headers_of(refusal))
             return
-        if (plain := await mcp_direct.answer(reader, scope["headers"], body)) is not None:
+        if (plain := await mcp_direct.answer(reader, scope["headers"], body, scope["auth"])) is not None:
             await _answer(send, HTTP_200_OK, plain, {})
             return
         await manager.handle_request(scope, _replay(body, receive), send)  # type: ignore[arg-type]
@@ -141,12 +143,16 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
+def _caller(context: ServerRequestContext[Any]) -> Caller:
+    """Who sent a request, as the bearer check said it."""
+    assert context.request is not None  # that is so over HTTP
+    caller: Caller = context.request.scope["auth"]
+    return caller
+
+
 def _client(scope: Scope) -> str:
-    """Whom a request counts for: the key, by the name that the bearer check gave it, or the address."""
-    if caller := scope.get("auth"):
-        return f"key {caller.key}"
-    address = scope.get("client")
-    return f"address {address[0] if address else ''}"
+    """Whom a request counts for: the key, by the name that the bearer check gave it."""
+    return f"key {scope['auth'].key}"
 
 
 def _headers(allowance: Allowance) -> dict[str, str]:

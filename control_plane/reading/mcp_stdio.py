@@ -20,6 +20,7 @@ from common.embedding.choice import Choice
 from common.embedding.port import Embedder
 from common.errors import InvalidRequest
 from common.storage import FileStorage
+from control_plane.operations.keys import EVERYBODY, Caller
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.inspect import Files
 from control_plane.reading.library import Library
@@ -50,7 +51,7 @@ class CapsuleFiles:
             names = {str(path), path.name, _absolute(str(path)), str(path.resolve())}
             self._names.setdefault(path.resolve(), set()).update(names)
 
-    async def find(self, locator: Locator | None) -> Path:
+    async def find(self, locator: Locator | None, _caller: Caller) -> Path:
         """The file that a locator means. Raises NotFound, InvalidRequest."""
         if locator is not None and locator.job_id is not None:
             raise NotFound("There are only files here; locator.capsulePath names one", field="locator.jobId")
@@ -88,7 +89,7 @@ def serve(capsules: CapsuleFiles, engine: Callable[[Choice], Embedder], *, budge
 
 
 async def _serve(reader: Reader) -> signal.Signals | None:
-    server = mcp_server(reader, exports=False)
+    server = mcp_server(reader, lambda _context: EVERYBODY, exports=False)
     stopped: list[signal.Signals] = []
     wire = _Wire(sys.stdin.fileno())
     try:

@@ -10,6 +10,7 @@ import anyio
 
 from common.errors import InvalidRequest
 from control_plane.jobs.records import JobRecord
+from control_plane.operations.keys import Caller
 from control_plane.reading.tools import Locator, NotFound
 
 KNOWN_SECONDS = 1.0
@@ -29,16 +30,19 @@ class Jobs(Protocol):
         """The job of that id."""
         ...
 
-    async def page(self, *, status: Any, before: tuple[int, str] | None, limit: int) -> list[JobRecord]:
-        """Jobs, newest first."""
+    async def page(
+        self, *, status: Any, before: tuple[int, str] | None, limit: int, client: str | None = None
+    ) -> list[JobRecord]:
+        """Jobs (of one client), newest first."""
         ...
 
 
 class Places(Protocol):
     """What a locator can mean."""
 
-    async def find(self, locator: Locator | None) -> Path | JobRecord:
-        """The capsule file or the completed export that a locator means. Raises NotFound, InvalidRequest."""
+    async def find(self, locator: Locator | None, caller: Caller) -> Path | JobRecord:
+        """The capsule file or the completed export that a locator of ``caller`` means. Raises NotFound,
+        InvalidRequest."""
         ...
 
 
@@ -50,32 +54,38 @@ class ExportPlaces:
         self._jobs = jobs
         self._root = root
         self._external = external
-        self._found: dict[str | None, tuple[JobRecord, int, float]] = {}
+        self._found: dict[tuple[str | None, str | None], tuple[JobRecord, int, float]] = {}
 
-    async def find(self, locator: Locator | None) -> Path | JobRecord:
-        """The capsule file or the completed export that a locator means. Raises NotFound, InvalidRequest."""
+    async def find(self, locator: Locator | None, caller: Caller) -> Path | JobRecord:
+        """The capsule file or the completed export that a locator of ``caller`` means. Raises NotFound,
+        InvalidRequest. Files belong to no client: who does not see all jobs names none of them."""
         if locator is not None and locator.capsule_path is not None:
             if locator.job_id is not None:
                 raise InvalidRequest("locator: give jobId or capsulePath, not both", field="locator")
+            if not caller.sees_all:
+                raise InvalidRequest(
+                    "locator.capsulePath: only a key with the scope admin names files; give a jobId", field="locator"
+                )
             return await anyio.to_thread.run_sync(self._inside, locator.capsule_path)
         job_id = locator.job_id if locator is not None else None
+        asked = (caller.only, job_id)  # what was found for one client is not looked at for another
         changes, now = self._jobs.changes, time.monotonic()
-        found, then, until = self._found.get(job_id, (None, -1, 0.0))
+        found, then, until = self._found.get(asked, (None, -1, 0.0))
         if found is not None and then == changes and now < until:
             return found
-        found = await self._find(job_id)
+        found = await self._find(job_id, caller)
         while len(self._found) >= MAX_KNOWN:
             del self._found[next(iter(self._found))]
-        self._found[job_id] = found, changes, now + KNOWN_SECONDS
+        self._found[asked] = found, changes, now + KNOWN_SECONDS
         return found
 
-    async def _find(self, job_id: str | None) -> JobRecord:
+    async def _find(self, job_id: str | None, caller: Caller) -> JobRecord:
         if job_id is not None:
             job = await self._jobs.get(job_id)
-            if job is None or job.status != "completed" or job.output is None:
+            if job is None or not caller.sees(job.client) or job.status != "completed" or job.output is None:
                 raise NotFound("There is no export of that jobId whose files are there", field="locator.jobId")
             return job
-        newest = await self._jobs.page(status="completed", before=None, limit=1)
+        newest = await self._jobs.page(status="completed", before=None, limit=1, client=caller.only)
         if not newest or newest[0].output is None:
             raise NotFound("There is no completed export yet; give a locator", field="locator")
         return newest[0]

@@ -17,9 +17,10 @@ import anyio
 import msgspec
 import structlog
 
-from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, StorageFailed
+from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Retry, StorageFailed
 from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
+from control_plane.operations.keys import Caller
 from control_plane.reading.inspect import META_URI
 from control_plane.reading.library import Library, OpenCapsule, was_ended
 from control_plane.reading.places import Places
@@ -47,7 +48,7 @@ class ResultTruncated(ExportError):
     """Nothing of an answer fits the budget."""
 
     code = "RESULT_TRUNCATED"
-    retryable = True
+    retry = Retry.later
 
 
 class Reply(NamedTuple):
@@ -77,7 +78,7 @@ class Reader:
         self._budget = budget
         self._threads = anyio.CapacityLimiter(THREADS)
 
-    async def ask(self, tool: str, arguments: Mapping[str, Any]) -> Reply:
+    async def ask(self, tool: str, arguments: Mapping[str, Any], caller: Caller) -> Reply:
         """Answer one call; raises nothing but cancellation."""
         trace_id = uuid.uuid4().hex
         started = time.perf_counter()
@@ -87,7 +88,7 @@ class Reader:
             given = _arguments(tool, arguments)
             places = {}
             for locator in (given.locator, *(given.also if isinstance(given, TextSearch) else ())):
-                place = await self._places.find(locator)
+                place = await self._places.find(locator, caller)
                 places[_name(locator, place)] = place
             question = _Question(tool, given, places, trace_id, started)
             body = None if tool in _LONG else self._answer_at_once(question)
@@ -105,12 +106,12 @@ class Reader:
             return Reply(error_body(unforeseen, trace_id), is_error=True)
         return Reply(body, is_error=False)
 
-    async def document(self, uri: str, locator: Locator | None) -> str:
+    async def document(self, uri: str, locator: Locator | None, caller: Caller) -> str:
         """The manifest of a capsule as JSON, or the text of one of its other documents, by uri.
 
         Raises NotFound, InvalidRequest, CapsuleUnreadable, IndexBuildInProgress, StorageFailed, TimedOut.
         """
-        place = await self._places.find(locator)
+        place = await self._places.find(locator, caller)
         return await anyio.to_thread.run_sync(self._document, place, uri, limiter=self._threads)
 
     def _document(self, place: Path | JobRecord, uri: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from common.errors import ExportError, InvalidRequest
+from common.errors import ExportError, InvalidRequest, Retry
 from common.frames.guide import TOOLS
 from common.sidecar.build import SCHEMA_VERSION, snippet_of
 from common.sidecar.open import Node, Scope, Sidecar
@@ -54,6 +54,7 @@ class NotFound(ExportError):
     """The capsule has nothing of that id or path."""
 
     code = "NOT_FOUND"
+    retry = Retry.never
 
 
 class Locator(msgspec.Struct, rename="camel", kw_only=True, forbid_unknown_fields=True):

@@ -105,7 +105,9 @@ class Exports:
     async def get(self, job_id: str) -> JobRecord | None:
         return self.records.get(job_id)
 
-    async def page(self, *, status: Any, before: tuple[int, str] | None, limit: int) -> list[JobRecord]:
+    async def page(
+        self, *, status: Any, before: tuple[int, str] | None, limit: int, client: str | None = None
+    ) -> list[JobRecord]:
         return list(reversed(self.records.values()))[:limit]
 
 

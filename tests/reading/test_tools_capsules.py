@@ -27,6 +27,7 @@ from common.graph.read import read_graph
 from common.pipeline import export
 from common.sidecar.open import Sidecar
 from common.storage import FileStorage
+from control_plane.operations.keys import EVERYBODY
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import CONNECTIONS, Library
 from control_plane.reading.places import ExportPlaces
@@ -56,7 +57,7 @@ def reader(root: Path, tmp_path: Path) -> Iterator[Reader]:
 
 async def ask(reader: Reader, tool: str, path: str, **arguments: Any) -> dict[str, Any]:
     """The envelope, or the error."""
-    body, _ = await reader.ask(tool, {**arguments, "locator": {"capsulePath": path}})
+    body, _ = await reader.ask(tool, {**arguments, "locator": {"capsulePath": path}}, EVERYBODY)
     answer: dict[str, Any] = json.loads(body)
     return answer
 

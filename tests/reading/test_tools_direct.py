@@ -17,6 +17,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
 from common.storage import FileStorage
+from control_plane.operations.keys import EVERYBODY
 from control_plane.operations.limits import TokenBuckets
 from control_plane.reading import mcp_direct
 from control_plane.reading.artifacts import Artifacts
@@ -121,7 +122,7 @@ def test_a_plain_message_is_answered_as_the_package_answers_it(
     artifacts = Artifacts(FileStorage([]), tmp_path / "copies", 1)
     library = Library(artifacts, engines.get, capacity=1)
     reader = Reader(ExportPlaces(exports, tmp_path, external=False), library, budget=65_536)
-    manager = StreamableHTTPSessionManager(protocol(reader), stateless=True, json_response=True)
+    manager = StreamableHTTPSessionManager(protocol(reader, lambda _context: EVERYBODY), stateless=True, json_response=True)
     headers = [(b"accept", b"application/json, text/event-stream"), (b"content-type", b"application/json")]
     headers += [(b"mcp-protocol-version", version.encode())] if version else []
 
@@ -129,7 +130,7 @@ def test_a_plain_message_is_answered_as_the_package_answers_it(
         plain = 0
         async with manager.run():
             for message in messages():
-                found = await mcp_direct.answer(reader, headers, message)
+                found = await mcp_direct.answer(reader, headers, message, EVERYBODY)
                 if found is None:
                     continue
                 plain += 1
@@ -150,7 +151,7 @@ def test_protocols_without_a_handshake_are_left_to_the_package(version: bytes) -
     async def check() -> None:
         headers = [(b"mcp-protocol-version", version)]
         message = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"manifest_get"}}'
-        assert await mcp_direct.answer(None, headers, message) is None  # type: ignore[arg-type]
+        assert await mcp_direct.answer(None, headers, message, EVERYBODY) is None  # type: ignore[arg-type]
 
     asyncio.run(check())
 

@@ -16,6 +16,7 @@ from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
 from common.sidecar.words import FIELDS
 from common.storage import FileStorage
+from control_plane.operations.keys import EVERYBODY
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
 from control_plane.reading.places import ExportPlaces
@@ -52,7 +53,7 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
 
         def answer(tool: str, **arguments: Any) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(
-                asyncio.run(reader.ask(tool, {**arguments, "locator": {"capsulePath": "odd.mv2"}})).body
+                asyncio.run(reader.ask(tool, {**arguments, "locator": {"capsulePath": "odd.mv2"}}, EVERYBODY)).body
             )
             return found
 

@@ -19,6 +19,7 @@ from common.embedding.choice import Engines
 from common.embedding.engine import OpenEngines
 from common.sidecar.build import normalise_name
 from common.storage import FileStorage
+from control_plane.operations.keys import EVERYBODY
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
 from control_plane.reading.places import ExportPlaces
@@ -45,7 +46,7 @@ class Whole(NamedTuple):
 
     async def ask(self, tool: str, reader: Reader | None = None, **arguments: Any) -> dict[str, Any]:
         given = {**arguments, "locator": {"jobId": self.name}}
-        body, is_error = await (reader or self.usual).ask(tool, given)
+        body, is_error = await (reader or self.usual).ask(tool, given, EVERYBODY)
         assert not is_error, (tool, arguments, body)
         envelope: dict[str, Any] = json.loads(body)
         return envelope
