@@ -66,6 +66,8 @@ class Leases:
     async def _adopt(self, *, own: bool = False) -> None:
         while jobs := await self._store.adopt(own=own):
             for job in jobs:
+                if job.id in self._driven():  # the clock went ahead between two renewals
+                    continue
                 log.info("job taken over", job_id=job.id, attempt=job.attempt, status=job.status)
                 try:
                     await self._adopted(job)

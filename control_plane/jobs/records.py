@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from sqlalchemy import Row
@@ -14,12 +14,34 @@ from common.progress import EMOJI
 
 TERMINAL_EVENTS: frozenset[EventType] = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
 TERMINAL: frozenset[Status] = frozenset({"completed", "failed", "canceled", "expired"})
+STATUSES: frozenset[Status] = frozenset(get_args(Status))
+_STAGES: frozenset[Stage] = frozenset(get_args(Stage))
+_STAGE_OF: dict[Status, Stage] = {
+    "queued": "queued",
+    "running": "transform",
+    "completed": "download_ready",
+    "failed": "failed",
+    "canceled": "canceled",
+    "expired": "expired",
+}
+_COUNTS = (
+    *("progress", "stage_progress", "last_seq", "attempt", "lost", "weight", "payload_size", "available_at"),
+    *("retries", "timeouts", "told", "read_until"),
+)
+_TIMES = ("created_at", "updated_at", "started_at", "finished_at", "expires_at", "submitted_at")
+_LATEST = 253_402_300_799_999
+"""The last millisecond of the year 9999."""
 
 
 def iso(milliseconds: int) -> str:
     """ISO 8601 in UTC with milliseconds."""
     moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
+
+
+RECORD_DAMAGED = JobError(
+    code="INTERNAL", message="The record of this export is damaged; its state is lost. Send it again.", retryable=True
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +132,34 @@ class JobRecord:
 
     @classmethod
     def of(cls, row: Row[Any]) -> JobRecord:
-        """From a row with all columns."""
+        """From a row with all columns; what cannot be read of it is left out and named in ``damage``: one bad row is
+        no reason to hide all others. One whose status is none has failed."""
         values = dict(row._mapping)
+        wrong = []
         for name, kind in (("error", JobError), ("output", JobOutput), ("manifest", Manifest)):
             if values[name] is not None:
-                values[name] = msgspec.json.decode(values[name], type=kind)
+                try:
+                    values[name] = msgspec.json.decode(values[name], type=kind)
+                except (msgspec.MsgspecError, UnicodeError, TypeError):
+                    values[name] = None
+                    wrong.append(name)
+        for name in _COUNTS:
+            if not isinstance(values[name], int):
+                values[name] = 0
+                wrong.append(name)
+        for name in _TIMES:
+            if values[name] is not None and not (isinstance(values[name], int) and 0 <= values[name] <= _LATEST):
+                values[name] = 0 if name in ("created_at", "updated_at") else None
+                wrong.append(name)
+        if values["status"] not in STATUSES:
+            values["status"] = "failed"
+            wrong.append("status")
+            values["error"] = RECORD_DAMAGED
+        if values["stage"] not in _STAGES:
+            values["stage"] = _STAGE_OF[values["status"]]
+            wrong.append("stage")
+        if wrong:
+            values["damage"] = f"its record is damaged ({', '.join(wrong)})"
         return cls(**values)
 
 
@@ -130,5 +175,8 @@ def event_of(row: Row[Any]) -> Event:
     """From a row of ``events`` with all columns."""
     values = dict(row._mapping)
     values["ts"] = iso(values["ts"])
-    values["meta"] = msgspec.json.decode(values["meta"])
-    return Event(emoji=EMOJI[row.stage], **values)
+    try:
+        values["meta"] = msgspec.json.decode(values["meta"], type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError, TypeError):
+        values["meta"] = {"damaged": True}
+    return Event(emoji=EMOJI.get(row.stage, ""), **values)

@@ -13,13 +13,13 @@ from itertools import accumulate
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, case, insert, literal, select, update
+from sqlalchemy import ColumnElement, case, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from common.contract import Event, Status
+from common.contract import Event, Progress, Status
 from common.progress import EMOJI
 from control_plane.jobs.notify import announce
-from control_plane.jobs.records import TERMINAL, JobRecord, NewEvent, iso
+from control_plane.jobs.records import RECORD_DAMAGED, STATUSES, TERMINAL, JobRecord, NewEvent, iso
 from control_plane.jobs.tables import events, jobs
 
 ALLOWED: dict[Status, frozenset[Status]] = {
@@ -93,6 +93,33 @@ async def advance(
         changes["told"] = told[1]
     row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     return None if row is None else await _append(connection, JobRecord.of(row), new, now)
+
+
+async def end_damaged(connection: AsyncConnection, job_id: str, *, now: int) -> tuple[JobRecord, Event] | None:
+    """End a job whose status is none of those that there are (its row was damaged) as failed; None if it has one."""
+    told = await connection.scalar(select(func.max(events.c.seq)).where(events.c.job_id == job_id))
+    changes = {
+        "status": "failed",
+        "stage": "failed",
+        "stage_progress": 100,
+        "message": RECORD_DAMAGED.message,
+        "error": msgspec.json.encode(RECORD_DAMAGED).decode(),
+        "error_code": RECORD_DAMAGED.code,
+        "last_seq": (told or 0) + 1,
+        "updated_at": now,
+        "finished_at": now,
+        "owner": None,
+        "lease_until": None,
+    }
+    guard = (jobs.c.id == job_id, jobs.c.status.not_in(sorted(STATUSES)))
+    row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
+    if row is None:
+        return None
+    record = JobRecord.of(row)
+    progress = Progress(stage="failed", progress=0, stage_progress=100, message=RECORD_DAMAGED.message)
+    meta = {"code": RECORD_DAMAGED.code, "retryable": RECORD_DAMAGED.retryable}
+    event = NewEvent("job_failed", msgspec.structs.replace(progress, meta=meta))
+    return record, (await _append(connection, record, [event], now))[0]
 
 
 async def open_log(connection: AsyncConnection, record: JobRecord, event: NewEvent) -> Event:
