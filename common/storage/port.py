@@ -52,6 +52,8 @@ class Found(NamedTuple):
     size: int
     age: float
     """Seconds since it was written, by the store's own clock."""
+    tag: str = ""
+    """What changes when the object does; empty where nothing tells."""
 
 
 @runtime_checkable
