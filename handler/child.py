@@ -46,6 +46,8 @@ from handler.protocol import (
 )
 
 PR_SET_PDEATHSIG = 1
+NICE = 10
+"""Exports take every processor that they get; the process that answers clients, or a platform's pings, goes before."""
 
 
 class _Kept(NamedTuple):
@@ -196,6 +198,7 @@ def main() -> None:
     """Serve until the parent goes away."""
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ChildConfig)
     _die_with(config.parent_pid)
+    os.nice(NICE)
     out = os.dup(1)
     os.dup2(2, 1)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
