@@ -281,13 +281,18 @@ class _Builder:
 _OWN_WARNINGS = frozenset({"PROPERTY_CUT", "SNIPPET_NOT_FOUND"})
 
 
+def _symbols(graph: Graph) -> dict[str, str]:
+    """Names by id, of what is no file, folder, community or process."""
+    return {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes if node.label not in _WHAT}
+
+
 def _neighbours(graph: Graph) -> dict[str, list[str]]:
     """Names of the symbols that a node is joined to, by its id: the first ones by the relationships' ids.
 
     Files and folders are in a text by their path already; the name of a community or a process would make the texts of
     all its members depend on it.
     """
-    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes if node.label not in _WHAT}
+    names = _symbols(graph)
     found: dict[str, list[str]] = defaultdict(list)
     for relation in graph.relations:
         ends = relation.source_id, relation.target_id
@@ -300,7 +305,7 @@ def _neighbours(graph: Graph) -> dict[str, list[str]]:
 
 def _containers(graph: Graph) -> dict[str, str]:
     """Name of the symbol that a node belongs to, by the node's id: the first one by the relationships' ids."""
-    names = {node.id: node.name[:MAX_LINE_CHARS] for node in graph.nodes if node.label not in _WHAT}
+    names = _symbols(graph)
     found: dict[str, str] = {}
     for relation in graph.relations:
         name = names.get(relation.source_id) if relation.type in CONTAINMENT else None

@@ -93,6 +93,11 @@ def normalise_name(name: str) -> str:
     return split_identifier(name).replace(" ", "") or name.lower()
 
 
+def derived_id(source_id: str, type_: str, target_id: str) -> str:
+    """The id that GitNexus gives most relationships; such a one is not written down."""
+    return f"{source_id}_{type_}_{target_id}"
+
+
 def node_key(node_id: str) -> int:
     """The indexed key of a node's id: its CRC-32; a reader compares the id too."""
     return crc32(node_id.encode())
@@ -269,7 +274,7 @@ class SidecarBuilder:
         source = self._end(relation.source_id)
         target = self._end(relation.target_id)
         kind = relation.type
-        derived = relation.id == f"{relation.source_id}_{kind}_{relation.target_id}"
+        derived = relation.id == derived_id(relation.source_id, kind, relation.target_id)
         evidence = self._evidence[relation.confidence, relation.reason]
         number = self._types[kind]
         self._joined[number].extend(end for end in (source, target) if end >= 0)

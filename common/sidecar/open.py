@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
-from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, node_key, normalise_name
+from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, derived_id, node_key, normalise_name
 from common.sidecar.words import best_rows, scores
 from common.text import stem
 
@@ -97,6 +97,10 @@ class Edge(NamedTuple):
     confidence: float
     reason: str | None
     step: int | None
+
+    def written_out(self, source: Node, target: Node) -> str:
+        """The id, where its ends are these."""
+        return self.id or derived_id(source.id, self.type, target.id)
 
 
 class Scope(NamedTuple):
@@ -255,27 +259,17 @@ class Sidecar:
                 found.update((at, Node(at, name, "missing", "Missing", name, None, None, None)) for at, name in absent)
         return [found[position] for position in wanted if position in found]
 
-    def named(self, name: str, *, prefix: bool = False, limit: int = 100, scope: Scope = Scope()) -> list[int]:  # noqa: B008
-        """Positions of nodes of that name, however it is written (see ``normalise_name``), or whose name starts so.
-
-        Shorter names come first, then smaller ids. Of the nodes of a name the first ``_MAX_NAMED`` are looked at for a
-        scope.
-        """
+    def named(self, name: str, *, limit: int = 100, scope: Scope = Scope()) -> list[int]:  # noqa: B008
+        """Positions of nodes of that name, however it is written (see ``normalise_name``), in order; the first
+        ``_MAX_NAMED`` of them are looked at for a scope."""
         key = normalise_name(name)
         if not key:
             return []
-        if not prefix:
-            query = "SELECT node FROM symbols WHERE name = ? ORDER BY node LIMIT ?"
-            if scope == Scope():
-                return self._column(query, key, limit)
-            found = np.array(self._column(query, key, _MAX_NAMED), dtype=np.int64)
-            return [*map(int, found[self.inside(scope)[found]][:limit])]
-        return self._column(
-            "SELECT node FROM symbols WHERE name >= ? AND name < ? ORDER BY length(name), node LIMIT ?",
-            key,
-            key + _LAST,
-            limit,
-        )
+        query = "SELECT node FROM symbols WHERE name = ? ORDER BY node LIMIT ?"
+        if scope == Scope():
+            return self._column(query, key, limit)
+        found = np.array(self._column(query, key, _MAX_NAMED), dtype=np.int64)
+        return [*map(int, found[self.inside(scope)[found]][:limit])]
 
     def spelled(self, name: str) -> list[tuple[int, str, str]]:
         """(position, name, label) of all nodes of that name, however it is written, in order."""
@@ -389,7 +383,7 @@ class Sidecar:
         if found is not None:
             return found
         for type_name, number in self._types.items():
-            joint = f"_{type_name}_"
+            joint = derived_id("", type_name, "")
             at = edge_id.find(joint)
             while at >= 0:
                 source, target = self._end(edge_id[:at]), self._end(edge_id[at + len(joint) :])
@@ -403,13 +397,6 @@ class Sidecar:
                         return found
                 at = edge_id.find(joint, at + 1)
         return None
-
-    def edge_id(self, edge: Edge) -> str:
-        """The id of a relationship, written out."""
-        if edge.id is not None:
-            return edge.id
-        source, target = self.nodes((edge.source, edge.target))
-        return f"{source.id}_{edge.type}_{target.id}"
 
     def edges(
         self, position: int, direction: Direction, types: Sequence[str] = (), *, limit: int = -1, offset: int = 0

@@ -286,7 +286,7 @@ def neighbors_get(capsule: OpenCapsule, given: NeighborsGet, page: Page) -> Answ
     ends = {other.position: other for other in sidecar.nodes(others)} | {node.position: node}
     items = [
         {
-            "edgeId": edge.id or f"{ends[edge.source].id}_{edge.type}_{ends[edge.target].id}",
+            "edgeId": edge.written_out(ends[edge.source], ends[edge.target]),
             "direction": side,
             "type": edge.type,
             "confidence": edge.confidence,
