@@ -49,6 +49,7 @@ MAX_ATTEMPT = 1_000_000
 
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _OPTIONS = {field.encode_name for field in msgspec.structs.fields(ExportOptions)}
 
@@ -92,6 +93,7 @@ def check_input(job: JobInput) -> None:
             job.timeout_seconds is None or 0 < job.timeout_seconds < math.inf,
             "a number of seconds above 0",
         ),
+        ("trace", job.trace is None or _TRACE.fullmatch(job.trace), "a W3C traceparent"),
         ("created_at", job.created_at is None or _is_time(job.created_at), "a time in ISO 8601"),
     ):
         if not right:
@@ -258,7 +260,7 @@ def read_manifest(storage: Storage, ref: str) -> Manifest:
         raise StorageFailed("there is no manifest at its ref")
     try:
         return msgspec.json.decode(b"".join(storage.read(ref, 0, size)), type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CapsuleUnreadable(f"the manifest is damaged: {error}") from error
 
 

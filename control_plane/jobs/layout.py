@@ -126,6 +126,8 @@ class Layout:
                 attempt, _, name = rest.partition("/")
                 wanted = attempt == str(attempts.get(job_id)) and not (job_id in completed and name in NAMES)
                 wanted = wanted or (job_id in in_flight and name in NAMES)
+                # A later attempt than the job store knows: it was put back from a backup.
+                wanted = wanted or (attempt.isdecimal() and int(attempt) > in_flight.get(job_id, int(attempt)))
             if not wanted:
                 gone.append(ref)
         return gone

@@ -101,8 +101,12 @@ class _Opened:
         self._vectors: Future[Vectors | None] | None = None
         self._vectors_lock = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        _check_published(files, held.published)
         path, expected = files.sidecar_path, _expected(files)
         sidecar = _current(path, expected)
+        if sidecar is not None and held.published is not None and not _belongs(path, held.published):
+            sidecar.close()  # a byte that changed in a table is an answer that is wrong
+            sidecar = None
         if sidecar is None:
             held.wait(None)
             with rebuilding:  # takes a lot of memory
@@ -196,6 +200,7 @@ class _Opened:
         self._held.wait(PATIENCE)
         with self._reading:
             if part not in self._readers:
+                _check_part(self._files.parts[part], part, self._held.published)
                 self._readers[part] = CapsuleReader(self._files.parts[part])
             return self._readers[part]
 
@@ -224,6 +229,27 @@ class _Opened:
                 return vectors(self._files, sidecar, self._engine)
         finally:
             self._held.release()
+
+
+def _check_published(files: Files, published: Manifest | None) -> None:
+    """Raise CapsuleUnreadable where the files of a job are others than it has published."""
+    if published is None:
+        return
+    found = files.manifest
+    if found is None or (found.parts, found.sidecar_sha256) != (published.parts, published.sidecar_sha256):
+        raise CapsuleUnreadable("The manifest of this export is not the one that was published")
+    for path, part in zip(files.parts, published.parts, strict=True):
+        if path.stat().st_size != part.size_bytes:
+            raise CapsuleUnreadable(f"{path.name} is not what was published (size)")
+
+
+def _check_part(path: Path, part: int, published: Manifest | None) -> None:
+    """Raise CapsuleUnreadable where a part of a job's capsule is not what was published; reads all of it."""
+    if published is None:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != published.parts[part].sha256:
+            raise CapsuleUnreadable(f"{path.name} is not what was published (SHA-256)")
 
 
 def _expected(files: Files) -> str:
@@ -359,7 +385,7 @@ class Library:
             stat = held.mark.stat()
         except OSError as error:
             raise CapsuleUnreadable(f"There is no capsule {held.path.name}") from error
-        key = (str(held.path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        key = (str(held.path), stat.st_ino, stat.st_size, stat.st_mtime_ns, *_mark_of_sidecar(held))
         entry = self._entry(key, held)
         try:
             opened = self._opened(key, entry)
@@ -457,6 +483,17 @@ class Library:
         entry.opening.add_done_callback(
             lambda done: None if done.cancelled() or done.exception() else done.result().close()
         )
+
+
+def _mark_of_sidecar(held: Held) -> tuple[int, ...]:
+    """Other numbers as soon as the sidecar of a job was changed in place."""
+    if held.published is None:
+        return ()
+    try:
+        stat = held.path.with_name(held.published.sidecar_file_name).stat()
+    except OSError:
+        return ()  # it is rebuilt
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _name(place: Path | JobRecord) -> str:

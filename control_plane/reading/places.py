@@ -16,6 +16,8 @@ from control_plane.reading.tools import Locator, NotFound
 KNOWN_SECONDS = 1.0
 """For so long an export that was found is not looked up again, unless a job has ended meanwhile."""
 MAX_KNOWN = 256
+NEWEST = 10
+"""Exports among which the newest is looked for whose files are whole."""
 
 
 class Jobs(Protocol):
@@ -84,11 +86,15 @@ class ExportPlaces:
             job = await self._jobs.get(job_id)
             if job is None or not caller.sees(job.client) or job.status != "completed" or job.output is None:
                 raise NotFound("There is no export of that jobId whose files are there", field="locator.jobId")
+            if job.damage is not None:
+                message = f"The files of this export cannot be read: {job.damage}"
+                raise NotFound(message, field="locator.jobId")
             return job
-        newest = await self._jobs.page(status="completed", before=None, limit=1, client=caller.only)
-        if not newest or newest[0].output is None:
+        newest = await self._jobs.page(status="completed", before=None, limit=NEWEST, client=caller.only)
+        whole = next((job for job in newest if job.output is not None and job.damage is None), None)
+        if whole is None:
             raise NotFound("There is no completed export yet; give a locator", field="locator")
-        return newest[0]
+        return whole
 
     def _inside(self, text: str) -> Path:
         path = Path(text)
