@@ -23,13 +23,22 @@ import httpx
 import msgspec
 
 from common.contract import ErrorBody, Event, EventPage, Job, JobCreated, Manifest, Report, Source
-from common.errors import Canceled, ExportError, InvalidRequest, PayloadTooLarge, StorageFailed, UnsupportedMediaType
+from common.errors import (
+    RULES,
+    Canceled,
+    ExportError,
+    InvalidRequest,
+    PayloadTooLarge,
+    Retry,
+    StorageFailed,
+    UnsupportedMediaType,
+)
 
 TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
 
 _CHUNK = 1 << 18
-_ATTEMPTS = 6
-"""Tries of one request or download before we give up; the waits between them add up to about six seconds."""
+_TRIES = RULES[Retry.later].client
+"""Of one request or download before we give up; the waits between them add up to about six seconds."""
 _POLL_SECONDS = 0.5
 _ACCEPT_SECONDS = 600.0
 """How long the server may read and check a graph that it has received."""
@@ -325,19 +334,19 @@ class ExportClient:
                 failures += 1
                 self._pause(failures, error)
                 continue
-            if answer.status_code in _RETRYABLE and failures < _ATTEMPTS:
+            if answer.status_code in _RETRYABLE and failures < _TRIES.most:
                 failures += 1
                 wait = answer.headers.get("Retry-After", "")
-                time.sleep(min(30.0, float(wait)) if wait.isdigit() else 0.1 * 2**failures)
+                time.sleep(min(_TRIES.longest_wait, float(wait)) if wait.isdigit() else _TRIES.wait(failures))
                 continue
             if answer.is_error:
                 self._refuse(answer)
             return answer
 
     def _pause(self, failures: int, error: httpx.TransportError) -> None:
-        if failures >= _ATTEMPTS:
+        if failures >= _TRIES.most:
             raise StorageFailed(f"No export server answers at {self._url}: {error}", url=self._url) from error
-        time.sleep(0.1 * 2**failures)
+        time.sleep(_TRIES.wait(failures))
 
     def _stream(self, job_id: str, since: int) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(since)}

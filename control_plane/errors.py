@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from typing import Any
 
 import msgspec
@@ -13,7 +12,8 @@ from litestar.exceptions import HTTPException
 from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 
 from common.contract import ErrorBody, ErrorInfo
-from common.errors import ExportError, InvalidRequest
+from common.errors import ExportError, InvalidRequest, Retry
+from control_plane.operations.tracing import current
 
 log = structlog.get_logger()
 
@@ -25,80 +25,102 @@ class Unauthorized(ExportError):
     """No bearer key, or a wrong one."""
 
     code = "UNAUTHORIZED"
+    retry = Retry.never
+
+
+class Forbidden(ExportError):
+    """The key may not do this; ``details['scopes']`` has the scopes of which one is wanted."""
+
+    code = "FORBIDDEN"
+    retry = Retry.never
 
 
 class NotFound(ExportError):
     """No such route."""
 
     code = "NOT_FOUND"
+    retry = Retry.never
 
 
 class MethodNotAllowed(ExportError):
     """The route does not know this method."""
 
     code = "METHOD_NOT_ALLOWED"
+    retry = Retry.never
 
 
 class NotAcceptable(ExportError):
     """The client takes no answer of the kind that the route gives."""
 
     code = "NOT_ACCEPTABLE"
+    retry = Retry.never
 
 
 class HostRefused(ExportError):
     """The request's Host is not a name of this server."""
 
     code = "HOST_REFUSED"
+    retry = Retry.never
 
 
 class OriginRefused(ExportError):
     """The request comes from a page of another origin, which may not ask."""
 
     code = "ORIGIN_REFUSED"
+    retry = Retry.never
 
 
 class JobNotFound(ExportError):
     """No job of this id."""
 
     code = "JOB_NOT_FOUND"
+    retry = Retry.never
 
 
 class JobExpired(ExportError):
     """The job's artifacts were removed after their time."""
 
     code = "JOB_EXPIRED"
+    retry = Retry.never
 
 
 class ArtifactNotReady(ExportError):
     """The job has not finished, or ended without an artifact."""
 
     code = "ARTIFACT_NOT_READY"
+    retry = Retry.never
 
 
 class ArtifactMissing(ExportError):
     """The artifact of a finished job is not where it should be."""
 
     code = "ARTIFACT_MISSING"
+    retry = Retry.never
 
 
 class RangeNotSatisfiable(ExportError):
     """The range lies outside the file; ``details['size']`` says how long it is."""
 
     code = "RANGE_NOT_SATISFIABLE"
+    retry = Retry.never
 
 
 class RateLimited(ExportError):
     """Too many of something at once."""
 
     code = "RATE_LIMITED"
-    retryable = True
+    retry = Retry.later
+
+
+class QuotaReached(RateLimited):
+    """A client has as many jobs as it may; ``details['quota']`` names the quota, ``details['limit']`` says its figure."""
 
 
 class QueueUnavailable(ExportError):
     """The queue is full or the server is stopping."""
 
     code = "QUEUE_UNAVAILABLE"
-    retryable = True
+    retry = Retry.later
 
 
 class PlatformUnavailable(ExportError):
@@ -106,32 +128,33 @@ class PlatformUnavailable(ExportError):
     the endpoint; the same request may work later."""
 
     code = "PLATFORM_UNAVAILABLE"
-    retryable = True
+    retry = Retry.later
 
 
 class IndexBuildInProgress(ExportError):
     """The files of a capsule are being fetched or indexed; the same question has an answer soon."""
 
     code = "INDEX_BUILD_IN_PROGRESS"
-    retryable = True
+    retry = Retry.later
 
 
 class TimedOut(ExportError):
     """A question took longer than it may."""
 
     code = "TIMEOUT"
-    retryable = True
+    retry = Retry.later
 
 
 class SemanticUnavailable(ExportError):
     """The engine that made a capsule's vectors does not answer a question now."""
 
     code = "SEMANTIC_UNAVAILABLE"
-    retryable = True
+    retry = Retry.later
 
 
 STATUS: dict[str, int] = {
     "UNAUTHORIZED": 401,
+    "FORBIDDEN": 403,
     "INVALID_EXPORT_REQUEST": 400,
     "PAYLOAD_TOO_LARGE": 413,
     "UNSUPPORTED_MEDIA_TYPE": 415,
@@ -171,10 +194,17 @@ def body_of(error: ExportError) -> ErrorBody:
     return ErrorBody(error=ErrorInfo(code=error.code, message=error.message, details=details))
 
 
+QUOTA_HEADERS = {"active_jobs": "X-Quota-Active-Jobs", "jobs_per_day": "X-Quota-Jobs-Per-Day"}
+"""By the name of the quota; ``limit=5, remaining=2``."""
+
+
 def headers_of(error: ExportError) -> dict[str, str]:
     """Headers that belong to an error."""
     if error.retryable and status_of(error) in (429, 503):
-        return {"Retry-After": str(error.details.get("retryAfterSeconds", RETRY_AFTER_SECONDS))}
+        headers = {"Retry-After": str(error.details.get("retryAfterSeconds", RETRY_AFTER_SECONDS))}
+        if isinstance(error, QuotaReached):
+            headers[QUOTA_HEADERS[error.details["quota"]]] = f"limit={error.details['limit']}, remaining=0"
+        return headers
     if error.code == "UNAUTHORIZED":
         return {"WWW-Authenticate": "Bearer"}
     if error.code == "RANGE_NOT_SATISFIABLE":
@@ -186,8 +216,8 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[E
     """Any exception as an answer; what nobody foresaw becomes a 500 with a trace id, its story goes to the log."""
     known = _known(error)
     if known is None or status_of(known) == HTTP_500_INTERNAL_SERVER_ERROR:
-        trace_id = secrets.token_hex(8)
-        log.error("request failed", trace_id=trace_id, path=request.url.path, exc_info=error)
+        trace_id = current().trace
+        log.error("request failed", exc_info=error)
         known = ExportError("Something went wrong on our side; the log has it under this trace id.", traceId=trace_id)
     headers = headers_of(known)
     if isinstance(error, HTTPException) and error.headers:

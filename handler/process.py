@@ -11,23 +11,22 @@ from pathlib import Path
 
 import msgspec
 
-from common.errors import ExportError, OutOfMemory, WorkerLost
-from handler.protocol import ChildConfig, Command, Failed, Message, Ready, export_error
+from common.contract import Stage
+from common.errors import RULES, DeadlineExceeded, ExportError, OutOfMemory, WorkerLost
+from handler.protocol import ChildConfig, Command, Failed, Message, Ready, Reported, Run, export_error
 
 TERM_SECONDS = 0.3
 """From asking a process group to end to ending it."""
 WATCH_SECONDS = 0.05
 START_SECONDS = 120.0
 MAX_LINE = 64 << 20
-FATAL = ("INTERNAL", "OUT_OF_MEMORY", "DEVICE_FAILED")
-"""After these errors a child ends."""
 
 
 class ChildProcess:
     """One child with its process group; it takes one command at a time.
 
     Made by ``start``. However it ends, ``receive`` raises the reason: the one that ``kill`` was given, else
-    OutOfMemory or WorkerLost.
+    OutOfMemory or WorkerLost. A job that stays in one stage for too long ends with DeadlineExceeded.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, config: ChildConfig) -> None:
@@ -36,6 +35,8 @@ class ChildProcess:
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
         self._reason: ExportError | None = None
         self._peak = self._own = 0
+        self._stage: Stage | None = None
+        self._stage_ends: asyncio.TimerHandle | None = None
         self.kept_job: str | None = None
         """The job whose payload this child has read and still holds."""
         self.ended = False
@@ -89,6 +90,8 @@ class ChildProcess:
         """Give it a command; first of all its config."""
         stdin = self._process.stdin
         assert stdin is not None
+        if isinstance(command, Run):
+            self._enter("transform")
         with contextlib.suppress(ConnectionError):  # A dead child is told of by ``receive``.
             stdin.write(msgspec.json.encode(command) + b"\n")
             await stdin.drain()
@@ -110,7 +113,7 @@ class ChildProcess:
             raise self._reason or WorkerLost("the worker's process ended without an answer")
         if isinstance(message, Failed):
             error = export_error(message.error)
-            if error.code in FATAL:  # It ends by itself after these.
+            if RULES[error.retry].fresh:  # It ends by itself after these.
                 self.kill(error)
             raise error
         return message
@@ -125,6 +128,7 @@ class ChildProcess:
     async def close(self) -> None:
         """End the process at once and wait until it is gone."""
         self._signal(signal.SIGKILL)
+        self._enter(None)
         await self._process.wait()
         for task in self._tasks:
             task.cancel()
@@ -140,6 +144,19 @@ class ChildProcess:
     def _memory(self) -> int:
         return sum(_private_memory(pid) for pid in [self.pid, *_children(self.pid)])
 
+    def _enter(self, stage: Stage | None) -> None:
+        """The job is in this stage from now on; None: in none. Steps of the same stage do not give it more time."""
+        if stage == self._stage:
+            return
+        self._stage = stage
+        if self._stage_ends is not None:
+            self._stage_ends.cancel()
+        limit = self._config.stage_seconds
+        if stage is not None and limit is not None:
+            message = f"the stage {stage} took longer than the {limit:g} seconds that a stage may"
+            too_long = DeadlineExceeded(message, limit=limit, stage=stage)
+            self._stage_ends = asyncio.get_running_loop().call_later(limit, self.kill, too_long)
+
     def _signal(self, number: signal.Signals) -> None:
         if self.ended:
             return
@@ -151,7 +168,10 @@ class ChildProcess:
         stdout = self._process.stdout
         assert stdout is not None
         while line := await stdout.readline():
-            self._messages.put_nowait(decoder.decode(line))
+            message = decoder.decode(line)
+            self._enter(message.progress.stage if isinstance(message, Reported) else None)
+            self._messages.put_nowait(message)
+        self._enter(None)
         code = await self._process.wait()
         self._signal(signal.SIGKILL)
         self.ended = True

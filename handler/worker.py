@@ -28,6 +28,7 @@ import structlog
 
 from common.contract import JobInput, JobOutput, Links, Progress, WorkerProgress
 from common.errors import (
+    RULES,
     AccessDenied,
     Canceled,
     DeadlineExceeded,
@@ -43,9 +44,9 @@ from common.storage import Storage, StorageConfig, open_storage
 from handler import claim
 from handler.child import die_with_parent
 from handler.job import decode_input, published
-from handler.logs import log_as_json
+from handler.logs import job_context, log_as_json
 from handler.pool import WorkerPool
-from handler.process import FATAL, ChildProcess
+from handler.process import ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run, export_error, job_error
 
 log = structlog.get_logger()
@@ -64,8 +65,6 @@ WITHDRAW_PAUSE = 0.3
 DRAIN_SECONDS = 5.0
 """From the platform's SIGTERM on, answers that are under way have so long."""
 GPU_JOB_BYTES = 16 * GIB
-POISON = (*FATAL, "WORKER_LOST")
-"""After these the platform is asked for a fresh worker, unless we ended the run ourselves."""
 
 Tell = Callable[[WorkerProgress], None]
 
@@ -146,6 +145,7 @@ class JobRun:
         deadline: asyncio.TimerHandle | None = None
         try:
             job = decode_input(self._data)
+            structlog.contextvars.bind_contextvars(**job_context(job.job_id, job.trace))
             if (limit := job.timeout_seconds) is not None:
                 too_long = DeadlineExceeded(
                     f"the export took longer than the {limit:g} seconds that it may", limit=limit
@@ -240,7 +240,8 @@ class JobRun:
 
     def _failure(self, error: ExportError) -> dict[str, Any]:
         answer: dict[str, Any] = {"error": msgspec.json.encode(job_error(error)).decode()}
-        refresh = error.code in POISON and self._reason is None and self._work is not None
+        # The platform is asked for a fresh worker, unless we ended the run ourselves.
+        refresh = RULES[error.retry].fresh and self._reason is None and self._work is not None
         if refresh:
             answer["refresh_worker"] = True
         log.warning("export failed", code=error.code, reason=error.message, refresh=refresh)
@@ -344,6 +345,7 @@ def start(settings: WorkerSettings, test_input: str | None = None) -> None:
             scratch=str(scratch),
             writer=settings.writer,
             memory_limit=settings.worker_memory_bytes,
+            stage_seconds=settings.stage_seconds,
             limits=GraphLimits(max_payload_bytes=settings.max_payload_bytes),
             choice=settings.choice(),
             models=settings.allowed_models(),

@@ -18,15 +18,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from common.errors import StorageFailed
+from common.errors import STORE, StorageFailed
 from common.storage.file import PIECE, check_sha256, check_size
 
 PART = 8 << 20
 WINDOW = 10
 """Parts under way at once, each with a piece of at most 1 MiB in memory."""
-ATTEMPTS = 5
-"""Tries in a row that bring less than 1 MiB each."""
-_WAITS = (0.1, 5.0)
 _Answer = TypeVar("_Answer")
 
 
@@ -80,8 +77,8 @@ class Source(Protocol):
 
 
 def patiently(do: Callable[[], _Answer]) -> _Answer:
-    """What ``do`` answers, asked at most 5 times while it raises Broken, with growing pauses."""
-    for tries in range(1, ATTEMPTS):
+    """What ``do`` answers, asked again while it raises Broken, with growing pauses."""
+    for tries in range(1, STORE.most):
         try:
             return do()
         except Broken:
@@ -169,8 +166,8 @@ class Stream:
     def _again(self, error: Broken) -> None:
         if self.at - self._mark >= PIECE:
             self._tries, self._mark = 1, self.at
-        if self._tries >= ATTEMPTS:
-            raise StorageFailed(f"{error.message}; tried {ATTEMPTS} times", **error.details) from error
+        if self._tries >= STORE.most:
+            raise StorageFailed(f"{error.message}; tried {STORE.most} times", **error.details) from error
         _pause(self._tries)
         self._tries += 1
 
@@ -247,5 +244,4 @@ def _write(handle: int, data: bytes, at: int) -> None:
 
 
 def _pause(tries: int) -> None:
-    first, most = _WAITS
-    time.sleep(random.uniform(0.5, 1.0) * min(most, first * 2**tries))  # noqa: S311  spreads clients, hides nothing
+    time.sleep(random.uniform(0.5, 1.0) * STORE.wait(tries))  # noqa: S311  spreads clients, hides nothing

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlencode
 
-from common.errors import AccessDenied, ExportError, InvalidRef, InvalidSettings, ObjectMissing, StorageFailed
+from common.errors import STORE, AccessDenied, ExportError, InvalidRef, InvalidSettings, ObjectMissing, StorageFailed
 from common.storage.file import sha256_of
 from common.storage.port import Found, S3Config, Stored
 from common.storage.ranges import Broken, Opened, Stream, age_of, download, patiently, read_range
@@ -32,7 +32,6 @@ _ENCRYPTION_HEADERS = {
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
 }
 _TRANSIENT = ("InternalError", "NoSuchUpload", "RequestTimeout", "ServiceUnavailable", "SlowDown")
-_ATTEMPTS = 4
 _PIECE = 256 << 10
 """Larger ones cost more in page faults than in calls."""
 _CONNECT_SECONDS, _READ_SECONDS = 5, 30
@@ -42,7 +41,7 @@ class S3Storage:
     """Objects of one bucket; a ref of another one is refused before anything is asked.
 
     The bucket's credentials need to list it: without that a store answers 403 where nothing lies. Requests are tried
-    4 times, with boto3's pauses between; a connection may take 5 s to come up and be silent for 30 s.
+    5 times, with boto3's pauses between; a connection may take 5 s to come up and be silent for 30 s.
     """
 
     def __init__(self, config: S3Config) -> None:
@@ -111,7 +110,7 @@ class S3Storage:
         """The objects under ``prefix``, or the one at a ref; with ``uploads`` unfinished uploads under the prefix."""
         if not prefix.endswith("/"):
             with contextlib.suppress(ObjectMissing), contextlib.closing(Stream(self._object(prefix), 0, 1)) as stream:
-                return [Found(prefix, stream.size or 0, stream.age)]
+                return [Found(prefix, stream.size or 0, stream.age, stream.tag or "")]
             return []
         found, key = [], self._key(prefix, prefix=True)
         with _failing_as(prefix):
@@ -286,7 +285,7 @@ class S3Storage:
                     signature_version="s3v4",
                     # The SHA-256 of what we send is among the headers that are signed; no need for a second one.
                     s3={"addressing_style": self._config.addressing, "payload_signing_enabled": False},
-                    retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                    retries={"mode": "standard", "total_max_attempts": STORE.most},
                     connect_timeout=_CONNECT_SECONDS,
                     read_timeout=_READ_SECONDS,
                     max_pool_connections=2 * WINDOW,
@@ -363,7 +362,7 @@ def _status(error: Any) -> int:
 
 @contextlib.contextmanager
 def _failing_as(ref: str) -> Iterator[None]:
-    """Errors of boto3 as ours. What boto3 may be right about the second time it has tried 4 times already."""
+    """Errors of boto3 as ours. What boto3 may be right about the second time it has tried already."""
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,

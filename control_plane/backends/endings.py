@@ -11,39 +11,30 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobOutput, Manifest, Progress, Report, Stage, Status
-from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
+from common.errors import ONCE, RULES, Canceled, ExportError, ObjectMissing, Retry
 from control_plane.backends.port import Means
 from control_plane.jobs.database import db_now
 from control_plane.jobs.records import JobRecord, NewEvent
-from control_plane.jobs.store import now_ms
+from control_plane.jobs.store import LEASE_MS, now_ms, started
 from handler.claim import NAMES
+from handler.job import published
 from handler.protocol import job_error
 
 log = structlog.get_logger()
 
 SETTLE_SECONDS = 1.0
 """Between two tries to record an end."""
-BACK_OFF_SECONDS = 1.0
-"""Before the second attempt after an error that may pass; doubled for each further one, up to the maximum."""
-MAX_BACK_OFF_SECONDS = 60.0
+
+_COLUMNS = {Retry.lost: "lost", Retry.timeout: "timeouts", Retry.transient: "retries", Retry.later: "retries"}
+"""What counts the attempts of a job that ended so."""
 
 
 class Endings:
     """Records ends and clears up behind them."""
 
-    def __init__(
-        self,
-        means: Means,
-        *,
-        backend: str,
-        lost: int,
-        timeouts: int,
-    ) -> None:
-        """``lost`` and ``timeouts`` are the attempts that may be lost or run out of time before a job fails."""
+    def __init__(self, means: Means, *, backend: str) -> None:
         self._settings, self._store, self._storage, self._layout, self._metrics = means
         self._backend = backend
-        self._lost = lost
-        self._timeouts = timeouts
         self.stopping = False
         """The server stops: what the database cannot take now is settled by whoever drives the job next."""
 
@@ -72,11 +63,7 @@ class Endings:
         if not moved:
             await self._now_gone(job, "completed")
             return False
-        self._metrics.duration.observe((now - job.created_at) / 1000)
-        self._metrics.write.observe(report.timings.write)
-        if report.embedding.texts:
-            self._metrics.embed.observe(report.timings.embed)
-            self._metrics.embedded(report.embedding)
+        self._metrics.completed(report, self._backend, (now - job.created_at) / 1000)
         await self._remove(
             self._layout.payload_ref(job.id),
             *(self._layout.output_prefix(job.id, attempt) for attempt in range(1, job.attempt)),
@@ -92,14 +79,26 @@ class Endings:
         """
         if isinstance(error, Canceled):
             return None
-        column, used, allowed, delay = self._class_of(job, error)
-        if column is None or (counted and used + 1 >= allowed):
-            if column is not None:
-                tries = "attempt" if used == 0 else "attempts"
-                error = type(error)(f"{error.message}; given up after {used + 1} {tries}", **error.details)
+        if isinstance(error, ObjectMissing):
+            try:
+                if await self._published_before(job):
+                    return None
+                if await asyncio.to_thread(self._storage.size, job.payload_ref) is None:
+                    error = ObjectMissing("The payload of this export is not in storage any more; send it again.")
+            except ExportError as away:
+                error = away
+        rule = RULES[error.retry]
+        tries = rule.runpod if self._backend == "runpod_queue" else rule.here
+        column = _COLUMNS.get(error.retry)
+        used: int = getattr(job, column) if column else 0
+        if tries == ONCE or column is None or (counted and used + 1 >= (tries.most or self._settings.max_attempts)):
+            if tries != ONCE:
+                attempts = "attempt" if used == 0 else "attempts"
+                error = type(error)(f"{error.message}; given up after {used + 1} {attempts}", **error.details)
             log.warning("export failed", job_id=job.id, code=error.code, reason=error.message)
             await self._end(job, error)
             return None
+        delay = tries.wait(used + 1) * random.uniform(0.75, 1.25)  # noqa: S311
         if counted:
             self._metrics.retries.labels(column).inc()
             log.warning("attempt failed", job_id=job.id, attempt=job.attempt, kind=column, reason=error.message)
@@ -114,16 +113,39 @@ class Endings:
         await asyncio.to_thread(self._clear_attempt, job)
         return delay
 
-    def _class_of(self, job: JobRecord, error: ExportError) -> tuple[str | None, int, int, float]:
-        """The column that counts such attempts, how often it happened, how often it may, and the pause (seconds)."""
-        if isinstance(error, WorkerLost):
-            return "lost", job.lost, self._lost, 0.0
-        if isinstance(error, DeadlineExceeded):
-            return ("timeouts", job.timeouts, self._timeouts, 0.0) if self._timeouts > 1 else (None, 0, 0, 0.0)
-        if error.retryable:
-            pause = min(BACK_OFF_SECONDS * 2**job.retries, MAX_BACK_OFF_SECONDS)
-            return "retries", job.retries, self._settings.max_attempts, pause * random.uniform(0.75, 1.25)  # noqa: S311
-        return None, 0, 0, 0.0
+    async def _published_before(self, job: JobRecord) -> bool:
+        """Complete a job whose payload is gone with what an attempt has published that the job store, put back from a
+        backup, does not know of; False if there is nothing. Raises ExportError."""
+        prefix = self._layout.job_prefix(job.id)
+        refs = [found.ref for found in await asyncio.to_thread(self._storage.found, prefix)]
+        names = {ref.removeprefix(prefix).partition("/")[0] for ref in refs}
+        for attempt in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+            of_attempt = self._layout.output_prefix(job.id, attempt)
+            found = await asyncio.to_thread(published, self._storage, of_attempt, job.id)
+            if found is None or found.manifest.report.input.sha256 != job.payload_sha256:
+                continue
+            log.warning("an attempt had published that nobody knew of", job_id=job.id, attempt=attempt)
+            run = await self._as_attempt(job, attempt)
+            return run is not None and await self.complete(run, found.output, found.manifest)
+        return False
+
+    async def _as_attempt(self, job: JobRecord, attempt: int) -> JobRecord | None:
+        """The job as running that attempt; None if it is another one's by now."""
+        now = await self._store.get(job.id)
+        if now is None or now.attempt != job.attempt or (now.status == "running" and now.attempt == attempt):
+            return now
+        if now.status == "running":
+            event = NewEvent("stage_progress", step("queued", 0, "Its capsule lies in storage already", {}))
+            await self._store.move(job.id, "queued", event, attempt=job.attempt)
+        values = {"attempt": attempt, "owner": self._store.replica, "lease_until": db_now() + LEASE_MS}
+        return await self._store.move(
+            job.id,
+            "running",
+            started(attempt),
+            attempt=job.attempt,
+            sources=frozenset({"queued"}),
+            values={**values, "started_at": now_ms()},
+        )
 
     async def _end(self, job: JobRecord, error: ExportError) -> None:
         told = job_error(error)

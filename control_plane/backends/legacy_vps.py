@@ -18,8 +18,10 @@ from control_plane.backends.port import Means
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.records import JobRecord, NewEvent, iso
 from control_plane.jobs.store import now_ms
+from control_plane.operations.disk import Disk
 from control_plane.operations.profiles import Profiles
 from handler.job import published, read_manifest
+from handler.logs import job_context
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import Done, Message, Reported, Run
@@ -30,6 +32,8 @@ HEARTBEAT_SECONDS = 2.0
 BATCH = 100
 """Events written in one transaction at most."""
 SETTLE_SECONDS = 1.0
+DISK_SECONDS = 2.0
+"""Between two looks at a disk that is too full for another export."""
 
 
 class _Slot(NamedTuple):
@@ -58,11 +62,13 @@ class LegacyVps:
         *,
         pool: WorkerPool,
         profiles: Profiles,
+        disk: Disk,
     ) -> None:
         self._settings, self._store, self._storage, self._layout, self._metrics = means
+        self._disk = disk
         self._pool = pool
         self._profiles = profiles
-        self._endings = Endings(means, backend=self.name, lost=means.settings.max_attempts, timeouts=1)
+        self._endings = Endings(means, backend=self.name)
         self._leases = Leases(means.store, driven=lambda: set(self._runs), adopted=self._resume, lost=self._give_up)
         small = means.settings.small_job_frames if means.settings.worker_slots > 1 else None
         self._free = [_Slot(n, small if n == 0 else None) for n in range(means.settings.worker_slots)]
@@ -71,6 +77,8 @@ class LegacyVps:
         self._children: dict[str, ChildProcess] = {}
         self._scheduler: asyncio.Task[None] | None = None
         self._stopping = False
+        self._waits = False
+        """For room on the disk."""
 
     # --- life ---------------------------------------------------------------------------------------
 
@@ -112,8 +120,9 @@ class LegacyVps:
     @property
     def trouble(self) -> str | None:
         """No child is up, or no jobs are taken."""
-        taking = self._scheduler is not None and not self._scheduler.done()
-        return None if self._pool.ready and taking else "no worker is up"
+        if self._scheduler is None or self._scheduler.done() or not self._leases.alive:
+            return "no jobs are taken"
+        return None if self._pool.ready else "no worker is up"
 
     def wake(self, job_id: str | None = None) -> None:
         """Look into the queue; a running job speaks for itself."""
@@ -142,6 +151,13 @@ class LegacyVps:
                 asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.wake)
 
     async def _fill(self) -> None:
+        if self._free and (trouble := self._disk.trouble) is not None:
+            if not self._waits:
+                log.warning("no export is started", reason=trouble, again_in_seconds=DISK_SECONDS)
+            self._waits = True
+            asyncio.get_running_loop().call_later(DISK_SECONDS, self.wake)
+            return
+        self._waits = False
         for slot in list(self._free):
             if (job := await self._store.claim(max_weight=slot.max_weight)) is not None:
                 self._free.remove(slot)
@@ -149,6 +165,7 @@ class LegacyVps:
                 self._runs[job.id] = asyncio.create_task(self._run(job, slot))
 
     async def _run(self, job: JobRecord, slot: _Slot) -> None:
+        structlog.contextvars.bind_contextvars(**job_context(job.id, job.trace))
         try:
             child = await self._pool.acquire(job.id)
             self._children[job.id] = child
@@ -233,6 +250,7 @@ class LegacyVps:
             output_prefix=self._layout.output_prefix(job.id, job.attempt),
             attempt=job.attempt,
             created_at=iso(job.created_at),
+            trace=job.trace or None,
             source=Source(base_name=job.base_name) if job.base_name else None,
             **fields_of(self._profiles.of_job(job.profile).embedding),
         )

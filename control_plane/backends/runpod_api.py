@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from common.contract import JobError
-from common.errors import DeadlineExceeded, ExportError, WorkerLost
+from common.errors import DeadlineExceeded, ExportError, Retry, WorkerLost
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
 from handler.protocol import export_error
@@ -35,6 +35,7 @@ class RunpodRefused(ExportError):
     """The platform does not take what the request says, and never will."""
 
     code: ClassVar[str] = "BACKEND_REFUSED"
+    retry = Retry.never
 
 
 class JobStatus(msgspec.Struct, rename="camel", kw_only=True):

@@ -38,6 +38,7 @@ from control_plane.jobs.store import now_ms
 from control_plane.operations.profiles import Profiles
 from handler import claim
 from handler.job import Published, check_bytes, published, ref_of
+from handler.logs import job_context
 from handler.pool import WorkerPool
 
 log = structlog.get_logger()
@@ -102,7 +103,7 @@ class RunpodQueue:
             settings.runpod_api_key.get_secret_value(),
             means.metrics,
         )
-        self._endings = Endings(means, backend=self.name, lost=2, timeouts=2)
+        self._endings = Endings(means, backend=self.name)
         self._leases = Leases(means.store, driven=self._driven, adopted=self._adopt, lost=self._forget)
         self._tracked: dict[str, _Tracked] = {}
         self._submitting: set[str] = set()
@@ -135,7 +136,7 @@ class RunpodQueue:
         """Payloads cannot be checked, or the platform does not answer."""
         if not self._pool.ready:
             return "no process that checks payloads is up"
-        if not self._loops or any(loop.done() for loop in self._loops):
+        if not self._loops or any(loop.done() for loop in self._loops) or not self._leases.alive:
             return "no jobs are followed"
         return self._api.reason if self._api.away_seconds >= AWAY_SECONDS else None
 
@@ -233,6 +234,7 @@ class RunpodQueue:
                 await asyncio.sleep(QUEUE_SECONDS)
 
     async def _submit(self, job: JobRecord) -> None:
+        structlog.contextvars.bind_contextvars(**job_context(job.id, job.trace))
         try:
             profile = self._profiles.of_job(job.profile)
             timeout_ms = profile.execution_timeout_ms * (2 if job.timeouts else 1)
@@ -290,6 +292,7 @@ class RunpodQueue:
             output_prefix=prefix,
             attempt=job.attempt,
             created_at=created,
+            trace=job.trace or None,
             timeout_seconds=max(1.0, timeout_ms / 1000 - MARGIN_SECONDS),
             links=links,
             source=Source(base_name=job.base_name) if job.base_name else None,
@@ -329,6 +332,7 @@ class RunpodQueue:
                 pass  # Something is due.
 
     async def _attend(self, tracked: _Tracked, work: Coroutine[Any, Any, None]) -> None:
+        structlog.contextvars.bind_contextvars(**job_context(tracked.job.id, tracked.job.trace))
         try:
             await work
         except SQLAlchemyError as error:

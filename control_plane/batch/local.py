@@ -13,11 +13,11 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from common.contract import JobInput, Progress, Report
-from common.errors import DeadlineExceeded, DeviceFailed, ExportError, StorageFailed, WorkerLost
+from common.errors import RULES, DeadlineExceeded, DeviceFailed, ExportError, StorageFailed, WorkerLost
 from common.storage import Storage
 from control_plane.batch.slots import Kept, Plan, Work
 from handler.job import MANIFEST_ENDING, files_of, published, ref_of
-from handler.process import FATAL, ChildProcess
+from handler.process import ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run
 
 
@@ -85,7 +85,7 @@ class LocalSlot:
             done = True
         except ExportError as error:
             self.strikes = self.strikes + 1 if isinstance(error, DeviceFailed) else 0
-            if error.code in FATAL:
+            if RULES[error.retry].fresh:
                 await self.close()
             raise
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from common.contract import ErrorInfo, Wire
-from common.errors import Canceled, ExportError, StorageFailed, WorkerLost
+from common.errors import RULES, Canceled, ExportError, Retry, StorageFailed, WorkerLost
 from common.storage import Storage
 from control_plane.batch.board import Board
 from control_plane.batch.journal import Journal, Record
@@ -21,18 +21,12 @@ from control_plane.batch.slots import Kept, Plan, Slot, Work
 from control_plane.batch.sources import Graph, GraphSource, Payload
 from handler.job import ref_of
 
-ATTEMPTS = 2
-"""Of one graph, where another one may help."""
 STRIKES = 3
 """A slot that was at fault so often in a row takes no more graphs."""
 FETCHES = 2
 """Graphs that are fetched at once; as many as there are slots wait, fetched, beyond that."""
-PAUSE_SECONDS = 1.0
-"""Before a slot or a fetch that failed is tried again."""
-_NOT_ITS_FAULT = ("PLATFORM_UNAVAILABLE",)
-"""No attempt at the graph: it was not even begun, or nobody can tell."""
-_FRESH_START = ("INTERNAL", "OUT_OF_MEMORY")
-"""Not retryable elsewhere, but a child that has run other graphs may have left too little memory."""
+PAUSE_SECONDS = RULES[Retry.lost].batch.first_wait
+"""Before a slot that failed is tried again."""
 
 
 class Summary(Wire, kw_only=True):
@@ -145,15 +139,16 @@ class Batch:
                 self._changed.notify_all()
 
     async def _fetch(self, graph: Graph, folder: Path) -> Payload:
-        last = False
+        failed = 0
         while True:
             try:
                 return await asyncio.to_thread(self._fetch_into, graph, folder)
             except ExportError as error:
-                if last or not error.retryable:
+                failed += 1
+                tries = RULES[Retry.transient].batch
+                if not error.retryable or failed >= tries.most:
                     raise
-            last = True
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(tries.wait(failed))
 
     def _fetch_into(self, graph: Graph, folder: Path) -> Payload:
         try:
@@ -185,7 +180,6 @@ class Batch:
                 with self._board.running(slot.label, slot.device, work.graph) as tell:
                     keep = await slot.run(work, tell)
             except ExportError as error:
-                counted = counted and error.code not in _NOT_ITS_FAULT
                 await self._again(work, slot, error, counted=counted)
                 if slot.strikes >= STRIKES:
                     await self._retire(slot, error)
@@ -248,11 +242,11 @@ class Batch:
 
     async def _again(self, work: Work, slot: Slot, error: ExportError, *, counted: bool) -> None:
         """Back to the others, as the next one; or failed for good."""
+        counted = counted and error.retry is not Retry.later  # it was not even begun, or nobody can tell
         work.attempts += counted
         if isinstance(error, Canceled):
             error = WorkerLost(error.message)
-        helps = error.retryable or error.code in _FRESH_START
-        if counted and not (helps and work.attempts < ATTEMPTS):
+        if counted and work.attempts >= RULES[error.retry].batch.most:
             await self._end(work.graph, self._failure(work.graph, error, work=work, device=slot.device))
             return
         self._board.note(f"{work.graph.name}: again, after {error.message}")

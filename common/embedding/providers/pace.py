@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
+from common.errors import PROVIDER, PROVIDER_USELESS
+
 POLL_SECONDS = 0.05
 """Between looks at whether to stop."""
 FIRST_REQUESTS, MOST_REQUESTS = 4, 32
 """At once: at first, and ever."""
-LONGEST_WAIT = 60.0
+LONGEST_WAIT = PROVIDER.longest_wait
 """Seconds; a server that asks for more (OpenAI does when a day's allowance is spent) is asked again after these."""
 _SLOWER = 3.0
 """So many times the best seconds per token seen is a queue on the other side."""
@@ -27,11 +29,11 @@ _LETTERS = string.ascii_letters.encode()
 class Patience(NamedTuple):
     """How long to keep trying: the defaults suit an export; whoever waits for a search result wants less."""
 
-    tries: int = 8
-    """Of one request that fails for now; with the waits between, they outlast a limit that is counted by the minute."""
-    useless_answers: int = 2
-    """Of status 200 without the vectors that were asked for: each may cost money, and the next is seldom another."""
-    first_wait: float = 1.0
+    tries: int = PROVIDER.most
+    """Of one request that fails for now."""
+    useless_answers: int = PROVIDER_USELESS.most
+    """Of status 200 without the vectors that were asked for."""
+    first_wait: float = PROVIDER.first_wait
     """Seconds before the second try; twice as long before each further one, shortened by up to half at random."""
     total: float = 600.0
     """Seconds of one request with all its tries and waits."""
