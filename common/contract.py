@@ -306,6 +306,8 @@ class JobInput(msgspec.Struct, kw_only=True):
     """Stands in for what the payload does not say of its origin."""
     attempt: int = 1
     created_at: str | None = None
+    trace: str | None = None
+    """W3C ``traceparent`` of the request that made the job; the worker's log has it."""
     timeout_seconds: float | None = None
     """The worker gives up after so long, a little before the platform would."""
     links: dict[str, Links] = msgspec.field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +21,7 @@ from common.embedding.choice import Choice, Engines
 from common.embedding.engine import OpenEngines
 from common.embedding.port import Embedder
 from common.embedding.routing import check_question
+from common.errors import ExportError
 from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import open_storage
@@ -29,27 +30,44 @@ from control_plane.backends.legacy_vps import LegacyVps
 from control_plane.backends.port import Backend, Means
 from control_plane.backends.runpod_queue import RunpodQueue
 from control_plane.dashboard import dashboard_routes
-from control_plane.errors import to_response
+from control_plane.errors import QueueUnavailable, to_response
+from control_plane.exports.downloads import Downloads
 from control_plane.exports.hooks import hook_route
-from control_plane.exports.intake import Intake
+from control_plane.exports.intake import MAX_UPLOADS, Intake
 from control_plane.exports.routes import ExportController
 from control_plane.exports.search import ExportSearch
 from control_plane.exports.service import ExportService
 from control_plane.jobs.database import Database
+from control_plane.jobs.holds import Holds
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.notify import Notifier
 from control_plane.jobs.store import JobStore
 from control_plane.operations.auth import BearerAuth, caller_of
-from control_plane.operations.health import HealthController, metrics_route
+from control_plane.operations.disk import Disk
+from control_plane.operations.health import (
+    Figures,
+    Health,
+    HealthController,
+    Probes,
+    ended,
+    metrics_route,
+    watch_loop,
+)
 from control_plane.operations.http import cors, preflight_refusals, security_headers
 from control_plane.operations.limits import TokenBuckets
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
 from control_plane.operations.origins import Origins
 from control_plane.operations.profiles import Profiles
+from control_plane.operations.requests import Requests
 from control_plane.operations.retention import Retention
+from control_plane.operations.scrub import Scrub
+from control_plane.operations.shares import Shares
 from control_plane.operations.stats import StatsController
+from control_plane.operations.storage import CountedStorage
+from control_plane.operations.tracing import Tracing
+from control_plane.operations.watch import JobWatch
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
 from control_plane.reading.mcp_http import mcp_route
@@ -61,26 +79,41 @@ from handler.protocol import ChildConfig
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
+def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  # noqa: PLR0915 - one wire a line
     """The control plane over a prepared ``layout``; closing ``hub`` ends its open streams."""
     metrics = Metrics()
+    tracing = Tracing(settings.otlp_endpoint, replica=layout.replica())
+    hub.handed = metrics.event_lag.observe
     database = Database(settings.database_url)
     store = JobStore(database, hub, queue_capacity=settings.queue_capacity, replica=layout.replica())
-    storage = open_storage(layout.storage(settings))
-    pool = _worker_pool(settings, layout)
+    watch = JobWatch(store, metrics, tracing)
+    store.watch = watch.saw
+    storage = CountedStorage(open_storage(layout.storage(settings)), metrics)
+    pool = _worker_pool(settings, layout, metrics)
     profiles = Profiles.load(settings.profiles_file, settings)
     means = Means(settings, store, storage, layout, metrics)
+    disk = Disk(settings, metrics)
+    several = settings.keys_file is not None
+    holds = Holds(store)
+    downloads = Downloads(
+        storage,
+        store,
+        holds=holds,
+        metrics=metrics,
+        shares=Shares("downloads", settings.max_downloads, metrics, several=several),
+    )
     backend: Backend
     hooks: list[HTTPRouteHandler] = []
     if settings.backend_mode == "runpod_queue":
         queue = RunpodQueue(means, pool=pool, profiles=profiles)
         backend, hooks = queue, [hook_route(queue)]
     else:
-        backend = LegacyVps(means, pool=pool, profiles=profiles)
+        backend = LegacyVps(means, pool=pool, profiles=profiles, disk=disk)
     notifier = Notifier(database, hub, backend.wake)
     retention = Retention(settings, store, storage, layout, backend)
+    scrub = Scrub(settings, store, storage, layout, metrics)
     engines = OpenEngines(settings.engines(), storage)
-    artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes)
+    artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes, reading=holds.fetching)
     library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
     places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
     mcp = mcp_route(
@@ -88,15 +121,38 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         origins=Origins.of(settings),
         buckets=TokenBuckets(per_minute=settings.mcp_rate_limit_per_minute, burst=settings.mcp_rate_limit_burst),
     )
-    exports = ExportService(store, hub, storage, backend, max_streams=settings.max_streams)
+    probes = Probes(store, storage, layout, disk)
+    tasks: dict[str, asyncio.Task[None]] = {}
+    """That run as long as the server."""
+    health = Health(
+        {
+            "database": probes.database,
+            "root": probes.root,
+            "storage": probes.storage,
+            "disk": probes.disk,
+            "worker": _saying(lambda: backend.trouble),
+            "tasks": _saying(lambda: ended({**tasks, **notifier.tasks})),
+        },
+        notes={},
+    )
+    exports = ExportService(
+        store,
+        hub,
+        backend,
+        downloads=downloads,
+        streams=Shares("streams", settings.max_streams, metrics, several=several),
+    )
     parts: dict[str, Any] = {
         "store": store,
         "hub": hub,
         "layout": layout,
         "backend": backend,
-        "metrics": metrics,
+        "health": health,
+        "figures": Figures(
+            store, hub, metrics, disk, {"worker": lambda: backend.trouble, "disk": lambda: disk.trouble}
+        ),
         "exports": exports,
-        "search": ExportSearch(exports, library),
+        "search": ExportSearch(exports, library, holds),
         "intake": Intake(
             store,
             storage,
@@ -105,15 +161,25 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             checker=PayloadChecker(pool, metrics),
             profiles=profiles,
             metrics=metrics,
+            disk=disk,
+            uploads=Shares("uploads", MAX_UPLOADS, metrics, several=several, full=QueueUnavailable),
             capacity=settings.queue_capacity,
             max_bytes=settings.max_payload_bytes,
         ),
         "storage": storage,
+        "disk": disk,
     }
 
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         await database.migrate()
+        await store.end_damaged()
+        try:
+            await retention.recovery.all()
+        except ExportError as error:
+            if not layout.shared:  # what is not recovered would be removed
+                raise
+            log.warning("the storage cannot be listed yet", code=error.code, reason=error.message)
         removed = await asyncio.to_thread(
             layout.clear, in_flight=await store.in_flight(), completed=await store.completed()
         )
@@ -121,19 +187,25 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
         pool.start()
         await notifier.start()
         await backend.start()
-        sweeper = asyncio.create_task(retention.run())
+        loops = {"retention": retention.run(), "holds": holds.run(), "scrub": scrub.run(), "loop": watch_loop(metrics)}
+        tasks.update({name: asyncio.create_task(loop) for name, loop in loops.items()})
         try:
             yield
         finally:
-            sweeper.cancel()
+            for task in tasks.values():
+                task.cancel()
+            await health.close()
+            probes.close()
             hub.close()
             await backend.stop()
             await pool.close()
             await notifier.stop()
+            await watch.close()
             await database.close()
             artifacts.close()
             await asyncio.to_thread(library.close)
             await asyncio.to_thread(engines.close)
+            await asyncio.to_thread(tracing.close)
 
     app = Litestar(
         route_handlers=[
@@ -163,12 +235,13 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:
             security=[{"key": []}],
         ),
     )
+    app.asgi_handler = Requests(app.asgi_handler, metrics, tracing)
     # The framework leaves plain ASGI routes out.
     app.openapi_schema.paths = {**(app.openapi_schema.paths or {}), "/mcp": MCP}
     return app
 
 
-def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
+def _worker_pool(settings: Settings, layout: Layout, metrics: Metrics) -> WorkerPool:
     config = ChildConfig(
         parent_pid=os.getpid(),
         storage=layout.storage(settings),
@@ -176,13 +249,15 @@ def _worker_pool(settings: Settings, layout: Layout) -> WorkerPool:
         writer=settings.writer,
         memory_limit=settings.worker_memory_bytes,
         limits=GraphLimits(max_payload_bytes=settings.max_payload_bytes),
+        stage_seconds=settings.stage_seconds,
         choice=settings.choice(),
         models=settings.allowed_models(),
         # Where Runpod's workers embed, children here only check payloads and need no keys.
         engines=settings.engines() if settings.embeds_here else Engines(),
     )
     slots = settings.worker_slots if settings.backend_mode == "legacy_vps" else 0
-    return WorkerPool(config, slots + CHECKERS)
+    told = "legacy_vps" if slots else "checks"
+    return WorkerPool(config, slots + CHECKERS, started=metrics.cold_start.labels(told).observe)
 
 
 def _allowed(settings: Settings, opened: OpenEngines) -> Callable[[Choice], Embedder]:
@@ -193,6 +268,15 @@ def _allowed(settings: Settings, opened: OpenEngines) -> Callable[[Choice], Embe
         return opened.get(choice)
 
     return engine
+
+
+def _saying(trouble: Callable[[], str | None]) -> Callable[[], Awaitable[str | None]]:
+    """A check of what is known at once."""
+
+    async def said() -> str | None:
+        return trouble()
+
+    return said
 
 
 def _providing(part: Any) -> Provide:

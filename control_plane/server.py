@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
 import threading
 
+import msgspec
 import structlog
 import uvicorn
 from threadpoolctl import threadpool_limits
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from common.errors import InvalidRequest
 from common.settings import Settings
 from control_plane.app import create_app
+from control_plane.errors import body_of
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from handler.logs import log_as_json
@@ -25,6 +30,97 @@ LAST_SECONDS = 15
 """So long after it began a stop is over, whatever hangs: a database, say. Jobs are then driven on as after a crash."""
 
 
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request: its target and its header fields."""
+MAX_HEADERS = 100
+HEAD_SECONDS = 30.0
+PEER_SECONDS = 120
+_REFUSED_BODY = msgspec.json.encode(
+    body_of(InvalidRequest(f"A request may have {MAX_HEADERS} header fields, and {MAX_HEAD_BYTES:,} bytes of them."))
+)
+_HEAD_REFUSED = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
+    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_REFUSED_BODY), _REFUSED_BODY)
+)
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection, which nobody can hold open or fill without a request.
+
+    The parser of uvicorn bounds neither the head of a request nor the time for it. A head of more than ``MAX_HEAD_BYTES``
+    or ``MAX_HEADERS`` fields (the trailers of a body count too), or one that is not whole after ``HEAD_SECONDS``, ends
+    the connection.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._unread = self._head = 0
+        self._refused = False
+        self._late = self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._unread += len(data)  # what makes a whole field, a head, or some of a body sets it back
+        super().data_received(data)
+        if self._unread > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse()
+
+    def on_message_begin(self) -> None:
+        self._head = 0
+        self._late.cancel()
+        self._late = self._expect_head()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._head += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head += len(name) + len(value)
+        if self._head > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
+            self._refuse()
+        else:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._unread = 0
+        self._late.cancel()
+        if self._head > MAX_HEAD_BYTES:
+            self._refuse()
+        if not self._refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        if not self._refused:
+            super().on_message_complete()
+
+    def _expect_head(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(HEAD_SECONDS, self._too_late)
+
+    def _too_late(self) -> None:
+        self._refused = True
+        self.transport.close()
+
+    def _refuse(self) -> None:
+        if self._refused:
+            return
+        self._refused = True
+        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way
+            self.transport.write(_HEAD_REFUSED)
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
         super().__init__(config)
@@ -34,6 +130,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:
+                # Connections take this on: the kernel ends one whose peer has taken nothing for so long, be it gone or
+                # not reading. Closing it would wait for the peer.
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_SECONDS * 1000)
                 host, port = listening.getsockname()[:2]
                 name = f"[{host}]" if ":" in host else host
                 print(f"memvid-export listens on http://{name}:{port}", file=sys.stderr, flush=True)
@@ -65,9 +164,11 @@ def serve(settings: Settings) -> None:
     hub = EventHub()
     config = uvicorn.Config(
         create_app(settings, layout, hub),
+        http=BoundedHttp,
         host=settings.host,
         port=settings.port,
         access_log=False,
+        log_config=None,  # what it says goes into our log
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,

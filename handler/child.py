@@ -7,7 +7,6 @@ is the leader of a process group of its own and dies with its parent, and all th
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import queue
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import structlog
 
 from common.capsule.gate import Gate
 from common.contract import JobInput, Progress
@@ -31,6 +31,7 @@ from common.graph.model import ExportRequest
 from common.storage import open_storage
 from handler import claim
 from handler.job import read_payload, run_job
+from handler.logs import job_context, log_as_json
 from handler.protocol import (
     Check,
     Checked,
@@ -44,6 +45,8 @@ from handler.protocol import (
     Run,
     job_error,
 )
+
+log = structlog.get_logger()
 
 PR_SET_PDEATHSIG = 1
 NICE = 10
@@ -86,6 +89,11 @@ class Child:
 
     def serve(self, command: Command) -> bool:
         """Carry out one command; False if this process should not take another."""
+        structlog.contextvars.clear_contextvars()
+        job_id, trace = (
+            (command.job_id, command.trace) if isinstance(command, Check) else (command.job.job_id, command.job.trace)
+        )
+        structlog.contextvars.bind_contextvars(**job_context(job_id, trace))
         try:
             self.send(self._check(command) if isinstance(command, Check) else self._run(command))
         except DeviceFailed as error:
@@ -100,7 +108,7 @@ class Child:
             self.send(Failed(error=job_error(full)))
             return False
         except Exception:
-            logging.exception("the command failed")
+            log.exception("the command failed")
             unforeseen = ExportError("the worker failed in a way that nobody foresaw; its log has the story")
             self.send(Failed(error=job_error(unforeseen)))
             return False
@@ -198,6 +206,7 @@ def main() -> None:
     """Serve until the parent goes away."""
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ChildConfig)
     _die_with(config.parent_pid)
+    log_as_json()
     os.nice(NICE)
     out = os.dup(1)
     os.dup2(2, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 import structlog
 
@@ -20,7 +22,11 @@ MAX_RESTART_SECONDS = 30.0
 class WorkerPool:
     """``acquire`` gives a child to one user at a time, ``release`` takes it back."""
 
-    def __init__(self, config: ChildConfig, size: int) -> None:
+    def __init__(
+        self, config: ChildConfig, size: int, *, started: Callable[[float], None] = lambda _seconds: None
+    ) -> None:
+        """``started`` is told of each child that comes up, and how many seconds that took."""
+        self._started = started
         self._config = config
         self._size = size
         self._idle: list[ChildProcess] = []
@@ -100,6 +106,7 @@ class WorkerPool:
     async def _start(self, count: int) -> None:
         wait = RESTART_SECONDS
         while count:
+            began = time.perf_counter()
             try:
                 child = await ChildProcess.start(self._config)
             except (ExportError, OSError) as error:  # The machine may be short of processes, files or memory.
@@ -107,6 +114,7 @@ class WorkerPool:
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, MAX_RESTART_SECONDS)
                 continue
+            self._started(time.perf_counter() - began)
             count -= 1
             self._coming -= 1
             self._all.add(child)

@@ -23,6 +23,8 @@ class ChildConfig(msgspec.Struct, kw_only=True, frozen=True):
     writer: WriterName | None
     memory_limit: int
     """Bytes of private memory; more raises OutOfMemory."""
+    stage_seconds: float | None = None
+    """That a job may stay in one stage; longer raises DeadlineExceeded. None: no limit but the job's."""
     limits: GraphLimits
     choice: Choice = Choice()
     """What jobs embed that do not say so themselves."""
@@ -41,6 +43,8 @@ class Check(msgspec.Struct, tag="check", kw_only=True):
     payload_ref: str
     source: Source | None = None
     """Stands in for what the payload does not say."""
+    trace: str | None = None
+    """W3C ``traceparent`` of the request."""
 
 
 class Run(msgspec.Struct, tag="run", kw_only=True):

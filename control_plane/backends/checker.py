@@ -10,6 +10,7 @@ from common.contract import Source
 from common.errors import Canceled, OutOfMemory, PayloadTooLarge, WorkerLost
 from control_plane.errors import QueueUnavailable
 from control_plane.operations.metrics import Metrics
+from control_plane.operations.tracing import current
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import Check, Checked
@@ -36,7 +37,7 @@ class PayloadChecker:
     async def check(self, job_id: str, payload_ref: str, size: int, source: Source | None) -> Checked:
         """Let a child read a staged payload; it keeps what it read for the job of that id. ``source`` stands in for
         what the payload does not say."""
-        command = Check(job_id=job_id, payload_ref=payload_ref, source=source)
+        command = Check(job_id=job_id, payload_ref=payload_ref, source=source, trace=current().traceparent)
         turn = self._turns[size > LARGE_PAYLOAD]
         try:
             async with asyncio.timeout(TURN_SECONDS):

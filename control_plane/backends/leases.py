@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from common.errors import ExportError
 from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore
+from handler.logs import job_context
 
 log = structlog.get_logger()
 
@@ -52,6 +53,11 @@ class Leases:
             except SQLAlchemyError as error:
                 log.warning("leases lapse by themselves", exc_info=error)
 
+    @property
+    def alive(self) -> bool:
+        """Leases are renewed, as far as the database lets them."""
+        return self._task is not None and not self._task.done()
+
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
@@ -69,8 +75,9 @@ class Leases:
                 if job.id in self._driven():  # the clock went ahead between two renewals
                     continue
                 log.info("job taken over", job_id=job.id, attempt=job.attempt, status=job.status)
-                try:
-                    await self._adopted(job)
-                except ExportError as error:  # Nobody drives it: its lease lapses, and it is taken over again.
-                    log.warning("a job cannot be taken up yet", job_id=job.id, code=error.code, reason=error.message)
+                with structlog.contextvars.bound_contextvars(**job_context(job.id, job.trace)):
+                    try:
+                        await self._adopted(job)
+                    except ExportError as error:  # Nobody drives it: its lease lapses, and it is taken over again.
+                        log.warning("a job cannot be taken up yet", code=error.code, reason=error.message)
             own = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from email.message import Message
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import structlog
 from litestar.exceptions import HTTPException
@@ -28,14 +30,16 @@ from common.graph import base_name_of
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
-from control_plane.errors import QueueUnavailable
 from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord, NewJob
 from control_plane.jobs.store import JobStore
+from control_plane.operations.disk import Disk
 from control_plane.operations.keys import Caller
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.profiles import Profiles
+from control_plane.operations.shares import Shares
+from control_plane.operations.tracing import current
 from handler.protocol import Checked
 
 log = structlog.get_logger()
@@ -45,7 +49,11 @@ MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 MAX_UPLOADS = 64
 CHUNK_SECONDS = 60.0
 """A body that brings nothing for so long is given up."""
+UPLOAD_SECONDS = 3_600.0
+"""So long a whole body may take, which is 140 KB a second for the largest one."""
 PIECE = 1 << 20
+DIGESTS = ("Content-Digest", "Repr-Digest")
+_SHA256 = re.compile(r"(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/=]+):[ \t]*(?:,|$)")
 MAX_KEY = 255
 MAX_FILE_NAME = 255
 
@@ -63,6 +71,8 @@ class Intake:
         checker: PayloadChecker,
         profiles: Profiles,
         metrics: Metrics,
+        disk: Disk,
+        uploads: Shares,
         capacity: int,
         max_bytes: int,
     ) -> None:
@@ -74,38 +84,36 @@ class Intake:
         self._profiles = profiles
         self._admission = Admission(store, profiles, capacity=capacity)
         self._metrics = metrics
+        self._disk = disk
+        self._uploads = uploads
         self._max_bytes = max_bytes
-        self._uploads = 0
 
     async def accept(
         self, headers: Mapping[str, str], chunks: AsyncIterator[bytes], caller: Caller
     ) -> tuple[JobRecord, bool]:
         """Stage, check and queue a job of ``caller``; answers the job and whether it is a new one.
 
-        Raises InvalidRequest, PayloadTooLarge, UnsupportedMediaType, QueueUnavailable, StorageFailed.
+        Raises InvalidRequest, PayloadTooLarge, UnsupportedMediaType, QueueUnavailable, RateLimited, StorageFailed.
         """
         encoding = _encoding(headers)
         _check_content_type(headers)
         key = _idempotency_key(headers)
         source = _source(headers)
-        self._check_length(headers)
+        announced = _digests(headers)
+        self._disk.check(self._check_length(headers))
         await self._admission.check_any()
-        if self._uploads >= MAX_UPLOADS:
-            raise QueueUnavailable(f"{MAX_UPLOADS} uploads are running at once. Try again later.")
-        self._uploads += 1
-        try:
-            return await self._accept(chunks, encoding, key, source, caller)
-        finally:
-            self._uploads -= 1
+        with self._uploads.place(caller.client):
+            return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
 
     async def _accept(
-        self, chunks: AsyncIterator[bytes], encoding: str, key: str | None, source: Source | None, caller: Caller
+        self, upload: _Upload, key: str | None, source: Source | None, caller: Caller
     ) -> tuple[JobRecord, bool]:
         job_id = str(uuid.uuid4())
+        structlog.contextvars.bind_contextvars(job_id=job_id)
         ref = self._layout.payload_ref(job_id)
         path = self._layout.incoming / job_id
         try:
-            size, sha256 = await self._staged(path, chunks, encoding)
+            size, sha256 = await self._staged(path, upload)
             if key is not None and (first := await self._store.find_key(caller.client, key, sha256)) is not None:
                 return first, False
             checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
@@ -148,6 +156,7 @@ class Intake:
             profile=self._profiles.get(checked.profile).name,
             base_name=checked.base_name,
             client=caller.client,
+            trace=current().traceparent,
         )
 
     async def _give_up(self, job_id: str, ref: str) -> None:
@@ -158,14 +167,18 @@ class Intake:
             except ExportError as error:
                 log.warning("a payload stays until the next sweep", ref=ref, reason=error.message)
 
-    async def _staged(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
+    async def _staged(self, path: Path, upload: _Upload) -> tuple[int, str]:
         try:
-            return await self._write(path, chunks, encoding)
+            size, sha256 = await self._write(path, upload)
         except OSError as error:
             raise StorageFailed(f"The body cannot be kept: {error.strerror or error}.") from error
+        for name, value in upload.announced.items():
+            if value != sha256:
+                raise InvalidRequest(f"{name} does not fit the body: other bytes were sent than came here.", field=name)
+        return size, sha256
 
-    async def _write(self, path: Path, chunks: AsyncIterator[bytes], encoding: str) -> tuple[int, str]:
-        digest = hashlib.sha256()
+    async def _write(self, path: Path, upload: _Upload) -> tuple[int, str]:
+        encoding, digest = upload.encoding, hashlib.sha256()
         size, held = 0, bytearray()
 
         def flush(file: BinaryIO, data: bytearray) -> None:
@@ -173,12 +186,13 @@ class Intake:
             digest.update(data)
 
         with await asyncio.to_thread(path.open, "xb") as file:
-            async for chunk in _timed(chunks):
+            async for chunk in _timed(upload.chunks):
                 size += len(chunk)
                 held += chunk
                 if size > self._max_bytes:
                     raise self._too_large()
                 if len(held) >= PIECE:
+                    self._disk.check()
                     full, held = held, bytearray()
                     if size == len(full):
                         _check_magic(full, encoding)
@@ -190,24 +204,40 @@ class Intake:
             raise InvalidRequest("The body is empty; it must be a graph with nodes and relationships.", field="$")
         return size, digest.hexdigest()
 
-    def _check_length(self, headers: Mapping[str, str]) -> None:
+    def _check_length(self, headers: Mapping[str, str]) -> int:
+        """What the body announces to have, 0 where it does not say. Raises PayloadTooLarge."""
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._max_bytes:
+        size = int(length) if length.isdecimal() else 0
+        if size > self._max_bytes:
             raise self._too_large()
+        return size
 
     def _too_large(self) -> PayloadTooLarge:
+        self._metrics.refused.labels("payload_bytes").inc()
         limit = self._max_bytes
         return PayloadTooLarge(f"The body may have at most {limit:,} bytes.", field="$", limit=limit)
 
 
+class _Upload(NamedTuple):
+    """A body on its way."""
+
+    chunks: AsyncIterator[bytes]
+    encoding: str
+    announced: dict[str, str]
+    """SHA-256 (hex) by the header that announces it."""
+
+
 async def _timed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     iterator = aiter(chunks)
+    ends = asyncio.get_running_loop().time() + UPLOAD_SECONDS
     while True:
         try:
-            async with asyncio.timeout(CHUNK_SECONDS):
+            async with asyncio.timeout(min(CHUNK_SECONDS, ends - asyncio.get_running_loop().time())) as patience:
                 chunk = await anext(iterator, None)
         except TimeoutError as error:
-            raise InvalidRequest(f"The body brought nothing for {CHUNK_SECONDS:.0f} seconds.", field="$") from error
+            late = (patience.when() or 0.0) >= ends
+            what = f"is not there after {UPLOAD_SECONDS:.0f}" if late else f"brought nothing for {CHUNK_SECONDS:.0f}"
+            raise InvalidRequest(f"The body {what} seconds.", field="$") from error
         except HTTPException as error:
             raise InvalidRequest("The body ended before its announced length.", field="$") from error
         if chunk is None:
@@ -222,6 +252,24 @@ def _encoding(headers: Mapping[str, str]) -> str:
             "Content-Encoding must be gzip, zstd or identity.", field="Content-Encoding", allowed=["gzip", "zstd"]
         )
     return encoding
+
+
+def _digests(headers: Mapping[str, str]) -> dict[str, str]:
+    """What ``Content-Digest`` and ``Repr-Digest`` (RFC 9530) announce: both are of the body as it is sent, compressed
+    or not. Raises InvalidRequest for one without a SHA-256."""
+    found = {}
+    for name in DIGESTS:
+        if (given := headers.get(name)) is None:
+            continue
+        match = _SHA256.search(given)
+        try:
+            digest = base64.b64decode(match[1], validate=True) if match else b""
+        except ValueError:
+            digest = b""
+        if len(digest) != hashlib.sha256().digest_size:
+            raise InvalidRequest(f"{name} must be sha-256=:<SHA-256 of the body in base64>:", field=name)
+        found[name] = digest.hex()
+    return found
 
 
 def _check_content_type(headers: Mapping[str, str]) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 
 from litestar.types import Receive, Scope, Send
 
-from control_plane.errors import RateLimited
+from control_plane.exports.downloads import finish, sent
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.hub import Channel, EventHub, Line, line_of
 from control_plane.jobs.records import TERMINAL, JobRecord
 from control_plane.jobs.store import JobStore
+from control_plane.operations.shares import Shares
 
 PING = b": ping\n\n"
 PING_SECONDS = 1.5
 """The contract promises one every 2 s; a busy loop may be late."""
 PAGE = 500
+SEND_SECONDS = 60.0
+"""A client that has not read what was sent before by then is cut off: at most 500 events of at most a few KB each."""
+STREAM_SECONDS = 6 * 3_600.0
+"""Then a stream ends, between two events."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -31,6 +37,7 @@ async def lines(store: JobStore, hub: EventHub, job: JobRecord, since: int) -> A
     stream late and no more.
     """
     async with hub.listen(job.id) as channel:
+        opened = time.time()
         position, behind = min(since, job.last_seq), True
         while not channel.closed:
             page = _in_memory(channel, position)
@@ -42,6 +49,10 @@ async def lines(store: JobStore, hub: EventHub, job: JobRecord, since: int) -> A
                     behind = True
             if page:
                 position = page[-1].seq
+                now = time.time()
+                for line in page:
+                    if line.at >= opened:  # what is older was waited for by nobody here
+                        hub.handed(now - line.at)
                 yield b"".join(line.data for line in page)
                 if page[-1].last:
                     return
@@ -84,34 +95,33 @@ async def with_pings(source: AsyncGenerator[bytes, None], hub: EventHub) -> Asyn
 
 
 class EventStream:
-    """An ASGI answer that sends the lines of a job until they end or the client goes."""
+    """An ASGI answer that sends the lines of a job until they end, the client goes or reads nothing, or the time of
+    one stream is over: then the client asks again with ``Last-Event-ID``."""
 
-    def __init__(self, store: JobStore, hub: EventHub, job: JobRecord, since: int, *, max_streams: int) -> None:
-        if hub.listeners >= max_streams:
-            raise RateLimited(f"{max_streams:,} event streams are open; poll the events instead, or try again later.")
-        self._lines = with_pings(lines(store, hub, job, since), hub)
+    def __init__(self, store: JobStore, hub: EventHub, job: JobRecord, since: int, shares: Shares) -> None:
+        self._store = store
+        self._hub = hub
+        self._job = job
+        self._since = since
+        self._shares = shares
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait([sender, watcher], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            watcher.cancel()
-            sender.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
-            await self._lines.aclose()
-        if not sender.cancelled():
-            sender.result()
-
-    async def _send(self, send: Send) -> None:
-        async for data in self._lines:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        """Answer one request. Raises RateLimited before anything is sent."""
+        with self._shares.place(scope["auth"].client):
+            events = with_pings(lines(self._store, self._hub, self._job, self._since), self._hub)
+            try:
+                await finish(
+                    asyncio.create_task(_send(events, send)), receive, None, "event stream", job_id=self._job.id
+                )
+            finally:
+                await events.aclose()
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _send(events: AsyncGenerator[bytes, None], send: Send) -> None:
+    ends = asyncio.get_running_loop().time() + STREAM_SECONDS
+    await sent(send, {"type": "http.response.start", "status": 200, "headers": HEADERS}, SEND_SECONDS)
+    async for data in events:
+        await sent(send, {"type": "http.response.body", "body": data, "more_body": True}, SEND_SECONDS)
+        if asyncio.get_running_loop().time() >= ends:
+            break
+    await sent(send, {"type": "http.response.body", "body": b"", "more_body": False}, SEND_SECONDS)

@@ -13,6 +13,7 @@ from common.contract import Artifact, InputReport, Job, JobCreated, JobMetadata,
 from common.errors import InvalidRequest
 from control_plane.jobs.records import TERMINAL, JobRecord, iso
 from control_plane.jobs.store import now_ms
+from handler.logs import trace_id_of
 
 
 def created_view(job: JobRecord) -> JobCreated:
@@ -39,7 +40,7 @@ def job_view(job: JobRecord) -> Job:
         stage_progress=job.stage_progress,
         elapsed_ms=max(0, (job.finished_at or now_ms()) - job.created_at),
         last_event_seq=job.last_seq,
-        message=job.message,
+        message=f"The files of this export are damaged: {job.damage}" if _is_damaged(job) else job.message,
         created_at=iso(job.created_at),
         updated_at=iso(job.updated_at),
         artifact=_artifact(job),
@@ -59,13 +60,14 @@ def job_view(job: JobRecord) -> Job:
     )
 
 
-def trace_id_of(traceparent: str) -> str | None:
-    """The trace id in a W3C ``traceparent``; None where there is none."""
-    return traceparent.split("-")[1] if traceparent else None
+def _is_damaged(job: JobRecord) -> bool:
+    return job.status == "completed" and job.damage is not None
 
 
 def _artifact(job: JobRecord) -> Artifact | None:
     if job.status != "completed" or job.output is None or job.manifest is None or job.expires_at is None:
+        return None
+    if _is_damaged(job):
         return None
     url = f"/v1/exports/{job.id}"
     first = job.manifest.parts[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 
 import msgspec
 
@@ -22,12 +24,15 @@ class Line(msgspec.Struct, frozen=True):
     data: bytes
     last: bool
     """Nothing follows."""
+    at: float
+    """When it was committed, or about to be where another replica wrote it; seconds since 1970."""
 
 
-def line_of(event: Event) -> Line:
-    """The event in the form of an event stream: LF only, an empty line at the end."""
+def line_of(event: Event, at: float | None = None) -> Line:
+    """The event in the form of an event stream: LF only, an empty line at the end. ``at``: when it was committed, where
+    that is known."""
     data = b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), msgspec.json.encode(event))
-    return Line(event.seq, data, event.type in TERMINAL_EVENTS)
+    return Line(event.seq, data, event.type in TERMINAL_EVENTS, at or datetime.fromisoformat(event.ts).timestamp())
 
 
 class Channel:
@@ -71,6 +76,10 @@ class Channel:
         return True
 
 
+def _unseen(_seconds: float) -> None:
+    """Nobody measures."""
+
+
 class EventHub:
     """Channels of the jobs that someone listens to."""
 
@@ -80,12 +89,15 @@ class EventHub:
         self.listeners = 0
         self.changes = 0
         """Grows with every event that ends a job, and with all that other replicas tell."""
+        self.handed: Callable[[float], None] = _unseen
+        """Is told how many seconds after its commit each event was handed to a stream that was open by then."""
 
     def publish(self, job_id: str, events: Sequence[Event]) -> None:
         """Hand committed events to the listeners of a job."""
         self.changes += any(event.type in TERMINAL_EVENTS for event in events)
         if channel := self._channels.get(job_id):
-            channel.add([line_of(event) for event in events])
+            now = time.time()
+            channel.add([line_of(event, now) for event in events])
 
     def reaches(self, job_id: str, seq: int) -> None:
         """Tell the listeners of a job that its log in the database has events up to ``seq``."""

@@ -73,6 +73,11 @@ class Notifier:
         self._missed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def tasks(self) -> dict[str, asyncio.Task[None]]:
+        """That run as long as the server."""
+        return {f"notifier {number}": task for number, task in enumerate(self._tasks)}
+
     async def start(self) -> None:
         """Listen from now on; a database that is away is tried again and again."""
         loops = [self._look(), *([self._listen(), self._send()] if self._database.postgres else [])]
