@@ -16,6 +16,9 @@ use crate::error::{At, Error, Result};
 
 /// Largest text of one frame that is decompressed (memvid's own bound is 256 MiB).
 const MAX_FRAME_BYTES: u64 = 256 * 1024 * 1024;
+/// Longest entry of the table of contents; without a bound a damaged length is allocated before its bytes are looked
+/// for, and an allocation that fails ends the process.
+const MAX_ENTRY_BYTES: usize = 256 * 1024 * 1024;
 
 pub struct CapsuleReader {
     path: PathBuf,
@@ -270,7 +273,8 @@ impl Entries<'_> {
     fn next<T: DeserializeOwned>(&mut self) -> std::result::Result<T, String> {
         let config = bincode::config::standard()
             .with_fixed_int_encoding()
-            .with_little_endian();
+            .with_little_endian()
+            .with_limit::<MAX_ENTRY_BYTES>();
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let (value, length) =
             bincode::serde::decode_from_slice(rest, config).map_err(|err| err.to_string())?;
@@ -290,6 +294,15 @@ impl Entries<'_> {
         }
         others.extend(0u64.to_le_bytes());
         others.extend(&self.bytes[self.at..]);
-        Toc::decode(&others).map_err(|err| err.to_string())
+        // Not Toc::decode, which has no bound.
+        let mut rest = Entries {
+            bytes: &others,
+            at: 0,
+        };
+        let toc = rest.next()?;
+        match others.len() - rest.at {
+            0 => Ok(toc),
+            more => Err(format!("{more} bytes follow the table of contents")),
+        }
     }
 }
