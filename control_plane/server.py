@@ -47,9 +47,9 @@ _HEAD_REFUSED = (
 class BoundedHttp(HttpToolsProtocol):
     """One connection, which nobody can hold open or fill without a request.
 
-    The parser of uvicorn bounds neither the head of a request nor the time for it. A head of more than ``MAX_HEAD_BYTES``
-    or ``MAX_HEADERS`` fields (the trailers of a body count too), or one that is not whole after ``HEAD_SECONDS``, ends
-    the connection.
+    The parser of uvicorn bounds neither the head of a request nor the time for it. A head of more than
+    ``MAX_HEAD_BYTES`` or ``MAX_HEADERS`` fields (the trailers of a body count too), or one that is not whole after
+    ``HEAD_SECONDS``, ends the connection.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

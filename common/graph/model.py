@@ -22,6 +22,8 @@ class GraphLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes after decompression."""
     max_ratio: int = 200
     """Decompressed to received bytes, looked at from 16 MiB on: graphs of code stay under 40."""
+    max_members: int = 100_000
+    """Of gzip, or frames of zstd, one after the other; tools that write blocks take 64 KiB of text or more for each."""
     max_depth: int = 64
     """Levels of JSON inside one property."""
     max_nodes: int = 2_000_000

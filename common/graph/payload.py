@@ -92,13 +92,15 @@ class Payload:
     def _inflate(
         self, first: bytes, received: Iterator[bytes], name: str, slice_size: int, new: _NewDecompressor
     ) -> Iterator[bytes]:
-        inflater = new()
+        inflater, members = new(), 1
         for chunk in _chain(first, received):
             for start in range(0, len(chunk), slice_size):
                 data = chunk[start : start + slice_size]
                 while data:
                     if inflater.eof:
-                        inflater = new()
+                        inflater, members = new(), members + 1
+                        if members > self._limits.max_members:
+                            raise _too_large(f"{name} stream", self._limits.max_members, "members")
                     try:
                         piece = inflater.decompress(data)
                     except (zlib.error, zstandard.ZstdError) as error:

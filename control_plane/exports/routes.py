@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from litestar import Controller, HttpMethod, Request, Response, delete, get, post, route
+from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
@@ -24,6 +25,8 @@ from control_plane.reading.ask import MAX_CAPSULES
 from control_plane.reading.search import MAX_QUERY_CHARS
 
 MAX_DIGITS = 18
+PAYLOAD_SHA256 = "X-Payload-SHA256"
+"""Of the 202 answer: the SHA-256 (hex) of the body as it came."""
 
 _OBJECT = Schema(type=OpenAPIType.OBJECT)
 _RELATIONSHIPS = Schema(
@@ -115,6 +118,7 @@ def _file(media_type: str) -> dict[int, ResponseSpec]:
         "JOB_EXPIRED",
         "ARTIFACT_MISSING",
         "RANGE_NOT_SATISFIABLE",
+        "RATE_LIMITED",
         "STORAGE_FAILED",
     )
     return {200: whole, 206: part, 304: same, **errors}
@@ -132,11 +136,17 @@ class ExportController(Controller):
         operation_class=_CreateOperation,
         operation_id="createExport",
         summary="Queue an export",
+        response_headers=[
+            ResponseHeader(
+                name=PAYLOAD_SHA256, description="SHA-256 (hex) of the body as it came.", documentation_only=True
+            )
+        ],
         responses=_errors(
             "INVALID_EXPORT_REQUEST",
             "PAYLOAD_TOO_LARGE",
             "UNSUPPORTED_MEDIA_TYPE",
             "QUEUE_UNAVAILABLE",
+            "RATE_LIMITED",
             "STORAGE_FAILED",
         ),
     )
@@ -145,6 +155,7 @@ class ExportController(Controller):
         request: Request[Any, Any, Any],
         intake: Intake,
         caller: Caller,
+        *,
         idempotency_key: Annotated[
             str | None, Parameter(header="Idempotency-Key", description="A retry with it returns the first job.")
         ] = None,
@@ -152,10 +163,18 @@ class ExportController(Controller):
             str | None,
             Parameter(header="Content-Disposition", description="The file's name, for a graph that names no source."),
         ] = None,
+        content_digest: Annotated[
+            str | None,
+            Parameter(
+                header="Content-Digest",
+                description="`sha-256=:<base64>:` of the body as it is sent (RFC 9530); other bytes are refused.",
+            ),
+        ] = None,
     ) -> Response[JobCreated]:
         """The answer comes when the graph has been read and is safe on disk."""
         job, new = await intake.accept(request.headers, request.stream(), caller)
-        headers = {"Location": f"/v1/exports/{job.id}"} | ({} if new else {"Idempotent-Replayed": "true"})
+        headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256}
+        headers |= {} if new else {"Idempotent-Replayed": "true"}
         return Response(created_view(job), status_code=202, headers=headers)
 
     @get(operation_id="listExports", summary="List exports, newest first", responses=_errors("INVALID_EXPORT_REQUEST"))

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from typing import Final, NamedTuple, cast, get_args
-
-import anyio
-import structlog
 
 from common.contract import SearchAnswer, SearchHit
 from common.errors import CapsuleUnreadable, InvalidRequest
 from common.sidecar.open import Scope
-from control_plane.errors import ArtifactMissing, IndexBuildInProgress, SemanticUnavailable, TimedOut
+from control_plane.errors import ArtifactMissing, SemanticUnavailable
 from control_plane.exports.service import ExportService
+from control_plane.jobs.holds import Holds
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
 from control_plane.reading.ask import AWAY, MAX_CAPSULES, Found, Names, check_scope, find, prepared
-from control_plane.reading.library import Library, was_ended
+from control_plane.reading.library import Library
+from control_plane.reading.questions import Questions
 from control_plane.reading.search import MAX_QUERY_CHARS, Hit, Mode
 
-THREADS = 4
-"""Questions answered at once; others wait their turn, and no longer than they may take."""
-SECONDS = 20.0
-"""How long an answer may take, and how long a question waits for its turn."""
 MAX_HITS = 200
 MAX_FILTERS = 50
 """Labels, or types, of one question."""
 MAX_FILTER_CHARS = 4096
 MODES: Final = get_args(Mode)
-
-log = structlog.get_logger()
 
 
 class Question(NamedTuple):
@@ -50,10 +42,10 @@ class Question(NamedTuple):
 class ExportSearch:
     """Answers questions over exports in a few threads of its own."""
 
-    def __init__(self, exports: ExportService, library: Library) -> None:
+    def __init__(self, exports: ExportService, library: Library, holds: Holds) -> None:
         self._exports = exports
-        self._library = library
-        self._threads = anyio.CapacityLimiter(THREADS)
+        self._holds = holds
+        self._questions = Questions(library)
 
     async def search(self, caller: Caller, job_id: str, question: Question) -> SearchAnswer:
         """The nodes of exports that fit a question.
@@ -65,24 +57,12 @@ class ExportSearch:
         jobs: dict[str, JobRecord] = {}
         for found in dict.fromkeys([job_id, *question.also]):
             jobs[found], _ = await self._exports.finished(caller, found)
-        answer: SearchAnswer | None = None
-        with anyio.move_on_after(SECONDS):  # while it waits for a thread; one that runs ends by its own clock
-            answer = await anyio.to_thread.run_sync(self._answer, jobs, question, limiter=self._threads)
-        if answer is None:
-            raise TimedOut("Too many questions are asked at once; try again.")
-        return answer
+        async with self._holds.reading(jobs.values()):
+            return await self._questions.ask(self._answer, jobs, question)
 
     def _answer(self, jobs: dict[str, JobRecord], question: Question) -> SearchAnswer:
         try:
             found = self._find(jobs, question)
-        except sqlite3.DatabaseError as error:
-            if was_ended(error):
-                raise TimedOut("The answer took too long; ask with fewer words, or of fewer exports.") from error
-            # A sidecar that turns out to be damaged is built anew for the next question.
-            log.warning("damaged sidecar", jobs=list(jobs), exc_info=error)
-            for job in jobs.values():
-                self._library.discard(job)
-            raise IndexBuildInProgress("The index of an export is damaged and is built anew; ask again.") from error
         except CapsuleUnreadable as error:
             raise ArtifactMissing(f"The files of an export cannot be read: {error.message}") from error
         except AWAY as error:
@@ -103,9 +83,7 @@ class ExportSearch:
             community=question.community or None,
             types=tuple(question.types),
         )
-        with self._library.lease_all(jobs) as capsules:
-            for _, capsule in capsules:
-                capsule.allow(SECONDS)
+        with self._questions.opened(jobs) as capsules:
             check_scope([capsule.sidecar for _, capsule in capsules], scope, Names())
             mode = cast(Mode, question.mode)
             return find(prepared(capsules, mode), question.query, mode=mode, limit=question.limit, scope=scope)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from collections.abc import Mapping
 
 from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report, Status
 from common.errors import InvalidRequest
-from common.storage import Storage
 from control_plane.backends.port import Backend
 from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired, JobNotFound
-from control_plane.exports.downloads import Artifact, Download
+from control_plane.exports.downloads import Artifact, Download, Downloads
 from control_plane.exports.stream import EventStream
 from control_plane.exports.views import cursor_of, job_view, parse_cursor, report_view
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.keys import Caller
+from control_plane.operations.shares import Shares
 from handler.job import ref_of
 
 MAX_EVENTS = 2_000
@@ -27,12 +25,14 @@ MAX_PAGE = 200
 class ExportService:
     """Reads jobs, cancels them, hands out their files."""
 
-    def __init__(self, store: JobStore, hub: EventHub, storage: Storage, backend: Backend, *, max_streams: int) -> None:
+    def __init__(
+        self, store: JobStore, hub: EventHub, backend: Backend, *, downloads: Downloads, streams: Shares
+    ) -> None:
         self._store = store
         self._hub = hub
-        self._storage = storage
         self._backend = backend
-        self._max_streams = max_streams
+        self._downloads = downloads
+        self._streams = streams
 
     async def record(self, caller: Caller, job_id: str) -> JobRecord:
         """One job. Raises JobNotFound, for a job of another client too: nothing tells the two apart."""
@@ -63,9 +63,9 @@ class ExportService:
         return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=job_view(job))
 
     async def stream(self, caller: Caller, job_id: str, since: int) -> EventStream:
-        """The event stream of a job. Raises JobNotFound, RateLimited."""
+        """The event stream of a job. Raises JobNotFound."""
         job = await self.record(caller, job_id)
-        return EventStream(self._store, self._hub, job, since, max_streams=self._max_streams)
+        return EventStream(self._store, self._hub, job, since, self._streams)
 
     async def cancel(self, caller: Caller, job_id: str) -> Job:
         """Cancel a job that has not ended; one that has answers as it is."""
@@ -81,6 +81,9 @@ class ExportService:
         job = await self.record(caller, job_id)
         # What was counted before the 202 stands in the first event.
         first = await self._store.events(job_id, 0, 1)
+        if job.status == "completed" and job.output is None:
+            what = job.damage or "its record is damaged"
+            raise ArtifactMissing(f"There is no report of this export: {what}.", damage=what)
         return report_view(job, first[0].meta if first else {})
 
     async def download(self, caller: Caller, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
@@ -90,48 +93,45 @@ class ExportService:
             raise InvalidRequest(f"part must be 1 to {len(manifest.parts)}.", field="part", allowed=len(manifest.parts))
         found = manifest.parts[part - 1]
         artifact = Artifact(
-            self._ref(job, found.file_name), found.file_name, "application/octet-stream", found.size_bytes, found.sha256
+            "capsule",
+            self._ref(job, found.file_name),
+            found.file_name,
+            "application/octet-stream",
+            found.size_bytes,
+            found.sha256,
         )
-        return await Download.prepare(
-            self._storage, artifact, headers, {"X-Capsule-Part": f"{part}/{len(manifest.parts)}"}
-        )
+        return Download(self._downloads, job, artifact, headers, {"X-Capsule-Part": f"{part}/{len(manifest.parts)}"})
 
     async def sidecar(self, caller: Caller, job_id: str, headers: Mapping[str, str]) -> Download:
         """The SQLite index."""
         job, manifest = await self.finished(caller, job_id)
         name = manifest.sidecar_file_name
         artifact = Artifact(
+            "sidecar",
             self._ref(job, name),
             name,
             "application/vnd.sqlite3",
             manifest.sidecar_size_bytes,
             manifest.sidecar_sha256,
         )
-        return await Download.prepare(self._storage, artifact, headers, {})
+        return Download(self._downloads, job, artifact, headers)
 
     async def manifest(self, caller: Caller, job_id: str, headers: Mapping[str, str]) -> Download:
         """The manifest, byte by byte as it was published."""
         job, manifest = await self.finished(caller, job_id)
         assert job.output is not None
-        ref = job.output.manifest_ref
-        size, sha256 = await asyncio.to_thread(self._hash, ref)
         name = f"{manifest.parts[0].file_name}.manifest.json"
-        return await Download.prepare(self._storage, Artifact(ref, name, "application/json", size, sha256), headers, {})
-
-    def _hash(self, ref: str) -> tuple[int, str]:
-        size = self._storage.size(ref)
-        if size is None:
-            raise ArtifactMissing("The manifest of this export is not where it should be.")
-        digest = hashlib.sha256()
-        for piece in self._storage.read(ref, 0, size):
-            digest.update(piece)
-        return size, digest.hexdigest()
+        artifact = Artifact("manifest", job.output.manifest_ref, name, "application/json", 0, "")
+        return Download(self._downloads, job, artifact, headers)
 
     async def finished(self, caller: Caller, job_id: str) -> tuple[JobRecord, Manifest]:
-        """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady."""
+        """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady, ArtifactMissing."""
         job = await self.record(caller, job_id)
         if job.status == "expired" or (job.expires_at is not None and job.expires_at <= now_ms()):
             raise JobExpired("The files of this export were removed after their time.")
+        if job.status == "completed" and (job.damage is not None or job.manifest is None):
+            what = job.damage or "its record is damaged"
+            raise ArtifactMissing(f"The files of this export cannot be given out: {what}.", damage=what)
         if job.status != "completed" or job.manifest is None:
             state = {"failed": "The export failed", "canceled": "The export was canceled"}.get(job.status)
             raise ArtifactNotReady(f"{state or 'The export is not finished yet'}; there is nothing to download.")

@@ -25,6 +25,7 @@ SECURITY = {
 REQUEST_HEADERS = [
     "Authorization",
     "Content-Type",
+    "Content-Digest",
     "Content-Disposition",
     "Content-Encoding",
     "Idempotency-Key",
@@ -87,6 +88,7 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
             "Repr-Digest",
             "Retry-After",
             "X-Capsule-Part",
+            "X-Payload-SHA256",
             "X-RateLimit-Limit",
             "X-RateLimit-Remaining",
             "X-RateLimit-Reset",

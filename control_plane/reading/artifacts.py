@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -35,10 +35,13 @@ class _File(NamedTuple):
 class _Copy:
     """The copy of one export: the sidecar and the manifest first, the capsule's parts when one is asked for."""
 
-    def __init__(self, folder: Path, prefix: str, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, job: JobRecord) -> None:
+        assert job.output is not None
+        assert job.manifest is not None
         self.folder = folder
-        self.prefix = prefix
-        self.manifest = manifest
+        self.job = job
+        self.prefix = job.output.artifact_ref.rpartition("/")[0] + "/"
+        self.manifest = manifest = job.manifest
         self.path = folder / manifest.parts[0].file_name
         self.sidecar = [_File(manifest.sidecar_file_name, manifest.sidecar_size_bytes, manifest.sidecar_sha256)]
         self.parts = [_File(part.file_name, part.size_bytes, part.sha256) for part in manifest.parts]
@@ -55,9 +58,11 @@ class Held:
     whole: ClassVar[bool] = True
     """Whether the parts of the capsule are there without being waited for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, published: Manifest | None = None) -> None:
         self.path = path
         """The first part of the capsule, with its manifest and sidecar beside it."""
+        self.published = published
+        """What the job's record says of them; None for a file that is no job's, and for files that were compared."""
         self.mark = path
         """A file that is there; another one as soon as the capsule is another one."""
 
@@ -98,9 +103,18 @@ class Artifacts:
     held. They do not outlive the process: what lies in the folder at the start is removed.
     """
 
-    def __init__(self, storage: Storage, folder: Path, capacity_bytes: int) -> None:
-        """``folder`` is for the copies alone, which together have at most ``capacity_bytes``."""
+    def __init__(
+        self,
+        storage: Storage,
+        folder: Path,
+        capacity_bytes: int,
+        *,
+        reading: Callable[[JobRecord], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """``folder`` is for the copies alone, which together have at most ``capacity_bytes``; ``reading`` keeps the
+        files of an export in the store for as long as its context lasts."""
         self._storage = storage
+        self._reading = reading
         self._folder = folder
         self._capacity = capacity_bytes
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
@@ -131,7 +145,7 @@ class Artifacts:
         IndexBuildInProgress. Raises CapsuleUnreadable, StorageFailed and TimedOut too.
         """
         if path := _in_place(place):
-            yield Held(path)
+            yield Held(path, place.manifest if isinstance(place, JobRecord) else None)
             return
         assert isinstance(place, JobRecord)
         with self._lock:
@@ -179,9 +193,7 @@ class Artifacts:
             raise IndexBuildInProgress("The files of this export are being fetched; ask again in a moment.") from error
 
     def _new_copy(self, job: JobRecord) -> _Copy:
-        assert job.output is not None
-        assert job.manifest is not None
-        return _Copy(self._folder / job.id, job.output.artifact_ref.rpartition("/")[0] + "/", job.manifest)
+        return _Copy(self._folder / job.id, job)
 
     def _make_room(self, copy: _Copy, size: int) -> None:
         if copy.size + size > self._capacity:
@@ -204,9 +216,11 @@ class Artifacts:
         temporary = copy.folder.with_name(f".{copy.folder.name}.{what}")
         try:
             temporary.mkdir()
-            for file in files:
-                ref = ref_of(copy.prefix, file.name)
-                self._storage.local(ref, temporary, size=file.size, sha256=file.sha256).rename(temporary / file.name)
+            with self._reading(copy.job):
+                for file in files:
+                    ref = ref_of(copy.prefix, file.name)
+                    fetched = self._storage.local(ref, temporary, size=file.size, sha256=file.sha256)
+                    fetched.rename(temporary / file.name)
             if what == "sidecar":
                 (temporary / f"{copy.path.name}.manifest.json").write_bytes(msgspec.json.encode(copy.manifest))
                 temporary.rename(copy.folder)
