@@ -54,7 +54,7 @@ from control_plane.operations.health import (
     metrics_route,
     watch_loop,
 )
-from control_plane.operations.http import cors, preflight_refusals, security_headers
+from control_plane.operations.http import allowed_methods, cors, preflight_refusals, security_headers
 from control_plane.operations.limits import TokenBuckets
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
@@ -93,7 +93,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     profiles = Profiles.load(settings.profiles_file, settings)
     means = Means(settings, store, storage, layout, metrics)
     disk = Disk(settings, metrics)
-    several = settings.keys_file is not None
+    several = bool(settings.keys or settings.keys_file)
     holds = Holds(store)
     downloads = Downloads(
         storage,
@@ -181,7 +181,10 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
                 raise
             log.warning("the storage cannot be listed yet", code=error.code, reason=error.message)
         removed = await asyncio.to_thread(
-            layout.clear, in_flight=await store.in_flight(), completed=await store.completed()
+            layout.clear,
+            in_flight=await store.in_flight(),
+            completed=await store.completed(),
+            kept=await store.kept_payloads(),
         )
         log.info("server starts", replica=store.replica, backend=backend.name, stray_files_removed=removed)
         pool.start()
@@ -221,7 +224,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         | {"caller": Provide(caller_of, sync_to_thread=False)},
         middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
         exception_handlers={Exception: to_response},
-        before_send=[security_headers, preflight_refusals],
+        before_send=[security_headers, preflight_refusals, allowed_methods],
         cors_config=cors(settings.cors_origins),
         lifespan=[lifespan, mcp.lifespan],
         logging_config=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import msgspec
 from litestar import Controller, HttpMethod, Request, Response, delete, get, post, route
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
@@ -13,9 +14,10 @@ from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import Parameter
 from litestar.types import ASGIApp
 
-from common.contract import EventPage, Job, JobCreated, JobPage, Report, SearchAnswer, Status
+from common.contract import EventPage, EventType, Job, JobCreated, JobPage, Manifest, Report, SearchAnswer, Status
 from common.errors import InvalidRequest
-from control_plane.exports.intake import CONTENT_TYPES, Intake
+from common.graph.model import GraphLimits
+from control_plane.exports.intake import CONTENT_TYPES, MAX_KEY, Intake
 from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
@@ -29,6 +31,7 @@ PAYLOAD_SHA256 = "X-Payload-SHA256"
 """Of the 202 answer: the SHA-256 (hex) of the body as it came."""
 
 _OBJECT = Schema(type=OpenAPIType.OBJECT)
+_NAME = Schema(type=OpenAPIType.STRING, min_length=1, max_length=GraphLimits().max_id_chars)
 _RELATIONSHIPS = Schema(
     type=OpenAPIType.ARRAY,
     min_items=1,
@@ -37,9 +40,9 @@ _RELATIONSHIPS = Schema(
         required=["sourceId", "targetId", "type"],
         properties={
             "id": Schema(type=OpenAPIType.STRING),
-            "sourceId": Schema(type=OpenAPIType.STRING),
-            "targetId": Schema(type=OpenAPIType.STRING),
-            "type": Schema(type=OpenAPIType.STRING),
+            "sourceId": _NAME,
+            "targetId": _NAME,
+            "type": _NAME,
             "confidence": Schema(type=OpenAPIType.NUMBER),
         },
     ),
@@ -61,8 +64,8 @@ _GRAPH = Schema(
                 type=OpenAPIType.OBJECT,
                 required=["id", "label"],
                 properties={
-                    "id": Schema(type=OpenAPIType.STRING),
-                    "label": Schema(type=OpenAPIType.STRING),
+                    "id": _NAME,
+                    "label": _NAME,
                     "properties": _OBJECT,
                 },
             ),
@@ -74,9 +77,21 @@ _GRAPH = Schema(
     },
 )
 _SEQ = {"type": OpenAPIType.INTEGER, "minimum": 0, "default": 0}
+_KEY = {"min_length": 1, "max_length": MAX_KEY, "pattern": "^[ -~]+$"}
+_PART = {"minimum": 1}
 _MODE = {"enum": list(MODES)}
 _LIMIT = {"minimum": 1, "maximum": MAX_HITS}
 _BINARY = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
+
+
+class _SentEvent(msgspec.Struct):
+    """What the fields of a server-sent event hold."""
+
+    id: str
+    """The number of the event."""
+    event: EventType
+    data: str
+    """The event, as JSON."""
 
 
 @dataclass
@@ -107,8 +122,10 @@ def _errors(*codes: str) -> dict[int, ResponseSpec]:
     return error_specs("UNAUTHORIZED", *codes, "INTERNAL")
 
 
-def _file(media_type: str) -> dict[int, ResponseSpec]:
-    whole = ResponseSpec(data_container=bytes, media_type=media_type, description="The file", generate_examples=False)
+def _file(media_type: str, whole_as: type = bytes) -> dict[int, ResponseSpec]:
+    whole = ResponseSpec(
+        data_container=whole_as, media_type=media_type, description="The file", generate_examples=False
+    )
     part = ResponseSpec(data_container=bytes, media_type=media_type, description="A range", generate_examples=False)
     same = ResponseSpec(data_container=None, description="Not changed", generate_examples=False)
     errors = _errors(
@@ -157,7 +174,10 @@ class ExportController(Controller):
         caller: Caller,
         *,
         idempotency_key: Annotated[
-            str | None, Parameter(header="Idempotency-Key", description="A retry with it returns the first job.")
+            str | None,
+            Parameter(
+                header="Idempotency-Key", schema_extra=_KEY, description="A retry with it returns the first job."
+            ),
         ] = None,
         content_disposition: Annotated[
             str | None,
@@ -230,9 +250,9 @@ class ExportController(Controller):
         summary="Events of an export as they come",
         responses={
             200: ResponseSpec(
-                data_container=str,
+                data_container=_SentEvent,
                 media_type="text/event-stream",
-                description="Server-sent events; the stream ends after the terminal one",
+                description="Server-sent events like this; the stream ends after the terminal one",
                 generate_examples=False,
             ),
             **_errors("JOB_NOT_FOUND", "INVALID_EXPORT_REQUEST", "RATE_LIMITED"),
@@ -267,7 +287,7 @@ class ExportController(Controller):
         exports: ExportService,
         caller: Caller,
         job_id: str,
-        part: Annotated[int, Parameter(description="Which file of a capsule in several parts")] = 1,
+        part: Annotated[int, Parameter(schema_extra=_PART, description="Which file of a capsule in several parts")] = 1,
     ) -> ASGIApp:
         """Ranges, validators and digests are given."""
         return await exports.download(caller, job_id, part, request.headers)
@@ -290,7 +310,7 @@ class ExportController(Controller):
         http_method=[HttpMethod.GET, HttpMethod.HEAD],
         operation_id=lambda _route, method, _path: f"{method.lower()}Manifest",
         summary="The capsule's manifest",
-        responses=_file("application/json"),
+        responses=_file("application/json", Manifest),
     )
     async def manifest(
         self, request: Request[Any, Any, Any], exports: ExportService, caller: Caller, job_id: str

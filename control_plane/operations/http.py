@@ -7,7 +7,8 @@ from litestar import HttpMethod
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import MutableScopeHeaders
 from litestar.enums import ScopeType
-from litestar.status_codes import HTTP_400_BAD_REQUEST
+from litestar.routes import HTTPRoute
+from litestar.status_codes import HTTP_204_NO_CONTENT, HTTP_400_BAD_REQUEST
 from litestar.types import Message, Scope
 
 from common.errors import InvalidRequest
@@ -57,6 +58,17 @@ async def preflight_refusals(message: Message, scope: Scope) -> None:
         scope["state"][_PREFLIGHT_REFUSED] = True
     elif message["type"] == "http.response.body" and scope["state"].get(_PREFLIGHT_REFUSED):
         message["body"] = _REFUSED
+
+
+async def allowed_methods(message: Message, scope: Scope) -> None:
+    """Name all methods of a path: where several handlers have it, the framework names those of the first two."""
+    if scope["type"] != ScopeType.HTTP or scope["method"] != HttpMethod.OPTIONS:
+        return
+    if message["type"] == "http.response.start" and message["status"] == HTTP_204_NO_CONTENT:
+        headers = MutableScopeHeaders.from_message(message)
+        for route in scope["litestar_app"].routes:
+            if isinstance(route, HTTPRoute) and route.path == scope["path_template"] and "allow" in headers:
+                headers["Allow"] = ", ".join(sorted(route.methods))
 
 
 async def security_headers(message: Message, _scope: Scope) -> None:
