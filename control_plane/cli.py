@@ -524,13 +524,28 @@ def _tally(counts: Mapping[str, int] | None) -> str | None:
 
 
 @app.command()
-def verify(capsule: Capsule, json: JsonFlag = False) -> None:
-    """Check a capsule, its sidecar and its manifest: hashes, structure, and reads through memvid-sdk."""
+def verify(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="CAPSULE", help="A .mv2 file, a folder, file:///folder/ or s3://bucket/prefix/."),
+    ],
+    json: JsonFlag = False,
+) -> None:
+    """Check a capsule, its sidecar and its manifest: hashes, structure, and reads through memvid-sdk.
+
+    In a folder or a bucket, every capsule is compared with its manifest, byte by byte; one that has none is read
+    through memvid-sdk. A bucket is reached as boto3 is told (AWS_…).
+    """
     from common.errors import GateFailed
     from control_plane.reading.inspect import verify as check
+    from control_plane.reading.verify import single
     from control_plane.terminal import Show
 
+    capsule = single(place)
     with Show(json=json) as show:
+        if capsule is None:
+            _verify_all(place, show)
+            return
         checks = []
         for found in check(capsule):
             checks.append(found)
@@ -539,6 +554,29 @@ def verify(capsule: Capsule, json: JsonFlag = False) -> None:
     wrong = [found.name for found in checks if not found.ok]
     if wrong:
         raise GateFailed(f"{capsule.name} is not whole: {', '.join(wrong)}")
+
+
+def _verify_all(place: str, show: Show) -> None:
+    from common.errors import GateFailed
+    from common.settings import Settings
+    from control_plane.reading.verify import Sum, verify_all
+
+    total = Sum()
+    settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
+    words = {"whole": "ok    ", "damaged": "WRONG ", "stray": "stray "}
+    for found in verify_all(place, settings, lambda name: show.amount(f"Reading {name}")):
+        total.add(found)
+        show.data(found)
+        read = f"{found.files} files, {found.size_bytes / 1e6:.1f} MB"
+        told = "; ".join(found.problems) or ("no manifest; memvid-sdk reads it" if not found.manifest else read)
+        show.result(f"{words[found.state]} {found.ref}{': ' + told if found.state != 'stray' else ''}")
+    show.data(total)
+    show.result(
+        f"{total.capsules:,} capsules, {total.size_bytes / 1e6:,.1f} MB: {total.capsules - total.damaged:,} whole, "
+        f"{total.damaged:,} damaged; {total.without_manifest:,} without a manifest, {total.strays:,} strays"
+    )
+    if total.damaged:
+        raise GateFailed(f"{total.damaged:,} of {total.capsules:,} capsules are damaged")
 
 
 @app.command()

@@ -234,7 +234,7 @@ def verify(capsule: Path) -> Iterator[Check]:
             yield _same_hash(f"manifest: {path.name}", path, part.sha256)
         yield _same_hash(f"manifest: {files.sidecar_path.name}", files.sidecar_path, files.manifest.sidecar_sha256)
     for path in files.parts:
-        yield _read_through_memvid(path, exact=files.manifest is None or files.manifest.writer == "native")
+        yield read_through_memvid(path, exact=files.manifest is None or files.manifest.writer == "native")
     yield _same_sidecar(files)
 
 
@@ -247,7 +247,9 @@ def _same_hash(name: str, path: Path, expected: str) -> Check:
     return Check(name=name, ok=same, detail=f"sha256 {found}" if same else f"sha256 {found}, expected {expected}")
 
 
-def _read_through_memvid(path: Path, *, exact: bool) -> Check:
+def read_through_memvid(path: Path, *, exact: bool) -> Check:
+    """Frames and vectors of one file as memvid-sdk reads them; ``exact`` also all its checksums. Raises
+    CapsuleUnreadable."""
     with CapsuleReader(path) as reader, Gate() as gate:
         if exact:
             try:
