@@ -61,6 +61,13 @@ class WorkerSettings(BaseModel):
         validation_alias="MEMVID_EXPORT_WORKER_MEMORY_BYTES",
         description="a number of bytes, at least 268435456",
     )
+    stage_seconds: float = Field(
+        1_800,
+        gt=0,
+        le=7 * 86_400,
+        validation_alias="MEMVID_EXPORT_STAGE_SECONDS",
+        description="a number of seconds a stage of a job may take",
+    )
     max_payload_bytes: int = Field(
         500_000_000, ge=1, validation_alias="MEMVID_EXPORT_MAX_PAYLOAD_BYTES", description="a number of bytes"
     )
@@ -379,8 +386,13 @@ class Settings(WorkerSettings):
 
     api_key: SecretStr | None = None
     """A key that may do everything; with ``--dev`` there may be no key at all."""
+    api_key_file: Path | None = Field(
+        None, validation_alias="MEMVID_EXPORT_API_KEY_FILE", description="a text file that can be read"
+    )
+    """Where that key came from; read again when it changes."""
     keys: str = Field(
         "",
+        repr=False,
         validation_alias="MEMVID_EXPORT_KEYS",
         description="the text of a keys file (TOML), where there is no MEMVID_EXPORT_KEYS_FILE",
     )
@@ -526,13 +538,6 @@ class Settings(WorkerSettings):
         GIB, ge=0, validation_alias="MEMVID_EXPORT_DISK_FLOOR_BYTES", description="a number of bytes, at least 0"
     )
     """With less free on a disk that exports are written to, no new ones are taken."""
-    stage_seconds: float = Field(
-        1_800,
-        gt=0,
-        le=7 * 86_400,
-        validation_alias="MEMVID_EXPORT_STAGE_SECONDS",
-        description="a number of seconds a stage of a job may take",
-    )
     scrub_seconds: float = Field(
         86_400,
         ge=0,
@@ -639,6 +644,11 @@ class Settings(WorkerSettings):
         return value
 
     @property
+    def asks_for_key(self) -> bool:
+        """Requests need a key."""
+        return bool(self.api_key or self.keys or self.keys_file)
+
+    @property
     def embeds_here(self) -> bool:
         """Engines run on this machine, not on Runpod's."""
         return self.backend_mode == "legacy_vps"
@@ -652,6 +662,19 @@ class Settings(WorkerSettings):
     def port(self) -> int:
         """The port to listen on; 0 takes a free one."""
         return int(self.bind_addr.rpartition(":")[2])
+
+    @staticmethod
+    def read_key_file(path: Path) -> str:
+        """The key in ``MEMVID_EXPORT_API_KEY_FILE``. Raises InvalidSettings."""
+        name = "MEMVID_EXPORT_API_KEY_FILE"
+        try:
+            key = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSettings(f"{name} must be a text file that can be read", field=name) from error
+        if not key:
+            raise InvalidSettings(f"{name} must hold the key; the file is empty", field=name)
+        _check_api_key(key)
+        return key
 
     @classmethod
     def read(cls, env: Mapping[str, str], *, dev: bool = False) -> Self:
@@ -699,26 +722,28 @@ def _read_key(given: Mapping[str, str], *, dev: bool) -> str | None:
             field="MEMVID_EXPORT_API_KEY",
         )
     if file:
-        try:
-            key = Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidSettings(
-                "MEMVID_EXPORT_API_KEY_FILE must be a text file that can be read", field="MEMVID_EXPORT_API_KEY_FILE"
-            ) from error
-        if not key:
-            raise InvalidSettings(
-                "MEMVID_EXPORT_API_KEY_FILE must hold the key; the file is empty", field="MEMVID_EXPORT_API_KEY_FILE"
-            )
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        key = Settings.read_key_file(Path(file))
+    if key:
+        _check_api_key(key)
+    named = "MEMVID_EXPORT_KEYS" in given, "MEMVID_EXPORT_KEYS_FILE" in given
+    if all(named):
         raise InvalidSettings(
-            "MEMVID_EXPORT_API_KEY must be printable ASCII without spaces", field="MEMVID_EXPORT_API_KEY"
+            "MEMVID_EXPORT_KEYS and MEMVID_EXPORT_KEYS_FILE are both set; set one of them", field="MEMVID_EXPORT_KEYS"
         )
-    if not key and not dev:
+    if not key and not any(named) and not dev:
         raise InvalidSettings(
-            "MEMVID_EXPORT_API_KEY must be set (or MEMVID_EXPORT_API_KEY_FILE); only `serve --dev` runs without a key",
+            "MEMVID_EXPORT_API_KEY must be set (or MEMVID_EXPORT_API_KEY_FILE, MEMVID_EXPORT_KEYS_FILE); "
+            "only `serve --dev` runs without a key",
             field="MEMVID_EXPORT_API_KEY",
         )
     return key
+
+
+def _check_api_key(key: str) -> None:
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise InvalidSettings(
+            "MEMVID_EXPORT_API_KEY must be printable ASCII without spaces", field="MEMVID_EXPORT_API_KEY"
+        )
 
 
 def _host_url(value: str) -> str:

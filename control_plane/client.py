@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import os
+import tempfile
 import time
 import uuid
 import zlib
@@ -195,15 +196,22 @@ class ExportClient:
             magic = file.read(4)
         encoding = "zstd" if magic == b"\x28\xb5\x2f\xfd" else "gzip"
         compress = encoding == "gzip" and magic[:2] != b"\x1f\x8b"
-        headers = {
-            "Content-Type": "application/x-ndjson" if ".ndjson" in graph.name else "application/json",
-            "Content-Encoding": encoding,
-            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(os.fsencode(graph.name))}",
-            "Idempotency-Key": str(uuid.uuid4()),
-        }
-        answer = self._send(
-            "POST", "/v1/exports", headers=headers, content=lambda: _upload(graph, compress=compress, on_bytes=on_bytes)
-        )
+        with tempfile.TemporaryFile() if compress else graph.open("rb") as body:
+            if compress:
+                _compress(graph, body)
+            digest = _sha256_of(body)
+            headers = {
+                "Content-Type": "application/x-ndjson" if ".ndjson" in graph.name else "application/json",
+                "Content-Encoding": encoding,
+                "Content-Digest": f"sha-256=:{base64.b64encode(digest.digest()).decode()}:",
+                "Content-Disposition": f"attachment; filename*=UTF-8''{quote(os.fsencode(graph.name))}",
+                "Content-Length": str(body.tell()),
+                "Idempotency-Key": str(uuid.uuid4()),
+            }
+            total = graph.stat().st_size
+            answer = self._send("POST", "/v1/exports", headers=headers, content=lambda: _upload(body, total, on_bytes))
+        if answer.headers.get("X-Payload-SHA256", digest.hexdigest()) != digest.hexdigest():
+            raise StorageFailed(f"{self._url} says that it got other bytes than were sent", url=self._url)
         return msgspec.json.decode(answer.content, type=JobCreated)
 
     def job(self, job_id: str) -> Job:
@@ -378,18 +386,36 @@ class ExportClient:
         raise kind(f"{said.message} ({said.code})", **details)
 
 
-def _upload(graph: Path, *, compress: bool, on_bytes: Callable[[int, int], None]) -> Iterator[bytes]:
-    total = graph.stat().st_size
-    deflate = zlib.compressobj(6, zlib.DEFLATED, 31) if compress else None
-    sent = 0
+def _sha256_of(body: BinaryIO) -> hashlib._Hash:
+    """Of all of it; the file is then at its end."""
+    digest = hashlib.sha256()
+    body.seek(0)
+    while chunk := body.read(_CHUNK):
+        digest.update(chunk)
+    return digest
+
+
+def _compress(graph: Path, to: BinaryIO) -> None:
+    """The same graph as gzip, in a file: so its length and its hash are known before the first byte is sent. Raises
+    StorageFailed where there is no room for it."""
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 31)
     with graph.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            sent += len(chunk)
-            if out := deflate.compress(chunk) if deflate else chunk:
-                yield out
-            on_bytes(sent, total)
-    if deflate:
-        yield deflate.flush()
+        try:
+            while chunk := file.read(_CHUNK):
+                to.write(deflate.compress(chunk))
+            to.write(deflate.flush())
+            to.flush()
+        except OSError as error:
+            raise StorageFailed(f"{graph.name} cannot be compressed: {error.strerror or error}") from error
+
+
+def _upload(body: BinaryIO, total: int, on_bytes: Callable[[int, int], None]) -> Iterator[bytes]:
+    """The body from its start, as often as it is asked for; ``on_bytes`` hears of as large a share of ``total``."""
+    size = body.seek(0, os.SEEK_END)
+    body.seek(0)
+    while chunk := body.read(_CHUNK):
+        yield chunk
+        on_bytes(total * body.tell() // size, total)
 
 
 def _plain(name: str) -> str:
