@@ -284,6 +284,23 @@ def serve(
 
 
 @app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the copy goes; a file there is replaced.")],
+    json: JsonFlag = False,
+) -> None:
+    """Copy the job store (SQLite) of this machine's server, which may run; settings come from the environment."""
+    from common.settings import Settings
+    from control_plane.operations.backup import backup as copy
+    from control_plane.terminal import Show
+
+    settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
+    with Show(json=json) as show:
+        size = copy(settings.database_url, file, show.amount("Copying pages"))
+        show.data({"file": str(file), "sizeBytes": size})
+        show.result(f"{file}: {size / 1e6:.1f} MB, integrity checked")
+
+
+@app.command()
 def scale(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The profiles file; MEMVID_EXPORT_PROFILES_FILE by default.")
