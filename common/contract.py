@@ -132,8 +132,14 @@ class JobMetadata(Wire, kw_only=True):
     backend: str
     trace_id: str | None = None
     """Of the request that made it; logs and traces have it."""
+    attempts: int = 0
+    """How often a worker took it."""
     retry_of: str | None = None
     """The failed job that this one does again."""
+    retried_by: str | None = None
+    """The job that does this failed one again."""
+    retry_until: str | None = None
+    """A failed job can be started again until then: so long its payload is kept."""
     payload_sha256: str
     runpod_job_id: str | None = None
     payload_ref: str | None = None
@@ -185,6 +191,30 @@ class EventPage(Wire, kw_only=True):
     events: list[Event]
     next_seq: int
     status_snapshot: Job
+
+
+class AuditRecord(Wire, kw_only=True):
+    """What somebody did."""
+
+    at: str
+    key: str | None
+    """The key's name; None where no key was known."""
+    client: str | None
+    address: str
+    action: str
+    outcome: str
+    """``ok``, or the code of an error."""
+    count: int
+    """How often: what comes again within a minute is counted."""
+    job_id: str | None
+    trace_id: str | None
+
+
+class AuditPage(Wire, kw_only=True):
+    """A page of the audit log, newest first; ``nextCursor`` is None at the end."""
+
+    entries: list[AuditRecord]
+    next_cursor: str | None
 
 
 class ErrorInfo(Wire, kw_only=True):

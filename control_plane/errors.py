@@ -17,6 +17,8 @@ from control_plane.operations.tracing import current
 
 log = structlog.get_logger()
 
+ERROR_CODE = "error_code"
+"""Where the state of a request has the code of the error that it was answered with."""
 RETRY_AFTER_SECONDS = 5
 """Where an error does not say it better in ``details['retryAfterSeconds']``."""
 
@@ -98,6 +100,20 @@ class ArtifactMissing(ExportError):
     retry = Retry.never
 
 
+class JobNotFailed(ExportError):
+    """Only an export that has failed is started again."""
+
+    code = "JOB_NOT_FAILED"
+    retry = Retry.never
+
+
+class PayloadGone(ExportError):
+    """The payload of a failed export is not kept any more."""
+
+    code = "PAYLOAD_GONE"
+    retry = Retry.never
+
+
 class RangeNotSatisfiable(ExportError):
     """The range lies outside the file; ``details['size']`` says how long it is."""
 
@@ -167,6 +183,8 @@ STATUS: dict[str, int] = {
     "JOB_EXPIRED": 410,
     "ARTIFACT_NOT_READY": 409,
     "ARTIFACT_MISSING": 410,
+    "JOB_NOT_FAILED": 409,
+    "PAYLOAD_GONE": 410,
     "RANGE_NOT_SATISFIABLE": 416,
     "RATE_LIMITED": 429,
     "QUEUE_UNAVAILABLE": 503,
@@ -203,7 +221,7 @@ def headers_of(error: ExportError) -> dict[str, str]:
     if error.retryable and status_of(error) in (429, 503):
         headers = {"Retry-After": str(error.details.get("retryAfterSeconds", RETRY_AFTER_SECONDS))}
         if isinstance(error, QuotaReached):
-            headers[QUOTA_HEADERS[error.details["quota"]]] = f"limit={error.details['limit']}, remaining=0"
+            headers[QUOTA_HEADERS[str(error.details["quota"])]] = f"limit={error.details['limit']}, remaining=0"
         return headers
     if error.code == "UNAUTHORIZED":
         return {"WWW-Authenticate": "Bearer"}
@@ -219,6 +237,7 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[E
         trace_id = current().trace
         log.error("request failed", exc_info=error)
         known = ExportError("Something went wrong on our side; the log has it under this trace id.", traceId=trace_id)
+    request.scope["state"][ERROR_CODE] = known.code
     headers = headers_of(known)
     if isinstance(error, HTTPException) and error.headers:
         headers |= {name: value for name, value in error.headers.items() if name.lower() == "allow"}

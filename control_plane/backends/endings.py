@@ -152,10 +152,20 @@ class Endings:
         meta = {"code": told.code, "retryable": told.retryable}
         event = NewEvent("job_failed", step("failed", 0, told.message, meta))
         error_text = msgspec.json.encode(told).decode()
-        if await self._settle(job, "failed", event, error=error_text, error_code=told.code):
-            await self.remove_files(job.id)
+        # Whatever it failed of, its payload is kept: a setting may be mended, and somebody may want to look at it.
+        until = now_ms() + self._settings.retention_seconds * 1000
+        expires_at = None if isinstance(error, ObjectMissing) and not await self._has_payload(job) else until
+        values = {"error": error_text, "error_code": told.code, "expires_at": expires_at}
+        if await self._settle(job, "failed", event, **values):
+            await self._remove(self._layout.job_prefix(job.id))
         else:
             await self._now_gone(job, "failed")
+
+    async def _has_payload(self, job: JobRecord) -> bool:
+        try:
+            return await asyncio.to_thread(self._storage.size, job.payload_ref) is not None
+        except ExportError:
+            return True  # as far as anybody knows
 
     async def remove_files(self, job_id: str) -> None:
         """Remove payload and artifacts of a job."""

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from email.message import Message
@@ -22,6 +23,7 @@ from common.errors import (
     InvalidRef,
     InvalidRequest,
     ObjectMissing,
+    PayloadMismatch,
     PayloadTooLarge,
     StorageFailed,
     UnsupportedMediaType,
@@ -30,10 +32,11 @@ from common.graph import base_name_of
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
+from control_plane.errors import JobNotFailed, PayloadGone
 from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
-from control_plane.jobs.records import JobRecord, NewJob
-from control_plane.jobs.store import JobStore
+from control_plane.jobs.records import NO_QUOTA, JobRecord, NewJob
+from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.disk import Disk
 from control_plane.operations.keys import Caller
 from control_plane.operations.metrics import Metrics
@@ -100,10 +103,95 @@ class Intake:
         key = _idempotency_key(headers)
         source = _source(headers)
         announced = _digests(headers)
-        self._disk.check(self._check_length(headers))
+        await asyncio.to_thread(self._disk.check, self._check_length(headers))
         await self._admission.check_any()
         with self._uploads.place(caller.client):
             return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
+
+    async def retry(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
+        """Queue a failed job once more, as a new job with the same payload, of the same client; answers that job and
+        whether it is new: a job is done again once.
+
+        Raises JobNotFailed, PayloadGone, QueueUnavailable, RateLimited, StorageFailed.
+        """
+        if (first := await self._store.retry_of(job.id)) is not None:
+            return first, False
+        if job.status != "failed":
+            raise JobNotFailed(f"Only an export that has failed is started again; this one is {job.status}.")
+        if job.expires_at is None or job.expires_at <= now_ms():
+            raise PayloadGone("The payload of this export is not kept any more; send the graph again.")
+        self._disk.check(job.payload_size)
+        await self._admission.check_any()
+        await self._admission.check(self._profiles.of_job(job.profile))
+        with self._uploads.place(caller.client):
+            return await self._again(job, caller)
+
+    async def _again(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
+        job_id = str(uuid.uuid4())
+        ref = self._layout.payload_ref(job_id)
+        folder = self._layout.incoming / job_id
+        try:
+            try:
+                found = await asyncio.to_thread(self._fetched, job, folder)
+            except (ObjectMissing, PayloadMismatch) as error:
+                if (first := await self._store.retry_of(job.id)) is not None:  # who asked at the same time was quicker
+                    return first, False
+                log.error("a kept payload is of no use", code=error.code, reason=error.message)
+                await self._store.let_go(job_id=job.id)
+                raise PayloadGone("The payload of this export is damaged or gone; send the graph again.") from error
+            staged = await self._put(found, ref, job.payload_sha256)
+            begun = await self._store.events(job.id, 0, 1)  # what was counted before its 202 stands there
+            record, new = await self._store.create(
+                NewJob(
+                    id=job_id,
+                    backend=self._backend.name,
+                    weight=job.weight,
+                    session_id=job.session_id,
+                    project_name=job.project_name,
+                    payload_ref=staged.ref,
+                    payload_sha256=staged.sha256,
+                    payload_size=staged.size,
+                    message="Queued once more, after an export that failed",
+                    meta={**(begun[0].meta if begun else {}), "retryOf": job.id},
+                    profile=job.profile,
+                    base_name=job.base_name,
+                    client=job.client,
+                    trace=current().traceparent,
+                    retry_of=job.id,
+                ),
+                quota=caller.quota if caller.client == job.client else NO_QUOTA,
+                entry=caller.did("export.retry", job_id),
+            )
+        except BaseException:
+            await asyncio.shield(self._give_up(job_id, ref))
+            raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        # The payload is the new job's from now on; what cannot be removed now is swept as a stray.
+        await self._remove(self._layout.payload_ref(job.id) if new else ref)
+        if new:
+            self._metrics.accepted.inc()
+            self._backend.wake()
+        return record, new
+
+    def _fetched(self, job: JobRecord, folder: Path) -> Path:
+        """A file in ``folder`` with the payload of a job, its hash compared; what is stored stays where it is."""
+        path = folder / "payload"
+        try:
+            folder.mkdir()
+            found = self._storage.local(job.payload_ref, folder, size=job.payload_size, sha256=job.payload_sha256)
+            if found.is_relative_to(folder):
+                return found
+            try:
+                path.hardlink_to(found)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(found, path)
+        except OSError as error:
+            raise StorageFailed(f"The payload cannot be copied: {error.strerror or error}.") from error
+        except (AccessDenied, InvalidRef) as error:
+            log.error("the storage does not give a payload", code=error.code, reason=error.message)
+            raise StorageFailed("The storage does not give the payload now. Try again later.") from error
+        return path
 
     async def _accept(
         self, upload: _Upload, key: str | None, source: Source | None, caller: Caller
@@ -119,7 +207,12 @@ class Intake:
             checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
             await self._admission.check(self._profiles.get(checked.profile))
             staged = await self._put(path, ref, sha256)
-            record, new = await self._store.create(self._new_job(job_id, staged, checked, caller), key)
+            record, new = await self._store.create(
+                self._new_job(job_id, staged, checked, caller),
+                key,
+                quota=caller.quota,
+                entry=caller.did("export.create", job_id),
+            )
         except BaseException:
             await asyncio.shield(self._give_up(job_id, ref))
             raise
@@ -131,6 +224,15 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    async def quota_headers(self, caller: Caller) -> dict[str, str]:
+        """How many jobs the client may have by each quota of its key, and how many more."""
+        used = await self._store.quota_used(caller.client, caller.quota)
+        return {
+            name: f"limit={limit}, remaining={max(0, limit - count)}"
+            for name, limit, count in zip(QUOTA_HEADERS.values(), caller.quota, used, strict=True)
+            if limit is not None and count is not None
+        }
 
     async def _put(self, path: Path, ref: str, sha256: str) -> Stored:
         try:
@@ -162,10 +264,13 @@ class Intake:
     async def _give_up(self, job_id: str, ref: str) -> None:
         # A request that was cut off while its job was being recorded may have made it all the same.
         if await self._store.get(job_id) is None:
-            try:
-                await asyncio.to_thread(self._storage.delete, ref)
-            except ExportError as error:
-                log.warning("a payload stays until the next sweep", ref=ref, reason=error.message)
+            await self._remove(ref)
+
+    async def _remove(self, ref: str) -> None:
+        try:
+            await asyncio.to_thread(self._storage.delete, ref)
+        except ExportError as error:
+            log.warning("a payload stays until the next sweep", ref=ref, reason=error.message)
 
     async def _staged(self, path: Path, upload: _Upload) -> tuple[int, str]:
         try:
@@ -182,6 +287,7 @@ class Intake:
         size, held = 0, bytearray()
 
         def flush(file: BinaryIO, data: bytearray) -> None:
+            self._disk.check(len(data))
             file.write(data)
             digest.update(data)
 
@@ -192,7 +298,6 @@ class Intake:
                 if size > self._max_bytes:
                     raise self._too_large()
                 if len(held) >= PIECE:
-                    self._disk.check()
                     full, held = held, bytearray()
                     if size == len(full):
                         _check_magic(full, encoding)

@@ -21,8 +21,9 @@ from control_plane.exports.intake import CONTENT_TYPES, MAX_KEY, Intake
 from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
+from control_plane.operations.auth import AUDITED, EXPORT, FOLLOW, NEEDS, READ
 from control_plane.operations.keys import Caller
-from control_plane.operations.openapi import error_specs
+from control_plane.operations.openapi import REFUSALS, error_specs
 from control_plane.reading.ask import MAX_CAPSULES
 from control_plane.reading.search import MAX_QUERY_CHARS
 
@@ -119,7 +120,7 @@ def _since(text: str) -> int:
 
 
 def _errors(*codes: str) -> dict[int, ResponseSpec]:
-    return error_specs("UNAUTHORIZED", *codes, "INTERNAL")
+    return error_specs(*REFUSALS, *codes, "INTERNAL")
 
 
 def _file(media_type: str, whole_as: type = bytes) -> dict[int, ResponseSpec]:
@@ -151,6 +152,7 @@ class ExportController(Controller):
         status_code=202,
         request_max_body_size=None,
         operation_class=_CreateOperation,
+        opt={NEEDS: EXPORT, AUDITED: "export.create"},
         operation_id="createExport",
         summary="Queue an export",
         response_headers=[
@@ -195,9 +197,15 @@ class ExportController(Controller):
         job, new = await intake.accept(request.headers, request.stream(), caller)
         headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256}
         headers |= {} if new else {"Idempotent-Replayed": "true"}
+        headers |= await intake.quota_headers(caller)
         return Response(created_view(job), status_code=202, headers=headers)
 
-    @get(operation_id="listExports", summary="List exports, newest first", responses=_errors("INVALID_EXPORT_REQUEST"))
+    @get(
+        opt={NEEDS: FOLLOW},
+        operation_id="listExports",
+        summary="List exports, newest first",
+        responses=_errors("INVALID_EXPORT_REQUEST"),
+    )
     async def list_jobs(
         self,
         exports: ExportService,
@@ -209,7 +217,13 @@ class ExportController(Controller):
         """``nextCursor`` begins the next page; null at the end."""
         return await exports.list(caller, status, cursor, limit)
 
-    @get("/{job_id:str}", operation_id="getExport", summary="One export", responses=_errors("JOB_NOT_FOUND"))
+    @get(
+        "/{job_id:str}",
+        opt={NEEDS: FOLLOW},
+        operation_id="getExport",
+        summary="One export",
+        responses=_errors("JOB_NOT_FOUND"),
+    )
     async def read(self, exports: ExportService, caller: Caller, job_id: str) -> Job:
         """Status, progress, and the artifact once it is there."""
         return await exports.job(caller, job_id)
@@ -217,6 +231,7 @@ class ExportController(Controller):
     @delete(
         "/{job_id:str}",
         status_code=200,
+        opt={NEEDS: EXPORT, AUDITED: "export.cancel"},
         operation_id="cancelExport",
         summary="Cancel an export",
         responses=_errors("JOB_NOT_FOUND"),
@@ -225,8 +240,27 @@ class ExportController(Controller):
         """A queued or running export is canceled; one that has ended answers as it is."""
         return await exports.cancel(caller, job_id)
 
+    @post(
+        "/{job_id:str}/retry",
+        status_code=202,
+        opt={NEEDS: EXPORT, AUDITED: "export.retry"},
+        operation_id="retryExport",
+        summary="Start a failed export again",
+        responses=_errors(
+            "JOB_NOT_FOUND", "JOB_NOT_FAILED", "PAYLOAD_GONE", "QUEUE_UNAVAILABLE", "RATE_LIMITED", "STORAGE_FAILED"
+        ),
+    )
+    async def retry(self, exports: ExportService, intake: Intake, caller: Caller, job_id: str) -> Response[JobCreated]:
+        """A new export of the same payload, whose `metadata.retryOf` names the failed one; asked again, the same."""
+        job, new = await intake.retry(await exports.record(caller, job_id), caller)
+        headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256}
+        headers |= {} if new else {"Idempotent-Replayed": "true"}
+        headers |= await intake.quota_headers(caller)
+        return Response(created_view(job), status_code=202, headers=headers)
+
     @get(
         "/{job_id:str}/events",
+        opt={NEEDS: FOLLOW},
         operation_id="listEvents",
         summary="Events of an export",
         responses=_errors("JOB_NOT_FOUND", "INVALID_EXPORT_REQUEST"),
@@ -246,6 +280,7 @@ class ExportController(Controller):
 
     @get(
         "/{job_id:str}/events/stream",
+        opt={NEEDS: FOLLOW},
         operation_id="streamEvents",
         summary="Events of an export as they come",
         responses={
@@ -277,6 +312,7 @@ class ExportController(Controller):
     @route(
         "/{job_id:str}/download",
         http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        opt={NEEDS: READ, AUDITED: "export.download"},
         operation_id=lambda _route, method, _path: f"{method.lower()}Capsule",
         summary="The capsule",
         responses=_file("application/octet-stream"),
@@ -295,6 +331,7 @@ class ExportController(Controller):
     @route(
         "/{job_id:str}/sidecar",
         http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        opt={NEEDS: READ, AUDITED: "export.sidecar"},
         operation_id=lambda _route, method, _path: f"{method.lower()}Sidecar",
         summary="The capsule's SQLite index",
         responses=_file("application/vnd.sqlite3"),
@@ -308,6 +345,7 @@ class ExportController(Controller):
     @route(
         "/{job_id:str}/manifest",
         http_method=[HttpMethod.GET, HttpMethod.HEAD],
+        opt={NEEDS: READ, AUDITED: "export.manifest"},
         operation_id=lambda _route, method, _path: f"{method.lower()}Manifest",
         summary="The capsule's manifest",
         responses=_file("application/json", Manifest),
@@ -320,6 +358,7 @@ class ExportController(Controller):
 
     @get(
         "/{job_id:str}/search",
+        opt={NEEDS: READ},
         operation_id="searchExport",
         summary="Search the capsule of an export, or those of several",
         responses=_errors(
@@ -359,7 +398,13 @@ class ExportController(Controller):
         question = Question(q, mode, limit, label or (), file, community, type_ or (), also or ())
         return await search.search(caller, job_id, question)
 
-    @get("/{job_id:str}/report", operation_id="getReport", summary="Report", responses=_errors("JOB_NOT_FOUND"))
+    @get(
+        "/{job_id:str}/report",
+        opt={NEEDS: FOLLOW},
+        operation_id="getReport",
+        summary="Report",
+        responses=_errors("JOB_NOT_FOUND"),
+    )
     async def report(self, exports: ExportService, caller: Caller, job_id: str) -> Report:
         """Timings, counts and sizes of a finished export; of any other what is known."""
         return await exports.report(caller, job_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report, Status
 from common.errors import InvalidRequest
@@ -43,7 +43,13 @@ class ExportService:
 
     async def job(self, caller: Caller, job_id: str) -> Job:
         """One job as clients see it. Raises JobNotFound."""
-        return job_view(await self.record(caller, job_id))
+        return await self._view(await self.record(caller, job_id))
+
+    async def _view(self, job: JobRecord) -> Job:
+        return job_view(job, (await self._retried_by([job])).get(job.id))
+
+    async def _retried_by(self, jobs: Sequence[JobRecord]) -> dict[str, str]:
+        return await self._store.retried_by([job.id for job in jobs if job.status == "failed"])
 
     async def list(self, caller: Caller, status: Status | None, cursor: str | None, limit: int) -> JobPage:
         """The jobs that a caller sees, newest first."""
@@ -51,7 +57,8 @@ class ExportService:
         before = parse_cursor(cursor) if cursor else None
         jobs = await self._store.page(status=status, before=before, limit=limit + 1, client=caller.only)
         following = cursor_of(jobs[limit - 1]) if len(jobs) > limit else None
-        return JobPage(jobs=[job_view(job) for job in jobs[:limit]], next_cursor=following)
+        retried = await self._retried_by(jobs)
+        return JobPage(jobs=[job_view(job, retried.get(job.id)) for job in jobs[:limit]], next_cursor=following)
 
     async def events(self, caller: Caller, job_id: str, since: int, limit: int) -> EventPage:
         """Events above ``since``; ``nextSeq`` is the number of the first event that is not in this page."""
@@ -60,7 +67,7 @@ class ExportService:
         # Read after the events, so that a snapshot that says "completed" never comes before the last event is out.
         job = await self.record(caller, job_id)
         next_seq = events[-1].seq + 1 if events else min(since, job.last_seq) + 1
-        return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=job_view(job))
+        return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=await self._view(job))
 
     async def stream(self, caller: Caller, job_id: str, since: int) -> EventStream:
         """The event stream of a job. Raises JobNotFound."""
@@ -71,7 +78,7 @@ class ExportService:
         """Cancel a job that has not ended; one that has answers as it is."""
         await self.record(caller, job_id)
         progress = Progress(stage="canceled", progress=0, stage_progress=100, message="Export canceled")
-        moved = await self._store.move(job_id, "canceled", NewEvent("job_canceled", progress))
+        moved = await self._store.move(job_id, "canceled", NewEvent("job_canceled", progress), entry=caller.did("export.cancel", job_id))
         if moved is not None:
             await self._backend.cancel(job_id)
         return await self.job(caller, job_id)
@@ -127,7 +134,8 @@ class ExportService:
     async def finished(self, caller: Caller, job_id: str) -> tuple[JobRecord, Manifest]:
         """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady, ArtifactMissing."""
         job = await self.record(caller, job_id)
-        if job.status == "expired" or (job.expires_at is not None and job.expires_at <= now_ms()):
+        past = job.status == "completed" and job.expires_at is not None and job.expires_at <= now_ms()
+        if job.status == "expired" or past:
             raise JobExpired("The files of this export were removed after their time.")
         if job.status == "completed" and (job.damage is not None or job.manifest is None):
             what = job.damage or "its record is damaged"

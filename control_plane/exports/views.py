@@ -29,8 +29,8 @@ def created_view(job: JobRecord) -> JobCreated:
     )
 
 
-def job_view(job: JobRecord) -> Job:
-    """The whole job."""
+def job_view(job: JobRecord, retried_by: str | None = None) -> Job:
+    """The whole job; ``retried_by`` is the one that does it again."""
     output = job.output
     return Job(
         job_id=job.id,
@@ -50,7 +50,10 @@ def job_view(job: JobRecord) -> Job:
             client=job.client,
             backend=job.backend,
             trace_id=trace_id_of(job.trace),
+            attempts=job.attempt,
             retry_of=job.retry_of,
+            retried_by=retried_by,
+            retry_until=iso(job.expires_at) if job.status == "failed" and job.expires_at is not None else None,
             payload_sha256=job.payload_sha256,
             runpod_job_id=job.runpod_id,
             payload_ref=job.payload_ref if job.status not in TERMINAL else None,

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from common.errors import InvalidSettings
@@ -89,16 +89,17 @@ class Layout:
         """A request body while it comes in."""
         return (self.incoming / job_id).as_uri()
 
-    def clear(self, *, in_flight: Mapping[str, int], completed: Mapping[str, int]) -> int:
+    def clear(self, *, in_flight: Mapping[str, int], completed: Mapping[str, int], kept: Collection[str]) -> int:
         """Remove all files on this machine that belong to no job; answers how many files and folders went.
 
-        The maps are from job ids to the attempt whose artifacts count. Only while no job and no request runs here.
+        The maps are from job ids to the attempt whose artifacts count; ``kept`` are failed jobs that have their payload
+        still. Only while no job and no request runs here.
         """
         removed = 0
         for folder in (self.scratch, self.incoming):
             removed += _remove(folder, keep=set())
         if not self.shared:
-            removed += _remove(self.payloads, keep=set(in_flight))
+            removed += _remove(self.payloads, keep={*in_flight, *kept})
             removed += _remove(self.artifacts, keep={*in_flight, *completed})
             for job_id, attempt in completed.items():
                 removed += _remove(self.artifacts / job_id, keep={str(attempt)})
@@ -109,18 +110,22 @@ class Layout:
         prefixes = (self.payload_prefix, self.artifact_prefix)
         return [found.ref for prefix in prefixes for found in storage.found(prefix, uploads=True) if found.age >= age]
 
-    def strays(self, refs: Iterable[str], *, in_flight: Mapping[str, int], completed: Mapping[str, int]) -> list[str]:
+    def strays(
+        self, refs: Iterable[str], *, in_flight: Mapping[str, int], completed: Mapping[str, int], kept: Collection[str]
+    ) -> list[str]:
         """Those of ``refs`` that no job speaks for.
 
         ``in_flight`` and ``completed`` map job ids to their attempt, as it is after the refs were listed: a job that
-        was made meanwhile speaks too. A job speaks for its payload until it ends, for the artifacts of its attempt,
-        and until it ends for every claim: a closed one keeps a late run from starting.
+        was made meanwhile speaks too. A job speaks for its payload until it ends, or longer if it is among ``kept``;
+        for the artifacts of its attempt; and until it ends for every claim: a closed one keeps a late run from
+        starting.
         """
         gone = []
         attempts = {**completed, **in_flight}
         for ref in refs:
             if ref.startswith(self.payload_prefix):
-                wanted = ref.removeprefix(self.payload_prefix) in in_flight
+                job_id = ref.removeprefix(self.payload_prefix)
+                wanted = job_id in in_flight or job_id in kept
             else:
                 job_id, _, rest = ref.removeprefix(self.artifact_prefix).partition("/")
                 attempt, _, name = rest.partition("/")

@@ -13,6 +13,7 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     ScalarSelect,
+    Update,
     case,
     column,
     delete,
@@ -47,6 +48,8 @@ ADOPTED = 200
 """Jobs taken over at a time."""
 _QUEUED: frozenset[Status] = frozenset({"queued"})
 _IN_FLIGHT: list[Status] = ["queued", "running"]
+_DEAD_LETTER = (jobs.c.status == "failed") & jobs.c.expires_at.is_not(None)
+"""Given up, and its payload is kept."""
 
 
 def now_ms() -> int:
@@ -59,6 +62,10 @@ def started(attempt: int) -> NewEvent:
     message = "Export started" if attempt == 1 else f"Export started again (attempt {attempt})"
     progress = Progress(stage="transform", progress=0, stage_progress=0, message=message, meta={"attempt": attempt})
     return NewEvent("job_started", progress)
+
+
+def _let_go(which: ColumnElement[bool]) -> Update:
+    return update(jobs).where(which, _DEAD_LETTER).values(expires_at=None)
 
 
 def _columns(job: NewJob, now: int) -> dict[str, Any]:
@@ -155,7 +162,8 @@ class JobStore:
         quota: Quota = NO_QUOTA,
         entry: AuditEntry | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Queue a job; with a key that was used before for the same body, answer that job and False.
+        """Queue a job; with a key that was used before for the same body, answer that job and False. One that does a
+        failed job again takes over its payload: of several at once the first one does.
 
         The job counts against ``quota`` of its client, and ``entry`` is written with it.
 
@@ -165,6 +173,8 @@ class JobStore:
         try:
             record, event = await self._insert(job, idempotency_key, quota, entry)
         except IntegrityError:
+            if job.retry_of is not None and (first := await self.retry_of(job.retry_of)) is not None:
+                return first, False
             if (
                 idempotency_key is None
                 or (first := await self.find_key(job.client, idempotency_key, job.payload_sha256)) is None
@@ -198,6 +208,8 @@ class JobStore:
             await check_quota(connection, job.client, quota, now=now, made=1)
             if entry is not None:
                 await write_audit(connection, [(now, entry)])
+            if job.retry_of is not None:
+                await connection.execute(_let_go(jobs.c.id == job.retry_of))
             record = JobRecord.of(row)
             announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
@@ -237,6 +249,20 @@ class JobStore:
         async with self._database.read.connect() as connection:
             row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
         return None if row is None else JobRecord.of(row)
+
+    async def retry_of(self, job_id: str) -> JobRecord | None:
+        """The job that does this one again, None if there is none."""
+        async with self._database.read.connect() as connection:
+            row = (await connection.execute(select(jobs).where(jobs.c.retry_of == job_id))).one_or_none()
+        return None if row is None else JobRecord.of(row)
+
+    async def retried_by(self, job_ids: Collection[str]) -> dict[str, str]:
+        """Of those jobs that were done again, the ids of the jobs that did."""
+        if not job_ids:
+            return {}
+        query = select(jobs.c.retry_of, jobs.c.id).where(jobs.c.retry_of.in_(job_ids))
+        async with self._database.read.connect() as connection:
+            return {row.retry_of: row.id for row in await connection.execute(query)}
 
     async def page(
         self, *, status: Status | None, before: tuple[int, str] | None, limit: int, client: str | None = None
@@ -430,6 +456,21 @@ class JobStore:
     async def completed(self) -> dict[str, int]:
         """Ids of all jobs that have files, with the number of the attempt that made them."""
         return await self._attempts(["completed"])
+
+    async def kept_payloads(self) -> set[str]:
+        """Ids of the failed jobs whose payload is kept, so that they can be done again."""
+        async with self._database.read.connect() as connection:
+            return set(await connection.scalars(select(jobs.c.id).where(_DEAD_LETTER)))
+
+    async def let_go(self, *, job_id: str | None = None, before: int | None = None, limit: int = 100) -> list[str]:
+        """Keep the payload of a job no longer, or those of all that were kept until ``before``; answers their ids."""
+        if job_id is not None:
+            which = jobs.c.id == job_id
+        else:
+            past = select(jobs.c.id).where(_DEAD_LETTER, jobs.c.expires_at <= before).limit(limit)
+            which = jobs.c.id.in_(past)
+        async with self._database.write.begin() as connection:
+            return list(await connection.scalars(_let_go(which).returning(jobs.c.id)))
 
     async def _attempts(self, states: list[Status]) -> dict[str, int]:
         query = select(jobs.c.id, jobs.c.attempt).where(jobs.c.status.in_(states))
@@ -630,9 +671,11 @@ class JobStore:
             ]
 
     async def forget(self, finished_before: int, *, limit: int = 100) -> int:
-        """Delete the records of jobs that ended long ago; completed ones only once they have expired."""
+        """Delete the records of jobs that ended long ago; completed ones only once they have expired, failed ones only
+        once their payload is not kept any more."""
         over = sorted(TERMINAL - {"completed"})
-        old = select(jobs.c.id).where(jobs.c.status.in_(over), jobs.c.finished_at <= finished_before).limit(limit)
+        old = select(jobs.c.id).where(jobs.c.status.in_(over), jobs.c.finished_at <= finished_before, ~_DEAD_LETTER)
+        old = old.limit(limit)
         async with self._database.write.begin() as connection:
             ids = list(await connection.scalars(old))
             if ids:

@@ -1,8 +1,9 @@
 """Removes what is past its time.
 
-A finished export loses its files after the retention and becomes ``expired``; its event log stays as it is, since it
-ended with ``job_completed``. An export that nobody took for so long expires in the queue; that one ends its log with
-``job_expired``. The record itself goes after the time of history.
+A finished export loses its files after the retention and becomes ``expired``, once nobody reads them any more; its
+event log stays as it is, since it ended with ``job_completed``. An export that nobody took for so long expires in the
+queue; that one ends its log with ``job_expired``. A failed export loses its payload, with which it could be started
+again, and stays failed. The record itself goes after the time of history.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from control_plane.backends.port import Backend
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import NewEvent
 from control_plane.jobs.store import JobStore, now_ms
+from control_plane.operations.recovery import Recovery
 
 log = structlog.get_logger()
 
@@ -40,6 +42,7 @@ class Retention:
         self._storage = storage
         self._layout = layout
         self._backend = backend
+        self.recovery = Recovery(settings, store, storage, layout)
         self._stray_seconds = settings.stray_seconds
         self._strays_due = 0.0
 
@@ -62,21 +65,27 @@ class Retention:
                 text = "Nobody took this export in time; it was removed from the queue"
                 event = NewEvent("job_expired", Progress(stage="expired", progress=0, stage_progress=100, message=text))
             values = {} if event else {"stage": "expired", "message": message}
-            moved = await self._store.move(job.id, "expired", event, sources=frozenset({job.status}), values=values)
+            moved = await self._store.expire(job, event, values)
             if moved is not None and event is not None:
                 await self._backend.cancel(job.id)
             elif moved is not None:
                 await asyncio.to_thread(self._storage.delete, self._layout.job_prefix(job.id))
+        for job_id in await self._store.let_go(before=now):
+            await asyncio.to_thread(self._storage.delete, self._layout.payload_ref(job_id))
         if time.monotonic() >= self._strays_due:
             await self._remove_strays()
             self._strays_due = time.monotonic() + self._stray_seconds / 2
         await self._store.forget(now - self._history_ms)
+        if ended := await self._store.end_damaged():
+            log.error("records of jobs were damaged", count=ended)
 
     async def _remove_strays(self) -> None:
         aged = await asyncio.to_thread(self._layout.aged, self._storage, self._stray_seconds)
+        await self.recovery.of(aged)
         # In this order: a job that ends meanwhile is in both.
         in_flight = await self._store.in_flight()
-        strays = self._layout.strays(aged, in_flight=in_flight, completed=await self._store.completed())
+        completed, kept = await self._store.completed(), await self._store.kept_payloads()
+        strays = self._layout.strays(aged, in_flight=in_flight, completed=completed, kept=kept)
         for ref in strays:
             try:
                 await asyncio.to_thread(self._storage.delete, ref)
