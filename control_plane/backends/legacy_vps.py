@@ -151,7 +151,7 @@ class LegacyVps:
                 asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.wake)
 
     async def _fill(self) -> None:
-        if self._free and (trouble := self._disk.trouble) is not None:
+        if self._free and (trouble := await asyncio.to_thread(self._disk_trouble)) is not None:
             if not self._waits:
                 log.warning("no export is started", reason=trouble, again_in_seconds=DISK_SECONDS)
             self._waits = True
@@ -163,6 +163,9 @@ class LegacyVps:
                 self._free.remove(slot)
                 self._metrics.queue_delay.observe((job.updated_at - job.created_at) / 1000)
                 self._runs[job.id] = asyncio.create_task(self._run(job, slot))
+
+    def _disk_trouble(self) -> str | None:
+        return self._disk.trouble
 
     async def _run(self, job: JobRecord, slot: _Slot) -> None:
         structlog.contextvars.bind_contextvars(**job_context(job.id, job.trace))

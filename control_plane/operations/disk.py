@@ -18,7 +18,10 @@ RETRY_SECONDS = 30
 
 
 class Disk:
-    """Free bytes of the export root, the staging root, and the storage's folder where it is one."""
+    """Free bytes of the export root, the staging root, and the storage's folder where it is one.
+
+    Safe for several threads, and best asked in one: a disk over a network may not answer at once.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._floor = settings.disk_floor_bytes

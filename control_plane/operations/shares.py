@@ -14,9 +14,9 @@ from control_plane.operations.metrics import Metrics
 class Shares:
     """Places for uploads, downloads or event streams; for one thread.
 
-    Where there are several clients, each gets at most its fair share of the places: all of them, divided by the number
-    of clients that have any (the one that asks included) and one more. So there is always room for a client that comes
-    new, and nobody who has a place loses it. Where there is only one client, it may have all.
+    Where there are several clients, each may have half of the places that the others leave it, and one in any case. So
+    whoever comes next finds room, be the others as busy as they may, and nobody who has a place loses it. Where there
+    is only one client, it may have all.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Shares:
         """Places that a client may have, as things are now."""
         if not self._several:
             return self._total
-        return max(1, self._total // (len(self._taken.keys() | {client}) + 1))
+        return max(1, (self._total - self.taken + self._taken[client]) // 2)
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
