@@ -228,8 +228,8 @@ def published(storage: Storage, prefix: str, job_id: str) -> Published | None:
     manifest = read_manifest(storage, ref_of(prefix, manifests[0]))
     if any(sizes.get(name) != size for name, size, _ in files_of(manifest)):
         return None
-    manifest.report.job_id = job_id
-    return Published(_output(prefix, manifests[0], manifest, manifest.report), manifest)
+    report = msgspec.structs.replace(manifest.report, job_id=job_id)
+    return Published(_output(prefix, manifests[0], manifest, report), manifest)
 
 
 def files_of(manifest: Manifest) -> list[tuple[str, int, str]]:
@@ -262,6 +262,12 @@ def read_manifest(storage: Storage, ref: str) -> Manifest:
         return msgspec.json.decode(b"".join(storage.read(ref, 0, size)), type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CapsuleUnreadable(f"the manifest is damaged: {error}") from error
+
+
+def same_manifest(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests say the same; records of earlier versions have the job's id in it."""
+    mine, its = (msgspec.structs.replace(each.report, job_id=None) for each in (one, other))
+    return msgspec.structs.replace(one, report=mine) == msgspec.structs.replace(other, report=its)
 
 
 def ref_of(prefix: str, name: str) -> str:

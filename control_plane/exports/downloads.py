@@ -26,7 +26,7 @@ from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.shares import Shares
-from handler.job import MAX_MANIFEST_BYTES
+from handler.job import MAX_MANIFEST_BYTES, same_manifest
 
 log = structlog.get_logger()
 
@@ -210,7 +210,8 @@ class Download:
         except ObjectMissing as error:
             raise ArtifactMissing("The manifest of this export is not where it should be.") from error
         try:
-            same = data is not None and msgspec.json.decode(data, type=Manifest) == self._job.manifest
+            expected = self._job.manifest
+            same = expected is not None and same_manifest(msgspec.json.decode(data or b"", type=Manifest), expected)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             same = False
         if not same or data is None:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -32,7 +31,7 @@ from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.metrics import Metrics
-from handler.job import MAX_MANIFEST_BYTES, check_bytes, files_of, published, read_manifest, ref_of
+from handler.job import MAX_MANIFEST_BYTES, check_bytes, files_of, published, read_manifest, ref_of, same_manifest
 
 log = structlog.get_logger()
 
@@ -149,7 +148,7 @@ class Scrub:
             found = read_manifest(self._storage, ref)
         except CapsuleUnreadable as error:
             raise Wrong("manifest", "the manifest cannot be read") from error
-        if _without_job(found) != _without_job(expected):
+        if not same_manifest(found, expected):
             raise Wrong("manifest", "the manifest is not what was published")
 
     def _of_storage(self, job: JobRecord) -> JobRecord:
@@ -173,8 +172,3 @@ def _next_of(pieces: Iterator[bytes], digest: Any) -> int:
 
 def _has_files(job: JobRecord) -> bool:
     return job.status == "completed" and (job.expires_at is None or job.expires_at > now_ms())
-
-
-def _without_job(manifest: Manifest) -> Manifest:
-    """A manifest that was found in storage was given the job's id."""
-    return msgspec.structs.replace(manifest, report=msgspec.structs.replace(manifest.report, job_id=None))
