@@ -11,15 +11,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from common.capsule.reader import CapsuleReader
+from common.capsule.reader import CapsuleReader, properties
 from common.contract import Manifest
 from common.embedding.choice import Choice
 from common.embedding.port import Embedder
@@ -65,7 +63,7 @@ class OpenCapsule:
 
     def metadata(self, position: int) -> dict[str, Any]:
         """All properties of the frame at a position. Raises CapsuleUnreadable."""
-        return msgspec.json.decode(self.frame(position).metadata, type=dict[str, Any])
+        return properties(self.frame(position))
 
     def allow(self, seconds: float, *, waits: bool = True) -> None:
         """Give what follows this long; then queries end and ``check`` raises TimedOut. Who does not ``waits`` gets it
@@ -104,7 +102,7 @@ class _Opened:
         _check_published(files, held.published)
         path, expected = files.sidecar_path, _expected(files)
         sidecar = _current(path, expected)
-        if sidecar is not None and held.published is not None and not _belongs(path, held.published):
+        if sidecar is not None and not _is_whole(sidecar, held.published or files.manifest):
             sidecar.close()  # a byte that changed in a table is an answer that is wrong
             sidecar = None
         if sidecar is None:
@@ -211,12 +209,14 @@ class _Opened:
                 self._held.hold()  # they are read to the end though the question that needs them has given up
                 self._vectors = self._background.submit(self._read_vectors)
             reading = self._vectors
+        wait([reading], VECTORS_SECONDS)
+        if not reading.done():
+            raise EmbeddingFailed(
+                "The vectors of this capsule, or their model, are being opened; ask again in a moment."
+            )
         try:
-            return reading.result(VECTORS_SECONDS)
-        except BaseException as error:
-            if not reading.done():
-                message = "The vectors of this capsule, or their model, are being opened; ask again in a moment."
-                raise EmbeddingFailed(message) from error
+            return reading.result()
+        except BaseException:
             with self._vectors_lock:  # the next question tries again
                 if self._vectors is reading:
                     self._vectors = None
@@ -267,6 +267,17 @@ def _belongs(sidecar: Path, manifest: Manifest | None) -> bool:
         return True
     with sidecar.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == manifest.sidecar_sha256
+
+
+def _is_whole(sidecar: Sidecar, manifest: Manifest | None) -> bool:
+    """Whether it is as it was built: by its hash, or where nobody knows that, by a look at every row."""
+    if manifest is not None:
+        return _belongs(sidecar.path, manifest)
+    try:
+        sidecar.check()
+    except CapsuleUnreadable:
+        return False
+    return True
 
 
 def _put(sidecar: Path, path: Path) -> None:

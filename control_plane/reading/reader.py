@@ -8,12 +8,10 @@ import hashlib
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import anyio
 import msgspec
 import structlog
 
@@ -22,17 +20,14 @@ from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
 from control_plane.reading.inspect import META_URI
-from control_plane.reading.library import Library, OpenCapsule, was_ended
+from control_plane.reading.library import Library, OpenCapsule
 from control_plane.reading.places import Places
+from control_plane.reading.questions import Questions
 from control_plane.reading.tools import REGISTRY, Answer, Arguments, Locator, NotFound, Page, TextSearch, text_search
 
 SCHEMA_VERSION = "gitnexus.mcp.v1"
-THREADS = 4
-"""Questions answered at once."""
-SECONDS = 20.0
-"""How long an answer may take."""
 AT_ONCE_SECONDS = 0.02
-"""How long it may take on the event loop."""
+"""How long an answer may take on the event loop."""
 _LONG = frozenset({"text_search", "call_trace", "impact_analysis", "query_explain"})
 """Tools that go to a thread at once: they ask an engine, or walk."""
 _PAGING = frozenset({"locator", "also", "cursor", "limit", "max_chars"})
@@ -76,7 +71,7 @@ class Reader:
         self._places = places
         self._library = library
         self._budget = budget
-        self._threads = anyio.CapacityLimiter(THREADS)
+        self._questions = Questions(library)
 
     async def ask(self, tool: str, arguments: Mapping[str, Any], caller: Caller) -> Reply:
         """Answer one call; raises nothing but cancellation."""
@@ -93,10 +88,7 @@ class Reader:
             question = _Question(tool, given, places, trace_id, started)
             body = None if tool in _LONG else self._answer_at_once(question)
             if body is None:
-                with anyio.move_on_after(SECONDS):  # while it waits for a thread; one that runs ends by its own clock
-                    body = await anyio.to_thread.run_sync(self._answer, question, limiter=self._threads)
-            if body is None:
-                raise TimedOut("Too many questions are asked at once; try again.")
+                body = await self._questions.ask(self._answer, question)
         except ExportError as error:
             return Reply(error_body(error, trace_id), is_error=True)
         except Exception as error:
@@ -112,10 +104,10 @@ class Reader:
         Raises NotFound, InvalidRequest, CapsuleUnreadable, IndexBuildInProgress, StorageFailed, TimedOut.
         """
         place = await self._places.find(locator, caller)
-        return await anyio.to_thread.run_sync(self._document, place, uri, limiter=self._threads)
+        return await self._questions.ask(self._document, place, uri)
 
     def _document(self, place: Path | JobRecord, uri: str) -> str:
-        with self._opened({"": place}, uuid.uuid4().hex) as [(_, capsule)]:
+        with self._questions.opened({"": place}) as [(_, capsule)]:
             if uri == META_URI and capsule.sidecar.manifest:
                 return capsule.sidecar.manifest
             position = capsule.sidecar.document(uri)
@@ -123,23 +115,6 @@ class Reader:
                 raise NotFound(f"This capsule has no document {uri[:200]}", field="uri")
             text, _, _ = capsule.frame(position).text.rpartition("\nmetadata=")
             return text
-
-    @contextmanager
-    def _opened(self, places: Mapping[str, Path | JobRecord], trace_id: str) -> Iterator[list[tuple[str, OpenCapsule]]]:
-        """Capsules by their names, for one question, which may take ``SECONDS``."""
-        try:
-            with self._library.lease_all(places) as capsules:
-                for _, capsule in capsules:
-                    capsule.allow(SECONDS)
-                yield capsules
-        except sqlite3.DatabaseError as error:
-            if was_ended(error):
-                raise TimedOut("The answer took too long; ask for less, or for a smaller depth.") from error
-            # A sidecar that turns out to be damaged is built anew for the next question.
-            log.warning("damaged sidecar", trace_id=trace_id, exc_info=error)
-            for place in places.values():
-                self._library.discard(place)
-            raise IndexBuildInProgress("The index of this capsule is damaged and is built anew; ask again.") from error
 
     def _answer_at_once(self, question: _Question) -> bytes | None:
         """The answer where it takes a moment, on the event loop: the way to a thread and back takes longer than most
@@ -155,7 +130,7 @@ class Reader:
             return None
 
     def _answer(self, question: _Question) -> bytes:
-        with self._opened(question.places, question.trace_id) as capsules:
+        with self._questions.opened(question.places) as capsules:
             return self._answer_from(capsules, question)
 
     def _answer_from(self, capsules: Sequence[tuple[str, OpenCapsule]], question: _Question) -> bytes:
