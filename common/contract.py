@@ -40,6 +40,9 @@ EventType = Literal[
 WriterName = Literal["native", "sdk", "cli"]
 
 
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What ``msgspec`` raises for bytes that are not the message that is looked for."""
+
 Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 

@@ -42,8 +42,11 @@ from control_plane.jobs.holds import Holds
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.notify import Notifier
+from control_plane.jobs.records import CANARY_CLIENT
 from control_plane.jobs.store import JobStore
-from control_plane.operations.auth import BearerAuth, caller_of
+from control_plane.operations.audit import AuditController, AuditLog
+from control_plane.operations.auth import BearerAuth, caller_of, limit_headers
+from control_plane.operations.canary import RUNPOD_SECONDS, SECONDS, Canary
 from control_plane.operations.disk import Disk
 from control_plane.operations.health import (
     Figures,
@@ -55,6 +58,7 @@ from control_plane.operations.health import (
     watch_loop,
 )
 from control_plane.operations.http import allowed_methods, cors, preflight_refusals, security_headers
+from control_plane.operations.keys import Keys
 from control_plane.operations.limits import TokenBuckets
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import MCP
@@ -93,6 +97,9 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     profiles = Profiles.load(settings.profiles_file, settings)
     means = Means(settings, store, storage, layout, metrics)
     disk = Disk(settings, metrics)
+    keys = Keys(settings)
+    canary = _canary(settings, keys, metrics)
+    audit = AuditLog(store, metrics)
     several = bool(settings.keys or settings.keys_file)
     holds = Holds(store)
     downloads = Downloads(
@@ -133,7 +140,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             "worker": _saying(lambda: backend.trouble),
             "tasks": _saying(lambda: ended({**tasks, **notifier.tasks})),
         },
-        notes={},
+        notes={"keys": lambda: keys.trouble or "ok"} | ({"canary": lambda: canary.detail} if canary else {}),
     )
     exports = ExportService(
         store,
@@ -191,6 +198,9 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         await notifier.start()
         await backend.start()
         loops = {"retention": retention.run(), "holds": holds.run(), "scrub": scrub.run(), "loop": watch_loop(metrics)}
+        loops |= {"keys": keys.watch(audit.reloaded), "audit": audit.run()}
+        if canary is not None:
+            loops["canary"] = canary.run()
         tasks.update({name: asyncio.create_task(loop) for name, loop in loops.items()})
         try:
             yield
@@ -204,6 +214,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             await pool.close()
             await notifier.stop()
             await watch.close()
+            await audit.stop()
             await database.close()
             artifacts.close()
             await asyncio.to_thread(library.close)
@@ -216,15 +227,16 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             *hooks,
             HealthController,
             StatsController,
+            AuditController,
             metrics_route(need_key=settings.metrics_need_key),
             *dashboard_routes(),
             mcp.handler,
         ],
         dependencies={name: _providing(part) for name, part in parts.items()}
         | {"caller": Provide(caller_of, sync_to_thread=False)},
-        middleware=[BearerAuth(settings.api_key.get_secret_value() if settings.api_key else None)],
+        middleware=[BearerAuth(keys, audit.note, metrics)],
         exception_handlers={Exception: to_response},
-        before_send=[security_headers, preflight_refusals, allowed_methods],
+        before_send=[security_headers(settings.public_url), limit_headers, preflight_refusals, allowed_methods],
         cors_config=cors(settings.cors_origins),
         lifespan=[lifespan, mcp.lifespan],
         logging_config=None,
@@ -238,6 +250,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             security=[{"key": []}],
         ),
     )
+    app.state.canary = canary
     app.asgi_handler = Requests(app.asgi_handler, metrics, tracing)
     # The framework leaves plain ASGI routes out.
     app.openapi_schema.paths = {**(app.openapi_schema.paths or {}), "/mcp": MCP}
@@ -261,6 +274,15 @@ def _worker_pool(settings: Settings, layout: Layout, metrics: Metrics) -> Worker
     slots = settings.worker_slots if settings.backend_mode == "legacy_vps" else 0
     told = "legacy_vps" if slots else "checks"
     return WorkerPool(config, slots + CHECKERS, started=metrics.cold_start.labels(told).observe)
+
+
+def _canary(settings: Settings, keys: Keys, metrics: Metrics) -> Canary | None:
+    """The server's canaries, where there are to be any; the server says where it listens."""
+    if not settings.canary_seconds:
+        return None
+    key = keys.add_own(CANARY_CLIENT, frozenset({"export", "read"}))
+    seconds = RUNPOD_SECONDS if settings.backend_mode == "runpod_queue" else SECONDS
+    return Canary(settings.canary_seconds, metrics, key=key, seconds=seconds)
 
 
 def _allowed(settings: Settings, opened: OpenEngines) -> Callable[[Choice], Embedder]:

@@ -129,7 +129,7 @@ class RateLimited(ExportError):
 
 
 class QuotaReached(RateLimited):
-    """A client has as many jobs as it may; ``details['quota']`` names the quota, ``details['limit']`` says its figure."""
+    """A client has as many jobs as it may; ``details`` has the name of the ``quota`` and its ``limit``."""
 
 
 class QueueUnavailable(ExportError):

@@ -8,7 +8,8 @@ import hashlib
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,7 +33,7 @@ from common.graph import base_name_of
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
-from control_plane.errors import JobNotFailed, PayloadGone
+from control_plane.errors import QUOTA_HEADERS, JobNotFailed, PayloadGone, QuotaReached
 from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import NO_QUOTA, JobRecord, NewJob
@@ -105,7 +106,9 @@ class Intake:
         announced = _digests(headers)
         await asyncio.to_thread(self._disk.check, self._check_length(headers))
         await self._admission.check_any()
-        with self._uploads.place(caller.client):
+        with self._uploads.place(caller.client), self._counting():
+            if key is None:  # with one it may be a retry, which is answered with the job that counts already
+                await self._store.check_quota(caller.client, caller.quota)
             return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
 
     async def retry(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
@@ -123,7 +126,7 @@ class Intake:
         self._disk.check(job.payload_size)
         await self._admission.check_any()
         await self._admission.check(self._profiles.of_job(job.profile))
-        with self._uploads.place(caller.client):
+        with self._uploads.place(caller.client), self._counting():
             return await self._again(job, caller)
 
     async def _again(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
@@ -224,6 +227,15 @@ class Intake:
         else:
             await asyncio.to_thread(self._storage.delete, ref)
         return record, new
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count refusals by a quota."""
+        try:
+            yield
+        except QuotaReached as error:
+            self._metrics.refused.labels(str(error.details["quota"])).inc()
+            raise
 
     async def quota_headers(self, caller: Caller) -> dict[str, str]:
         """How many jobs the client may have by each quota of its key, and how many more."""

@@ -78,7 +78,9 @@ class ExportService:
         """Cancel a job that has not ended; one that has answers as it is."""
         await self.record(caller, job_id)
         progress = Progress(stage="canceled", progress=0, stage_progress=100, message="Export canceled")
-        moved = await self._store.move(job_id, "canceled", NewEvent("job_canceled", progress), entry=caller.did("export.cancel", job_id))
+        moved = await self._store.move(
+            job_id, "canceled", NewEvent("job_canceled", progress), entry=caller.did("export.cancel", job_id)
+        )
         if moved is not None:
             await self._backend.cancel(job_id)
         return await self.job(caller, job_id)

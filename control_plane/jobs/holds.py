@@ -26,8 +26,12 @@ LONGEST_SECONDS = 3_600.0
 class Holds:
     """Counts who reads which export here, and tells the store of those whose time ends soon."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(
+        self, store: JobStore, *, hold_seconds: float = HOLD_SECONDS, renew_seconds: float = RENEW_SECONDS
+    ) -> None:
         self._store = store
+        self._hold_seconds = hold_seconds
+        self._renew_seconds = renew_seconds
         self._lock = threading.Lock()
         self._readers: dict[str, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -43,7 +47,7 @@ class Holds:
             return
         self._count(ending, 1)
         try:
-            if ending - await self._store.hold(ending, HOLD_SECONDS):
+            if ending - await self._store.hold(ending, self._hold_seconds):
                 raise JobExpired("The files of this export were removed after their time.")
             yield
         finally:
@@ -66,7 +70,7 @@ class Holds:
         self._loop = asyncio.get_running_loop()
         while True:
             try:
-                async with asyncio.timeout(RENEW_SECONDS):
+                async with asyncio.timeout(self._renew_seconds):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -76,9 +80,9 @@ class Holds:
             if not ending:
                 continue
             try:
-                await self._store.hold(ending, HOLD_SECONDS)
+                await self._store.hold(ending, self._hold_seconds)
             except SQLAlchemyError as error:
-                log.warning("files that are read are not held", again_in_seconds=RENEW_SECONDS, error=str(error))
+                log.warning("files that are read are not held", again_in_seconds=self._renew_seconds, error=str(error))
 
     def _count(self, job_ids: Collection[str], change: int) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 from sqlalchemy import Row
@@ -13,6 +13,8 @@ from common.contract import Event, EventType, JobError, JobOutput, Manifest, Pro
 from common.progress import EMOJI
 
 TERMINAL_EVENTS: frozenset[EventType] = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
+CANARY_CLIENT = "canary"
+"""Of the exports that a server makes to try itself; no key that is given to anybody stands for it."""
 TERMINAL: frozenset[Status] = frozenset({"completed", "failed", "canceled", "expired"})
 STATUSES: frozenset[Status] = frozenset(get_args(Status))
 _STAGES: frozenset[Stage] = frozenset(get_args(Stage))
@@ -42,6 +44,18 @@ def iso(milliseconds: int) -> str:
 RECORD_DAMAGED = JobError(
     code="INTERNAL", message="The record of this export is damaged; its state is lost. Send it again.", retryable=True
 )
+
+
+class Quota(NamedTuple):
+    """How many jobs the client of a key may have; None: as many as the queue takes."""
+
+    active_jobs: int | None = None
+    """Waiting or running at once."""
+    jobs_per_day: int | None = None
+    """Made in any 24 hours."""
+
+
+NO_QUOTA = Quota()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

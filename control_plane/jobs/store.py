@@ -35,8 +35,8 @@ from control_plane.jobs.audit import AuditEntry, AuditQuery, audit_query, write_
 from control_plane.jobs.database import Database, db_now, lock_creation
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.notify import announce_wake
-from control_plane.jobs.records import NO_QUOTA, STATUSES, TERMINAL, JobRecord, NewEvent, NewJob, Quota, event_of
 from control_plane.jobs.quotas import check_quota, quota_used
+from control_plane.jobs.records import NO_QUOTA, STATUSES, TERMINAL, JobRecord, NewEvent, NewJob, Quota, event_of
 from control_plane.jobs.tables import audit, events, idempotency_keys, jobs
 from control_plane.jobs.transitions import advance, end_damaged, move, open_log
 

@@ -13,13 +13,13 @@ from itertools import accumulate
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, case, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, case, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from common.contract import Event, Progress, Status
 from common.progress import EMOJI
 from control_plane.jobs.notify import announce
-from control_plane.jobs.records import RECORD_DAMAGED, STATUSES, TERMINAL, JobRecord, NewEvent, iso
+from control_plane.jobs.records import RECORD_DAMAGED, STATUSES, TERMINAL, TERMINAL_EVENTS, JobRecord, NewEvent, iso
 from control_plane.jobs.tables import events, jobs
 
 ALLOWED: dict[Status, frozenset[Status]] = {
@@ -95,31 +95,32 @@ async def advance(
     return None if row is None else await _append(connection, JobRecord.of(row), new, now)
 
 
-async def end_damaged(connection: AsyncConnection, job_id: str, *, now: int) -> tuple[JobRecord, Event] | None:
-    """End a job whose status is none of those that there are (its row was damaged) as failed; None if it has one."""
-    told = await connection.scalar(select(func.max(events.c.seq)).where(events.c.job_id == job_id))
-    changes = {
-        "status": "failed",
-        "stage": "failed",
-        "stage_progress": 100,
-        "message": RECORD_DAMAGED.message,
-        "error": msgspec.json.encode(RECORD_DAMAGED).decode(),
-        "error_code": RECORD_DAMAGED.code,
-        "last_seq": (told or 0) + 1,
-        "updated_at": now,
-        "finished_at": now,
-        "owner": None,
-        "lease_until": None,
-    }
+async def end_damaged(connection: AsyncConnection, job_id: str, *, now: int) -> tuple[JobRecord, Event | None] | None:
+    """Give a job an end whose status is none of those that there are, as its row was damaged; None if it has one.
+
+    It is what its log ends with; one whose log has not ended has failed.
+    """
+    query = select(events.c.seq, events.c.type).where(events.c.job_id == job_id).order_by(events.c.seq.desc()).limit(1)
+    last = (await connection.execute(query)).one_or_none()
+    changes: dict[str, Any] = {"updated_at": now, "owner": None, "lease_until": None}
+    event = None
+    if last is not None and last.type in TERMINAL_EVENTS:
+        status = last.type.removeprefix("job_")
+        changes |= {"status": status, "last_seq": last.seq}
+    else:
+        message = RECORD_DAMAGED.message
+        meta = {"code": RECORD_DAMAGED.code, "retryable": RECORD_DAMAGED.retryable}
+        progress = Progress(stage="failed", progress=0, stage_progress=100, message=message, meta=meta)
+        event = NewEvent("job_failed", progress)
+        changes |= {"status": "failed", "stage": "failed", "message": message, "stage_progress": 100}
+        changes |= {"error": msgspec.json.encode(RECORD_DAMAGED).decode(), "error_code": RECORD_DAMAGED.code}
+        changes |= {"last_seq": (last.seq if last else 0) + 1, "finished_at": now}
     guard = (jobs.c.id == job_id, jobs.c.status.not_in(sorted(STATUSES)))
     row = (await connection.execute(update(jobs).where(*guard).values(**changes).returning(*jobs.c))).one_or_none()
     if row is None:
         return None
     record = JobRecord.of(row)
-    progress = Progress(stage="failed", progress=0, stage_progress=100, message=RECORD_DAMAGED.message)
-    meta = {"code": RECORD_DAMAGED.code, "retryable": RECORD_DAMAGED.retryable}
-    event = NewEvent("job_failed", msgspec.structs.replace(progress, meta=meta))
-    return record, (await _append(connection, record, [event], now))[0]
+    return record, None if event is None else (await _append(connection, record, [event], now))[0]
 
 
 async def open_log(connection: AsyncConnection, record: JobRecord, event: NewEvent) -> Event:

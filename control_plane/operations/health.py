@@ -19,13 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import ExportError
 from common.storage import Storage
-from control_plane.backends.port import Backend
 from control_plane.errors import QueueUnavailable
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import iso
 from control_plane.jobs.store import JobStore, Waiting, now_ms
-from control_plane.operations.auth import OPEN
+from control_plane.operations.auth import ADMIN, NEEDS, OPEN
 from control_plane.operations.disk import Disk
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import OpenOperation, error_specs
@@ -264,9 +263,9 @@ def metrics_route(*, need_key: bool) -> HTTPRouteHandler:
     @get(
         "/metrics",
         media_type="text/plain",
-        opt={OPEN: not need_key},
+        opt={NEEDS: ADMIN} if need_key else {OPEN: True},
         operation_class=Operation if need_key else OpenOperation,
-        responses=error_specs("INTERNAL", *(["UNAUTHORIZED"] if need_key else [])),
+        responses=error_specs("INTERNAL", *(["UNAUTHORIZED", "FORBIDDEN", "RATE_LIMITED"] if need_key else [])),
         operation_id="metrics",
         summary="Figures for Prometheus",
         tags=["operations"],

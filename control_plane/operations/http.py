@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 from litestar import HttpMethod
 from litestar.config.cors import CORSConfig
@@ -17,6 +19,10 @@ from control_plane.errors import body_of
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    # Of what a page loads without asking (an image, a script); what an allowed origin fetches, CORS decides on.
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
@@ -38,6 +44,7 @@ REQUEST_HEADERS = [
     "Mcp-Protocol-Version",
     "Mcp-Session-Id",
     "Range",
+    "Traceparent",
 ]
 """Where only some origins are allowed, a page there may send these."""
 
@@ -71,12 +78,20 @@ async def allowed_methods(message: Message, scope: Scope) -> None:
                 headers["Allow"] = ", ".join(sorted(route.methods))
 
 
-async def security_headers(message: Message, _scope: Scope) -> None:
-    """Add what the answer does not say itself."""
-    if message["type"] == "http.response.start":
-        headers = MutableScopeHeaders.from_message(message)
-        for name, value in SECURITY.items():
-            headers.setdefault(name, value)
+def security_headers(public_url: str | None) -> Callable[[Message, Scope], Awaitable[None]]:
+    """Adds what an answer does not say itself; that browsers are to come by https alone, where the server's public
+    address has it."""
+    added = dict(SECURITY)
+    if public_url is not None and public_url.startswith("https://"):
+        added["Strict-Transport-Security"] = "max-age=31536000"
+
+    async def add(message: Message, _scope: Scope) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableScopeHeaders.from_message(message)
+            for name, value in added.items():
+                headers.setdefault(name, value)
+
+    return add
 
 
 def cors(origins: tuple[str, ...]) -> CORSConfig | None:
@@ -99,8 +114,11 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
             "Mcp-Session-Id",
             "Repr-Digest",
             "Retry-After",
+            "Traceparent",
             "X-Capsule-Part",
             "X-Payload-SHA256",
+            "X-Quota-Active-Jobs",
+            "X-Quota-Jobs-Per-Day",
             "X-RateLimit-Limit",
             "X-RateLimit-Remaining",
             "X-RateLimit-Reset",

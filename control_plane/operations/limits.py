@@ -23,6 +23,13 @@ class Allowance(NamedTuple):
     """Until the next request is answered; None where this one is."""
 
 
+class Rate(NamedTuple):
+    """A bucket holds ``burst`` requests, and gets ``per_minute`` more in a minute."""
+
+    per_minute: int
+    burst: int
+
+
 class TokenBuckets:
     """A bucket for each client, filled steadily; for one thread.
 
@@ -30,17 +37,23 @@ class TokenBuckets:
     """
 
     def __init__(self, *, per_minute: int, burst: int, clients: int = MAX_CLIENTS) -> None:
-        """A bucket holds ``burst`` requests, and gets ``per_minute`` more in a minute."""
-        self._seconds = 60 / per_minute
-        self._burst = burst
+        """The rate of clients that have none of their own."""
+        self._rate = Rate(per_minute, burst)
         self._clients = clients
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
-    def take(self, client: str, now: float) -> Allowance:
+    def empty(self, client: str, now: float) -> bool:
+        """Whether ``take`` would refuse."""
+        seconds = 60 / self._rate.per_minute
+        return max(self._full_at.get(client, now), now) + seconds - now > self._rate.burst * seconds + 1e-9 * now
+
+    def take(self, client: str, now: float, rate: Rate | None = None) -> Allowance:
         """One request of a client at a time, in seconds of any steady clock; a refused one takes nothing."""
+        per_minute, burst = rate or self._rate
+        seconds = 60 / per_minute
         full_at = max(self._full_at.get(client, now), now)
-        after = full_at + self._seconds
-        missing = after - now - self._burst * self._seconds
+        after = full_at + seconds
+        missing = after - now - burst * seconds
         refused = missing > 1e-9 * after  # what adding floats has rounded is no request
         if not refused:
             full_at = after
@@ -48,10 +61,19 @@ class TokenBuckets:
             self._full_at.move_to_end(client)
             if len(self._full_at) > self._clients:
                 self._full_at.popitem(last=False)
-        held = self._burst - (full_at - now) / self._seconds
+        held = burst - (full_at - now) / seconds
         return Allowance(
-            self._burst,
+            burst,
             0 if refused else max(0, math.floor(held + 1e-6)),
             math.ceil(full_at - now),
             max(1, math.ceil(missing)) if refused else None,
         )
+
+
+def rate_headers(allowance: Allowance) -> dict[str, str]:
+    """What a client may still do."""
+    return {
+        "X-RateLimit-Limit": str(allowance.limit),
+        "X-RateLimit-Remaining": str(allowance.remaining),
+        "X-RateLimit-Reset": str(allowance.reset_seconds),
+    }

@@ -83,6 +83,9 @@ class Metrics:
         )
         self.check = self._histogram("memvid_export_check_seconds", "Reading of a payload before 202")
         self.refused = self._counter("memvid_export_refused", "Requests that a limit refused, by limit", ["limit"])
+        self.audit_dropped = self._counter(
+            "memvid_export_audit_dropped", "Entries of the audit log that were not written", []
+        )
         self.downloads = Gauge("memvid_export_downloads", "Downloads that run", registry=self._registry)
         self.damage = self._counter("memvid_export_damaged", "Stored files that were found damaged", ["file"])
         self.scrubbed = self._counter("memvid_export_scrubbed_bytes", "Stored bytes compared with their hashes", [])

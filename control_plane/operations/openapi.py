@@ -21,10 +21,14 @@ class OpenOperation(Operation):
         self.security = []
 
 
+REFUSALS = ("UNAUTHORIZED", "FORBIDDEN", "RATE_LIMITED")
+"""What any route under ``/v1`` may answer to a key."""
+
+
 def error_specs(*codes: str) -> dict[int, ResponseSpec]:
     """The answers with these codes, by status."""
     found: dict[int, list[str]] = {}
-    for code in codes:
+    for code in dict.fromkeys(codes):
         found.setdefault(STATUS.get(code, HTTP_500_INTERNAL_SERVER_ERROR), []).append(code)
     return {
         status: ResponseSpec(data_container=ErrorBody, description=" or ".join(names), generate_examples=False)
@@ -87,7 +91,7 @@ MCP = PathItem(
             "202": OpenAPIResponse(description="A notification was taken"),
             "400": _json("Not a JSON-RPC message, or an unknown protocol version", _ANSWER),
             "401": _json("UNAUTHORIZED", _ERROR),
-            "403": _json("ORIGIN_REFUSED", _ERROR),
+            "403": _json("FORBIDDEN or ORIGIN_REFUSED", _ERROR),
             "406": _json("NOT_ACCEPTABLE", _ERROR),
             "413": _json("PAYLOAD_TOO_LARGE", _ERROR),
             "415": _json("UNSUPPORTED_MEDIA_TYPE", _ERROR),

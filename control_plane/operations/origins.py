@@ -32,7 +32,7 @@ class Origins:
     def of(cls, settings: Settings) -> Self:
         """The origins of a server with these settings."""
         public = [settings.public_url] if settings.public_url else []
-        any_host = settings.api_key is not None and not _is_loopback(settings.host)
+        any_host = settings.asks_for_key and not _is_loopback(settings.host)
         return cls(any_host=any_host, known=[*settings.cors_origins, *public])
 
     def check(self, host: str, origin: str | None) -> None:

@@ -12,7 +12,8 @@ from common.contract import FailureCount, QueueStats, Stats, StatsBucket
 from common.errors import InvalidRequest
 from control_plane.jobs.records import iso
 from control_plane.jobs.store import JobStore, now_ms
-from control_plane.operations.openapi import error_specs
+from control_plane.operations.auth import ADMIN, NEEDS
+from control_plane.operations.openapi import REFUSALS, error_specs
 
 MAX_HOURS = 168
 BUCKETS = 24
@@ -28,9 +29,10 @@ class StatsController(Controller):
 
     @get(
         "/v1/stats",
+        opt={NEEDS: ADMIN},
         operation_id="getStats",
         summary="The queue, and the jobs of the last hours",
-        responses=error_specs("UNAUTHORIZED", "INVALID_EXPORT_REQUEST", "QUEUE_UNAVAILABLE", "INTERNAL"),
+        responses=error_specs(*REFUSALS, "INVALID_EXPORT_REQUEST", "QUEUE_UNAVAILABLE", "INTERNAL"),
     )
     async def stats(
         self,

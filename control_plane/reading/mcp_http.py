@@ -27,8 +27,9 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 from common.errors import ExportError, PayloadTooLarge, UnsupportedMediaType
 from control_plane.errors import MethodNotAllowed, NotAcceptable, RateLimited, body_of, headers_of, status_of
+from control_plane.operations.auth import NEEDS, READ
 from control_plane.operations.keys import Caller
-from control_plane.operations.limits import Allowance, TokenBuckets
+from control_plane.operations.limits import TokenBuckets, rate_headers
 from control_plane.operations.origins import Origins
 from control_plane.reading import mcp_direct
 from control_plane.reading.mcp import mcp_server
@@ -58,13 +59,13 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
         mcp_server(reader, _caller), stateless=True, json_response=True, max_request_body_size=MAX_REQUEST_BYTES
     )
 
-    @asgi("/mcp", copy_scope=True)
+    @asgi("/mcp", copy_scope=True, opt={NEEDS: READ})
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await send({"type": "websocket.close", "code": 1008, "reason": None})
             return
         allowance = buckets.take(_client(scope), time.monotonic())
-        send = _with_headers(send, _headers(allowance))
+        send = _with_headers(send, rate_headers(allowance))
         try:
             _check(scope, origins)
             body = await _body(receive)
@@ -153,14 +154,6 @@ def _caller(context: ServerRequestContext[Any]) -> Caller:
 def _client(scope: Scope) -> str:
     """Whom a request counts for: the key, by the name that the bearer check gave it."""
     return f"key {scope['auth'].key}"
-
-
-def _headers(allowance: Allowance) -> dict[str, str]:
-    return {
-        "X-RateLimit-Limit": str(allowance.limit),
-        "X-RateLimit-Remaining": str(allowance.remaining),
-        "X-RateLimit-Reset": str(allowance.reset_seconds),
-    }
 
 
 def _refusal_headers(error: ExportError) -> dict[str, str]:

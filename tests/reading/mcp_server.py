@@ -29,12 +29,15 @@ from common.embedding.static import StaticEmbedder
 from common.frames import STATIC_V2, frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
+from common.settings import Settings
 from common.sidecar.rebuild import rebuild
 from common.storage import FileStorage
 from control_plane.errors import to_response
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.auth import BearerAuth
+from control_plane.operations.keys import Keys
 from control_plane.operations.limits import TokenBuckets
+from control_plane.operations.metrics import Metrics
 from control_plane.operations.origins import Origins
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import Library
@@ -141,7 +144,9 @@ class McpServer:
         app = Litestar(
             [route.handler],
             lifespan=[closing, route.lifespan],
-            middleware=[BearerAuth(KEY)],
+            middleware=[
+                BearerAuth(Keys(Settings.read({"MEMVID_EXPORT_API_KEY": KEY})), lambda _entry: None, Metrics())
+            ],
             logging_config=None,
             exception_handlers={Exception: to_response},
             openapi_config=None,
