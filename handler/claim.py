@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from common.contract import JobError
+from common.contract import MALFORMED, JobError
 from common.errors import ObjectMissing
 from common.storage import Storage
 
@@ -94,7 +94,7 @@ def read(storage: Storage, prefix: str) -> Claim | None:
         return None
     try:
         return msgspec.json.decode(data, type=Claim)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return Claim()  # Damaged: nobody holds it, and it can be closed.
 
 

@@ -18,6 +18,7 @@ import msgspec
 from common.capsule.gate import Gate
 from common.contract import (
     EXPORT_SCHEMA,
+    MALFORMED,
     ExportOptions,
     JobInput,
     JobOutput,
@@ -260,7 +261,7 @@ def read_manifest(storage: Storage, ref: str) -> Manifest:
         raise StorageFailed("there is no manifest at its ref")
     try:
         return msgspec.json.decode(b"".join(storage.read(ref, 0, size)), type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise CapsuleUnreadable(f"the manifest is damaged: {error}") from error
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from common.capsule.native import native
+from common.contract import MALFORMED
 from common.errors import CapsuleUnreadable
 from common.frames.model import Frame
 
@@ -90,6 +93,14 @@ class CapsuleReader:
         if not (table["length"] == dimension).all():
             raise CapsuleUnreadable(f"{self.path.name}: vectors of different lengths", path=str(self.path))
         return np.array(frames, dtype=np.int64), np.ascontiguousarray(table["values"], dtype=np.float32)
+
+
+def properties(frame: Frame) -> dict[str, Any]:
+    """The metadata of a frame. Raises CapsuleUnreadable."""
+    try:
+        return msgspec.json.decode(frame.metadata, type=dict[str, Any])
+    except MALFORMED as error:
+        raise CapsuleUnreadable(f"the metadata of a frame is malformed: {error}") from error
 
 
 _KINDS = {"nodes": "node", "communities": "community", "processes": "process", "relations": "relation"}

@@ -16,6 +16,7 @@ from zlib import crc32
 import msgspec
 import numpy as np
 
+from common.contract import MALFORMED
 from common.errors import CapsuleUnreadable, StorageFailed
 from common.frames.build import CONTAINMENT
 from common.frames.model import Frame
@@ -29,6 +30,12 @@ USER_VERSION = 2
 
 _SCHEMA = Path(__file__).with_name("schema.sql")
 _INDEXES = Path(__file__).with_name("indexes.sql")
+
+
+def schema() -> str:
+    """The SQL of all tables and indexes."""
+    return _SCHEMA.read_text("utf-8") + _INDEXES.read_text("utf-8")
+
 
 _BULK = f"""
 PRAGMA page_size = 4096;
@@ -177,7 +184,7 @@ class SidecarBuilder:
                 # At fixed places, not at the end of a batch: where a row lies in the file depends on when it comes.
                 if position % _FLUSH_FRAMES == _FLUSH_FRAMES - 1:
                     self._flush()
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise CapsuleUnreadable(f"Frame {position} has no readable metadata: {error}") from error
         self._position += len(frames)
 

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from common.errors import CapsuleUnreadable
 from common.frames.build import frame_uri
-from common.sidecar.build import APPLICATION_ID, SCHEMA_VERSION, USER_VERSION, derived_id, node_key, normalise_name
+from common.sidecar.build import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    USER_VERSION,
+    derived_id,
+    node_key,
+    normalise_name,
+    schema,
+)
 from common.sidecar.words import best_rows, scores
 from common.text import stem
 
@@ -40,6 +48,26 @@ _TABLES = {
     "hotspots": "rank",
     "words": "word",
 }
+_OR_MISSING = " AND NOT EXISTS (SELECT 1 FROM missing WHERE id = {})"
+_SCHEMA = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+_TYPES = {"INTEGER": "integer", "TEXT": "text", "BLOB": "blob", "REAL": "real"}
+_REFERENCES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    table: tuple(
+        (name, other, _OR_MISSING.format(f"{table}.{name}") if other == "nodes" else "") for name, other in columns
+    )
+    for table, columns in {
+        "files": (("node", "nodes"),),
+        "nodes": (("label", "labels"), ("file", "files")),
+        "symbols": (("node", "nodes"),),
+        "edges": (("source", "nodes"), ("target", "nodes"), ("type", "types"), ("evidence", "evidence")),
+        "processes": (("id", "nodes"), ("entry", "nodes"), ("terminal", "nodes")),
+        "process_steps": (("process", "nodes"), ("node", "nodes")),
+        "communities": (("id", "nodes"),),
+        "members": (("community", "nodes"), ("node", "nodes")),
+        "hotspots": (("node", "nodes"),),
+    }.items()
+}
+"""Columns that name a row of another table; those of nodes may name one of ``missing``."""
 _KIND_FOLDERS = {"missing": "nodes", "node": "nodes", "community": "communities", "process": "processes"}
 _MAX_VARIABLES = 500
 _DIGEST_ROWS = 10_000
@@ -184,6 +212,44 @@ class Sidecar:
             db.close()
             raise
 
+    def check(self) -> None:
+        """Look at every row: for a file of which nobody knows the hash. Raises CapsuleUnreadable where tables, types,
+        references or positions are not as they are built: queries rely on that."""
+        try:
+            wrong = self._wrong()
+        except sqlite3.DatabaseError as error:
+            wrong = str(error)
+        if wrong is not None:
+            raise CapsuleUnreadable(f"The sidecar {self.path.name} is damaged: {wrong}")
+
+    def _wrong(self) -> str | None:
+        """What is not as it is built, if anything."""
+        found = self._db.execute(_SCHEMA).fetchall()
+        with closing(sqlite3.connect(":memory:")) as built:
+            built.executescript(schema())
+            if found != built.execute(_SCHEMA).fetchall():
+                return "it has other tables"
+        state = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if state != "ok":
+            return str(state)[:200]
+        first = 0
+        for part, (number, begin, frames) in enumerate(self._parts):
+            if (number, begin) != (part, first) or type(frames) is not int or frames < 0:
+                return "its parts do not follow each other"
+            first += frames
+        for table in ("meta", *_TABLES):
+            columns = self._db.execute(f"PRAGMA table_info({table})").fetchall()
+            tests = [f"typeof({name}) NOT IN ('{_TYPES[kind]}', 'null')" for _, name, kind, *_ in columns]
+            tests += [
+                f"({name} NOT NULL AND NOT EXISTS (SELECT 1 FROM {other} WHERE id = {table}.{name}){others})"  # noqa: S608
+                for name, other, others in _REFERENCES.get(table, ())
+            ]
+            if table in ("documents", "nodes", "edges"):
+                tests.append(f"id NOT BETWEEN 0 AND {first - 1}")
+            if self._db.execute(f"SELECT 1 FROM {table} WHERE {' OR '.join(tests)} LIMIT 1").fetchone():  # noqa: S608
+                return f"a row of {table} is malformed"
+        return None
+
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._db.close()
@@ -196,7 +262,9 @@ class Sidecar:
         raise CapsuleUnreadable(f"No part of the capsule holds frame {position}")
 
     def position(self, part: int, frame_id: int) -> int:
-        """The position of a part's frame: the inverse of ``locate``."""
+        """The position of a part's frame: the inverse of ``locate``. Raises CapsuleUnreadable."""
+        if not 0 <= part < len(self._parts):
+            raise CapsuleUnreadable(f"The sidecar {self.path.name} knows no part {part}")
         return self._parts[part][1] + frame_id
 
     def counts(self) -> dict[str, int]:

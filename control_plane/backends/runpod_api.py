@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import httpx
 import msgspec
 
-from common.contract import JobError
+from common.contract import MALFORMED, JobError
 from common.errors import DeadlineExceeded, ExportError, Retry, WorkerLost
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
@@ -126,7 +126,7 @@ class RunpodApi:
             raise RunpodRefused(f"Runpod refuses {route} with {code}: {said}", status=code)
         try:
             status = msgspec.json.decode(received, type=JobStatus)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             if route == "cancel":
                 self._worked(turn)
                 return None
@@ -209,7 +209,7 @@ def why(answer: JobStatus | None) -> ExportError:
     text = answer.error if isinstance(answer.error, str) else msgspec.json.encode(answer.error).decode()
     try:
         told = msgspec.json.decode(text, type=JobError)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return WorkerLost(f"the worker failed: {text[:300]}")
     return of_worker(told)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from common.contract import ErrorInfo, Wire
+from common.contract import MALFORMED, ErrorInfo, Wire
 from common.errors import InvalidRequest
 from common.storage import Storage
 
@@ -62,7 +62,7 @@ class Journal:
         for number, line in enumerate(b"".join(storage.read(self._ref, 0, size)).splitlines() if size else [], 1):
             try:
                 record = msgspec.json.decode(line, type=Record)
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 message = f"--out: its {JOURNAL_NAME} is not that of a batch, line {number}: {error}"
                 raise InvalidRequest(message, field="--out") from error
             self._records[record.name] = record

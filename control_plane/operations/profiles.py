@@ -261,6 +261,8 @@ def _document(path: Path) -> dict[str, Any]:
         raise InvalidSettings("the file is not UTF-8", field="file") from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettings(f"the file is not TOML: {error}", field="file") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InvalidSettings(f"the file has a value that cannot be read: {error}", field="file") from error
     except RecursionError as error:
         raise InvalidSettings("the file is nested too deeply", field="file") from error
 

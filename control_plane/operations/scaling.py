@@ -13,7 +13,7 @@ import httpx
 import msgspec
 import stamina
 
-from common.contract import Wire
+from common.contract import MALFORMED, Wire
 from common.errors import InvalidRequest, InvalidSettings
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.profiles import Profiles
@@ -151,7 +151,7 @@ class RunpodEndpoint:
             raise PlatformUnavailable(f"No Runpod API answers at {self._base}: {error}", url=self._base) from error
         try:
             return msgspec.json.decode(answer.content, type=Endpoint)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             text = f"{self._base} does not answer like Runpod's API: {error}"
             raise PlatformUnavailable(text, url=self._base) from error
 

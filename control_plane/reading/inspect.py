@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from common.capsule.gate import FrameProbe, Gate, GatePlan, VectorProbe
-from common.capsule.reader import CapsuleReader
-from common.contract import Manifest, Wire
+from common.capsule.reader import CapsuleReader, properties
+from common.contract import MALFORMED, Manifest, Wire
 from common.embedding.choice import MODES, PROVIDERS, Choice, Provider
 from common.embedding.port import Embedder
 from common.embedding.static import StaticEmbedder
@@ -61,7 +61,7 @@ def _manifest(capsule: Path) -> Manifest | None:
     for path in [own] if own.is_file() else sorted(capsule.parent.glob("*.mv2.manifest.json")):
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *MALFORMED) as error:
             if path == own:
                 raise CapsuleUnreadable(f"The manifest {path.name} is damaged: {error}") from error
             continue  # of another capsule in the same folder
@@ -80,7 +80,7 @@ def opened_sidecar(files: Files) -> Iterator[Sidecar]:
     """The capsule's sidecar; one that is missing, damaged or of other bytes is rebuilt from the capsule, for this
     reading alone. Raises CapsuleUnreadable."""
     expected = files.manifest.capsule_sha256 if files.manifest else capsule_sha256(files.parts)
-    sidecar = _current(files.sidecar, expected)
+    sidecar = _current(files, expected)
     if sidecar:
         try:
             with closing(sidecar):
@@ -96,7 +96,8 @@ def opened_sidecar(files: Files) -> Iterator[Sidecar]:
             yield sidecar
 
 
-def _current(path: Path | None, capsule: str) -> Sidecar | None:
+def _current(files: Files, capsule: str) -> Sidecar | None:
+    path = files.sidecar
     if path is None:
         return None
     try:
@@ -204,7 +205,7 @@ def inspect(capsule: Path) -> Contents:
             parts.append(Part(path=str(path), size_bytes=path.stat().st_size, frames=reader.frame_count, vectors=rows))
             for frame in [] if meta else reader.frames(0, _META_FRAMES):
                 if frame.uri == META_URI:
-                    meta = msgspec.json.decode(frame.metadata, type=dict[str, Any])
+                    meta = properties(frame)
     return Contents(
         parts=parts,
         frames=sum(part.frames for part in parts),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
+from common.contract import MALFORMED
 from control_plane.operations.keys import Caller
 from control_plane.reading.reader import Reader
 
@@ -53,7 +54,7 @@ async def answer(reader: Reader, headers: Iterable[tuple[bytes, bytes]], body: b
         return None
     try:
         call = _decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         return None
     found, is_error = await reader.ask(call.params.name, call.params.arguments or {}, caller)
     return b"".join(
