@@ -16,9 +16,10 @@ from control_plane.jobs.store import JobStore, now_ms
 
 log = structlog.get_logger()
 
-HOLD_SECONDS = 30.0
-"""The files of a replica that was killed are held so long; one that lives says so again in time."""
-RENEW_SECONDS = 8.0
+HOLD_SECONDS = 10.0
+"""What a replica reads that was killed is held so long; one that lives says so again in time. While the store is away
+nobody removes anything."""
+RENEW_SECONDS = 3.0
 LONGEST_SECONDS = 3_600.0
 """No reading takes longer. One that begins earlier than that before the end of the files' time needs no hold."""
 
