@@ -266,6 +266,13 @@ class WorkerLost(ExportError):
     retry = Retry.lost
 
 
+class CanaryFailed(ExportError):
+    """A canary export did not come through; the message says where it ended."""
+
+    code = "CANARY_FAILED"
+    retry = Retry.never
+
+
 class Canceled(ExportError):
     """The job was canceled; a terminal outcome of its own, not a failure."""
 

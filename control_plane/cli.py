@@ -20,19 +20,21 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
+from uuid import UUID
 
 import msgspec
 import typer
 
-from common.errors import Canceled, ExportError, InvalidRequest, InvalidSettings
+from common.errors import CanaryFailed, Canceled, ExportError, InvalidRequest, InvalidSettings
 
 if TYPE_CHECKING:
     from common.capsule.gate import Gate
-    from common.contract import Source, WriterName
+    from common.contract import Job, Source, WriterName
     from common.embedding.choice import Choice, Engines
     from common.embedding.engine import OpenEngines
     from common.embedding.port import Embedder
     from common.settings import Settings
+    from control_plane.client import ExportClient
     from control_plane.terminal import Show
 
 app = typer.Typer(
@@ -382,6 +384,26 @@ def _job_text(path: Path) -> str:
     return text
 
 
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the log calls it.")],
+    scope: Annotated[list[str], typer.Option(help="What it may do: export, read, admin; may be repeated.")],
+    client: Annotated[str | None, typer.Option(help="Whose exports it makes and sees; NAME by default.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Make a key for the server: shows it once, and prints the lines with its hash for the keys file."""
+    from control_plane.operations.keys import key_entry, new_key
+    from control_plane.terminal import Show
+
+    made = new_key()
+    entry = key_entry(name, made, scope, {} if client is None else {"client": client})
+    with Show(json=json) as show:
+        if not json:
+            show.note(f"The key, which is not shown again: {made}")
+        show.result(entry)
+        show.data({"key": made, "entry": entry})
+
+
 @app.command("local-runpod")
 def local_runpod(
     bind: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where it listens; port 0 is a free one.")] = (
@@ -461,10 +483,8 @@ def submit(
     json: JsonFlag = False,
 ) -> None:
     """Send a graph to a server; the key is taken from MEMVID_EXPORT_API_KEY or MEMVID_EXPORT_API_KEY_FILE."""
-    from common.contract import Progress
     from control_plane.client import ExportClient
     from control_plane.terminal import Show
-    from handler.protocol import export_error
 
     if not graph.is_file():
         raise InvalidRequest(f"There is no file {graph}", field="GRAPH")
@@ -474,26 +494,121 @@ def submit(
             show.data(created)
             show.result(f"{created.job_id}: {created.message}")
             return
-        show.note(f"Job {created.job_id}")
-        stages = show.stages(graph.name)
-        for event in client.events(created.job_id):
-            if event.stage in ("failed", "canceled", "expired"):
-                break
-            stages(
-                Progress(
-                    stage=event.stage,
-                    progress=event.progress,
-                    stage_progress=event.stage_progress,
-                    message=event.message,
-                )
-            )
-        job = client.job(created.job_id)
-        if job.error or not job.artifact:
-            raise export_error(job.error) if job.error else Canceled(f"Job {job.job_id} was {job.status}")
+        job = _followed(client, created.job_id, graph.name, show)
         _folder(out, "--out")
         *capsules, sidecar, manifest = client.fetch(job.job_id, out, lambda name: show.amount(f"Fetching {name}"))
         files = [*(("capsule", path) for path in capsules), ("sidecar", sidecar), ("manifest", manifest)]
         show.report(client.report(job.job_id), *files)
+
+
+def _followed(client: ExportClient, job_id: str, name: str, show: Show) -> Job:
+    """The job once it is completed. Raises the error that it ended in."""
+    from common.contract import Progress
+    from handler.protocol import export_error
+
+    show.note(f"Job {job_id}")
+    stages = show.stages(name)
+    for event in client.events(job_id):
+        if event.stage in ("failed", "canceled", "expired"):
+            break
+        stages(
+            Progress(
+                stage=event.stage,
+                progress=event.progress,
+                stage_progress=event.stage_progress,
+                message=event.message,
+            )
+        )
+    job = client.job(job_id)
+    if job.error or not job.artifact:
+        raise export_error(job.error) if job.error else Canceled(f"Job {job.job_id} was {job.status}")
+    return job
+
+
+@app.command()
+def retry(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="The id of an export that failed; without it they are listed.")
+    ] = None,
+    *,
+    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the new export to its end.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Start a failed export again from the payload that the server has kept; without JOB, list what was given up."""
+    from control_plane.client import ExportClient
+    from control_plane.terminal import Show
+
+    if wait and job is None:
+        raise typer.BadParameter("--wait goes with JOB", param_hint="--wait")
+    with Show(json=json) as show, ExportClient(url, _key(os.environ)) as client:
+        if job is None:
+            _given_up(client, show)
+            return
+        created = client.retry(_job_id(job))
+        if not wait:
+            show.data(created)
+            show.result(f"{created.job_id}: {created.message}")
+            return
+        done = _followed(client, created.job_id, job, show)
+        show.data(done)
+        show.result(f"{done.job_id}: {done.message}")
+
+
+def _job_id(given: str) -> str:
+    try:
+        return str(UUID(given))
+    except ValueError as error:
+        raise InvalidRequest(f"{_text(given)} is not the id of an export", field="JOB") from error
+
+
+def _given_up(client: ExportClient, show: Show) -> None:
+    """The failed exports that can be started again."""
+    kept = [job for job in client.failed() if job.metadata.retry_until is not None]
+    show.data(kept)
+    for job in kept:
+        code, message = (job.error.code, job.error.message) if job.error else ("INTERNAL", job.message)
+        attempts = "1 attempt" if job.metadata.attempts == 1 else f"{job.metadata.attempts:,} attempts"
+        show.result(
+            f"{job.job_id}  {job.metadata.project_name}",
+            f"  {code}: {message}",
+            f"  {attempts}, failed {job.updated_at}, kept until {job.metadata.retry_until}",
+        )
+    if not kept:
+        show.result("Nothing was given up.")
+
+
+@app.command()
+def canary(
+    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    semantic: Annotated[bool, typer.Option("--semantic", help="Make vectors too, and search by meaning.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, max=86_400, help="Seconds that it may take in all.")] = 120.0,
+    json: JsonFlag = False,
+) -> None:
+    """Send a small made-up graph through a server, check the capsule, and look for what was put into it."""
+    import secrets
+
+    from common.errors import DeadlineExceeded
+    from control_plane.operations.canary import Step, fly
+    from control_plane.terminal import Show
+
+    def late(*_: object) -> None:
+        raise DeadlineExceeded(f"it did not end within {timeout:g} seconds", limit=timeout)
+
+    def told(step: Step) -> None:
+        show.note(f"{step.seconds:7.2f} s  {step.name}: {step.detail}")
+
+    word = "".join(secrets.choice("bcdfghjklmnpqrstvwxz") for _ in range(16))
+    with Show(json=json) as show:
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        run = fly(url, _key(os.environ), word, semantic=semantic, tell=told)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        show.data(run)
+        if run.outcome == "ok":
+            show.result(f"The canary came through in {run.seconds:.2f} s.")
+    if run.outcome != "ok":
+        raise CanaryFailed(f"The canary did not come through ({run.outcome}), at {run.step}: {run.message}")
 
 
 def _key(env: Mapping[str, str]) -> str | None:

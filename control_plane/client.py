@@ -23,7 +23,19 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from common.contract import ErrorBody, Event, EventPage, Job, JobCreated, Manifest, Report, Source
+from common.contract import (
+    MALFORMED,
+    ErrorBody,
+    Event,
+    EventPage,
+    Job,
+    JobCreated,
+    JobPage,
+    Manifest,
+    Report,
+    SearchAnswer,
+    Source,
+)
 from common.errors import (
     RULES,
     Canceled,
@@ -87,7 +99,7 @@ class GitNexus:
         self._refuse(answer)
         try:
             return msgspec.json.decode(answer.content, type=list[GitNexusRepo])
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             raise StorageFailed(f"{self._url} does not answer like a GitNexus server: {error}") from error
 
     def find(self, wanted: str | None) -> GitNexusRepo:
@@ -174,8 +186,10 @@ class ExportClient:
     a submission carries an ``Idempotency-Key``, so a retry never starts a second job.
     """
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, *, tries: int = _TRIES.most) -> None:
+        """``tries`` of a request before it is given up."""
         self._url = url.rstrip("/")
+        self._tries = tries
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The server sends a ping every 2 s; 30 s of silence is a dead connection.
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=httpx.Timeout(30.0, write=120.0))
@@ -226,6 +240,42 @@ class ExportClient:
         """Ask the server to stop a job; a finished one answers its state."""
         return msgspec.json.decode(self._send("DELETE", f"/v1/exports/{job_id}").content, type=Job)
 
+    def retry(self, job_id: str) -> JobCreated:
+        """Start a failed job again; answers the new job, which is the same one however often this is asked."""
+        return msgspec.json.decode(self._send("POST", f"/v1/exports/{job_id}/retry").content, type=JobCreated)
+
+    def failed(self) -> Iterator[Job]:
+        """All jobs that have failed, newest first."""
+        cursor: str | None = ""
+        while cursor is not None:
+            params = {"status": "failed", "limit": 200} | ({"cursor": cursor} if cursor else {})
+            page = msgspec.json.decode(self._send("GET", "/v1/exports", params=params).content, type=JobPage)
+            yield from page.jobs
+            cursor = page.next_cursor
+
+    def search(self, job_id: str, query: str, *, mode: str) -> SearchAnswer:
+        """The best five nodes of an export that fit a question."""
+        params = {"q": query, "mode": mode, "limit": 5}
+        answer = self._send("GET", f"/v1/exports/{job_id}/search", params=params)
+        return msgspec.json.decode(answer.content, type=SearchAnswer)
+
+    def ask(self, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The envelope of a read tool's answer. Raises StorageFailed with the tool's error, ``details['answered']`` its
+        code."""
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
+        headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+        body = msgspec.json.encode(call)
+        answer = self._send("POST", "/mcp", headers=headers, content=lambda: iter([body]))
+        try:
+            result = answer.json()["result"]
+            content: dict[str, Any] = result["structuredContent"]
+            wrong = bool(result.get("isError"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageFailed(f"{tool} was not answered like a tool") from error
+        if wrong:
+            raise StorageFailed(f"{tool}: {content.get('message')}", answered=content.get("code"))
+        return content
+
     def events(self, job_id: str) -> Iterator[Event]:
         """Every event of a job once and in order, until the terminal one.
 
@@ -241,7 +291,7 @@ class ExportClient:
                         yield event
                         if event.type in TERMINAL:
                             return
-            except (httpx.TransportError, msgspec.DecodeError):
+            except (httpx.TransportError, *MALFORMED):
                 pass  # a stream may break at any time: the pages below say what is really there
             while True:
                 answer = self._send("GET", f"/v1/exports/{job_id}/events", params={"sinceSeq": seen})
@@ -342,7 +392,7 @@ class ExportClient:
                 failures += 1
                 self._pause(failures, error)
                 continue
-            if answer.status_code in _RETRYABLE and failures < _TRIES.most:
+            if answer.status_code in _RETRYABLE and failures + 1 < self._tries:
                 failures += 1
                 wait = answer.headers.get("Retry-After", "")
                 time.sleep(min(_TRIES.longest_wait, float(wait)) if wait.isdigit() else _TRIES.wait(failures))
@@ -352,7 +402,7 @@ class ExportClient:
             return answer
 
     def _pause(self, failures: int, error: httpx.TransportError) -> None:
-        if failures >= _TRIES.most:
+        if failures >= self._tries:
             raise StorageFailed(f"No export server answers at {self._url}: {error}", url=self._url) from error
         time.sleep(_TRIES.wait(failures))
 
@@ -373,7 +423,7 @@ class ExportClient:
     def _refuse(self, answer: httpx.Response) -> NoReturn:
         try:
             said = msgspec.json.decode(answer.content, type=ErrorBody).error
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             text = f"{self._url} answered {answer.status_code} {answer.reason_phrase}"
             raise StorageFailed(text) from error
         details: dict[str, Any] = {} if said.details is msgspec.UNSET else said.details
@@ -383,7 +433,7 @@ class ExportClient:
         if said.code == "UNAUTHORIZED":
             raise InvalidRequest(f"{said.message} (set MEMVID_EXPORT_API_KEY)", **details)
         kind = classes.get(said.code) or (InvalidRequest if answer.is_client_error else StorageFailed)
-        raise kind(f"{said.message} ({said.code})", **details)
+        raise kind(f"{said.message} ({said.code})", **details, answered=said.code)
 
 
 def _sha256_of(body: BinaryIO) -> hashlib._Hash:

@@ -20,6 +20,7 @@ from control_plane.app import create_app
 from control_plane.errors import body_of
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.layout import Layout
+from control_plane.operations.canary import Canary
 from handler.logs import log_as_json
 
 log = structlog.get_logger()
@@ -122,9 +123,10 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
+    def __init__(self, config: uvicorn.Config, hub: EventHub, canary: Canary | None) -> None:
         super().__init__(config)
         self._hub = hub
+        self._canary = canary
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -135,6 +137,8 @@ class _Server(uvicorn.Server):
                 listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_SECONDS * 1000)
                 host, port = listening.getsockname()[:2]
                 name = f"[{host}]" if ":" in host else host
+                if self._canary is not None:
+                    self._canary.listens(host, port)
                 print(f"memvid-export listens on http://{name}:{port}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -162,8 +166,9 @@ def serve(settings: Settings) -> None:
     layout = Layout(settings)
     layout.prepare()
     hub = EventHub()
+    app = create_app(settings, layout, hub)
     config = uvicorn.Config(
-        create_app(settings, layout, hub),
+        app,
         http=BoundedHttp,
         host=settings.host,
         port=settings.port,
@@ -174,4 +179,4 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=STOP_SECONDS,
         lifespan="on",
     )
-    _Server(config, hub).run()
+    _Server(config, hub, app.state.canary).run()

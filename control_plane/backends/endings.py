@@ -14,7 +14,7 @@ from common.contract import JobOutput, Manifest, Progress, Report, Stage, Status
 from common.errors import ONCE, RULES, Canceled, ExportError, ObjectMissing, Retry
 from control_plane.backends.port import Means
 from control_plane.jobs.database import db_now
-from control_plane.jobs.records import JobRecord, NewEvent
+from control_plane.jobs.records import CANARY_CLIENT, JobRecord, NewEvent
 from control_plane.jobs.store import LEASE_MS, now_ms, started
 from handler.claim import NAMES
 from handler.job import published
@@ -22,6 +22,8 @@ from handler.protocol import job_error
 
 log = structlog.get_logger()
 
+CANARY_KEPT_SECONDS = 600
+"""What a server's own canaries make is removed after so long."""
 SETTLE_SECONDS = 1.0
 """Between two tries to record an end."""
 
@@ -58,7 +60,7 @@ class Endings:
             output=msgspec.json.encode(output).decode(),
             manifest=msgspec.json.encode(manifest).decode(),
             frames=manifest.frames,
-            expires_at=now + self._settings.retention_seconds * 1000,
+            expires_at=self._expires(job, now),
         )
         if not moved:
             await self._now_gone(job, "completed")
@@ -153,13 +155,21 @@ class Endings:
         event = NewEvent("job_failed", step("failed", 0, told.message, meta))
         error_text = msgspec.json.encode(told).decode()
         # Whatever it failed of, its payload is kept: a setting may be mended, and somebody may want to look at it.
-        until = now_ms() + self._settings.retention_seconds * 1000
-        expires_at = None if isinstance(error, ObjectMissing) and not await self._has_payload(job) else until
+        expires_at: int | None = self._expires(job, now_ms())
+        if job.client == CANARY_CLIENT or (isinstance(error, ObjectMissing) and not await self._has_payload(job)):
+            expires_at = None
         values = {"error": error_text, "error_code": told.code, "expires_at": expires_at}
         if await self._settle(job, "failed", event, **values):
-            await self._remove(self._layout.job_prefix(job.id))
+            await self._remove(
+                self._layout.job_prefix(job.id), *([] if expires_at else [self._layout.payload_ref(job.id)])
+            )
         else:
             await self._now_gone(job, "failed")
+
+    def _expires(self, job: JobRecord, now: int) -> int:
+        """When what it leaves is removed. The server's own canaries take no room for long."""
+        seconds = self._settings.retention_seconds
+        return now + (min(CANARY_KEPT_SECONDS, seconds) if job.client == CANARY_CLIENT else seconds) * 1000
 
     async def _has_payload(self, job: JobRecord) -> bool:
         try:

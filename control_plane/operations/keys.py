@@ -300,6 +300,8 @@ def new_key() -> str:
 def key_entry(name: str, key: str, scopes: Iterable[str], more: Mapping[str, str]) -> str:
     """The lines for a keys file; ``more`` are further texts. Raises InvalidSettings."""
     shown = ", ".join(f'"{scope}"' for scope in scopes)
+    for value in (name, *more.values()):
+        _value("key: NAME", value, _Name)
     lines = ["[[keys]]", f'name = "{name}"', f'sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"']
     lines += [f"scopes = [{shown}]", *(f'{field} = "{value}"' for field, value in more.items())]
     text = "\n".join(lines)
