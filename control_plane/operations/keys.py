@@ -15,7 +15,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -247,7 +247,7 @@ def _parse(setting: str, text: str, settings: Settings) -> list[Key]:
     """The keys of a file. What is wrong is told by its place and never shown: it may be a key."""
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         where = re.search(r"\(at (line \d+, column \d+)\)$", str(error))
         place = f" ({where[1]})" if where else ""
         raise InvalidSettings(f"{setting} is not TOML{place}", field=setting) from None
@@ -297,11 +297,11 @@ def new_key() -> str:
     return f"mvx_{secrets.token_urlsafe(32)}"
 
 
-def key_entry(name: str, key: str, scopes: Iterable[str], more: Mapping[str, str]) -> str:
+def key_entry(name: str, key: str, scopes: Sequence[str], more: Mapping[str, str]) -> str:
     """The lines for a keys file; ``more`` are further texts. Raises InvalidSettings."""
+    for place, value, kind in (("NAME", name, _Name), ("--scope", [*scopes], _ScopeList)):
+        _value(place, value, kind)
     shown = ", ".join(f'"{scope}"' for scope in scopes)
-    for value in (name, *more.values()):
-        _value("key: NAME", value, _Name)
     lines = ["[[keys]]", f'name = "{name}"', f'sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"']
     lines += [f"scopes = [{shown}]", *(f'{field} = "{value}"' for field, value in more.items())]
     text = "\n".join(lines)
