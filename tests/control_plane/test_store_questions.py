@@ -28,10 +28,11 @@ from common.contract import (
     Versions,
 )
 from common.errors import InvalidRequest
-from control_plane.errors import QueueUnavailable
+from control_plane.errors import QueueUnavailable, QuotaReached
+from control_plane.jobs.audit import AuditEntry, AuditQuery
 from control_plane.jobs.database import Database, db_now
 from control_plane.jobs.hub import EventHub
-from control_plane.jobs.records import JobRecord, NewEvent, NewJob, iso
+from control_plane.jobs.records import JobRecord, NewEvent, NewJob, Quota, iso
 from control_plane.jobs.store import ADOPTED, LEASE_MS, LONGEST_PAUSE_MS, Activity, JobStore, StageSpan, now_ms
 from control_plane.jobs.tables import events, jobs
 
@@ -880,5 +881,129 @@ def test_steps_that_the_log_has_are_not_told_again(ask: Ask) -> None:
         job = await desk.job(job_id)
         assert (job.told, job.progress, job.last_seq) == (3, 10, 3)
         assert await desk.second.advance(job_id, 1, [told(progress=20)], told=(3, 4))
+
+    ask(scenario)
+
+
+# --- dead letters ---------------------------------------------------------------------------------------
+
+
+def test_a_failed_job_keeps_its_payload_until_it_is_let_go(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        kept = {when: await desk.new(status="failed", finished_at=1, expires_at=when) for when in (10, 20, 30)}
+        bare = await desk.new(status="failed", finished_at=1)
+        done = await desk.new(status="completed", finished_at=1, expires_at=10)
+        assert await desk.first.kept_payloads() == set(kept.values())
+        assert await desk.first.forget(99) == 1
+        assert await desk.first.get(bare) is None
+        assert await desk.first.let_go(job_id=done) == []
+        assert await desk.first.let_go(before=9) == []
+        assert await desk.first.let_go(before=10) == [kept[10]]
+        assert await desk.first.let_go(job_id=kept[30]) == [kept[30]]
+        assert await desk.first.let_go(job_id=kept[30]) == []
+        assert await desk.first.kept_payloads() == {kept[20]}
+        assert (await desk.job(done)).expires_at == 10
+        assert await desk.first.forget(99) == 2
+        await desk.many(101, status="failed", expires_at=1)
+        assert [len(await desk.first.let_go(before=1)) for _ in range(3)] == [100, 1, 0]
+        assert await desk.first.kept_payloads() == {kept[20]}
+
+    ask(scenario)
+
+
+def test_a_failed_job_is_done_again_once_and_its_payload_goes_along(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        ids = sorted([await desk.new(status="failed", finished_at=1, expires_at=10) for _ in range(3)])
+        again = dataclasses.replace(new_job(), retry_of=ids[1])
+        assert await desk.first.retry_of(ids[1]) is None
+        record, new = await desk.first.create(again)
+        assert (new, record.retry_of) == (True, ids[1])
+        same, new = await desk.second.create(dataclasses.replace(new_job(), retry_of=ids[1]))
+        assert (new, same.id) == (False, record.id)
+        assert await desk.first.kept_payloads() == {ids[0], ids[2]}
+        found = await desk.first.retry_of(ids[1])
+        assert found is not None
+        assert found.id == record.id
+        assert [await desk.first.retry_of(other) for other in (ids[0], ids[2])] == [None, None]
+        assert await desk.first.retried_by(ids) == {ids[1]: record.id}
+        assert await desk.first.retried_by([ids[0]]) == {}
+        assert await desk.first.retried_by([]) == {}
+
+    ask(scenario)
+
+
+# --- quotas and the audit log -----------------------------------------------------------------------------
+
+
+def test_a_client_has_no_more_jobs_than_its_quota_and_others_do_not_count(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        now = now_ms()
+        day = 24 * HOUR
+        mine = {"client": "m"}
+        for client in ("a", "z"):
+            await desk.many(5, client=client)
+        for status in ("queued", "running"):
+            await desk.new(**mine, status=status, created_at=now - day - 60_000)
+        for status in ("completed", "failed", "canceled"):
+            await desk.new(**mine, status=status, created_at=now - day + HOUR)
+        assert await desk.first.quota_used("m", Quota()) == Quota()
+        assert await desk.first.quota_used("m", Quota(9, None)) == Quota(2, None)
+        assert await desk.first.quota_used("m", Quota(None, 9)) == Quota(None, 3)
+        assert await desk.first.quota_used("n", Quota(9, 9)) == Quota(0, 0)
+        for enough in (Quota(), Quota(3, 4), Quota(3, None), Quota(None, 4)):
+            await desk.first.check_quota("m", enough)
+        with pytest.raises(QuotaReached, match="2 exports of this client may wait or run at once"):
+            await desk.first.check_quota("m", Quota(2, None))
+        with pytest.raises(QuotaReached, match="3 exports of this client may be made in 24 hours") as full:
+            await desk.first.check_quota("m", Quota(9, 3))
+        assert 3_500 < full.value.details["retryAfterSeconds"] <= 3_600
+
+        def next_one() -> NewJob:
+            return dataclasses.replace(new_job(), client="m")
+
+        for quota in (Quota(2, None), Quota(None, 3)):
+            with pytest.raises(QuotaReached):
+                await desk.first.create(next_one(), quota=quota)
+        assert (await desk.first.create(next_one(), quota=Quota(3, 4)))[1]
+        assert await desk.first.quota_used("m", Quota(9, 9)) == Quota(3, 4)
+
+    ask(scenario)
+
+
+def test_what_is_written_into_the_audit_log_is_read_newest_first_and_forgotten_in_time(ask: Ask) -> None:
+    def entry(client: str, action: Any = "export.create") -> AuditEntry:
+        return AuditEntry("k", client, "127.0.0.1", action, "ok", None, "t")
+
+    async def scenario(desk: Desk) -> None:
+        job = new_job()
+        await desk.first.create(job, entry=entry("m")._replace(job_id=job.id))
+        await desk.first.write_audit([(10, entry("a")), (20, entry("m", "export.cancel")), (20, entry("z"))])
+        everything = AuditQuery(None, None, None, None)
+        rows = await desk.first.audit_page(everything, 9)
+        assert [row.client for row in rows] == ["m", "z", "m", "a"]
+        assert rows[0].job_id == job.id
+        assert len(await desk.first.audit_page(everything, 2)) == 2
+        found = await desk.first.audit_page(everything._replace(client="m", action="export.cancel"), 9)
+        assert [row.ts for row in found] == [20]
+        older = await desk.first.audit_page(everything._replace(before=(20, rows[1].id)), 9)
+        assert [row.client for row in older] == ["m", "a"]
+        assert len(await desk.first.audit_page(everything._replace(since=20), 9)) == 3
+        assert await desk.first.forget_audit(10) == 0
+        assert await desk.first.forget_audit(20) == 1
+        assert await desk.first.forget_audit(21, limit=1) == 1
+        assert [row.client for row in await desk.first.audit_page(everything, 9)] == ["m", "z"]
+        await desk.first.write_audit([(1, entry("m"))] * 1_001)
+        assert [await desk.first.forget_audit(20) for _ in range(3)] == [1_000, 1, 0]
+
+    ask(scenario)
+
+
+def test_a_database_that_can_be_written_says_so_and_loses_nothing(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        job, _ = await desk.first.create(new_job(), "key")
+        await desk.first.check_writable()
+        found = await desk.first.find_key("default", "key", "0" * 64)
+        assert found is not None
+        assert found.id == job.id
 
     ask(scenario)
