@@ -163,7 +163,8 @@ class JobRecord:
                 wrong.append(name)
         for name in _TIMES:
             if values[name] is not None and not (isinstance(values[name], int) and 0 <= values[name] <= _LATEST):
-                values[name] = 0 if name in ("created_at", "updated_at") else None
+                # At the far end, so that the next page of a list has no fewer jobs.
+                values[name] = _LATEST if name in ("created_at", "updated_at") else None
                 wrong.append(name)
         if values["status"] not in STATUSES:
             values["status"] = "failed"
