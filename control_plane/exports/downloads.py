@@ -75,9 +75,9 @@ class Downloads:
     """Hands out the files of finished jobs: bounded in number and in time, and never other bytes than were published.
 
     A file on disk is compared with its SHA-256 before its first answer, and is not read again for that while its
-    inode, size and time of change stay the same. An object in a store is compared while it is sent whole, and before a
-    part of it or "not changed" is answered; that is remembered by its ETag. What differs is noted, and nobody gets the
-    files of that job any more.
+    inode, size and time of change stay the same. An object in a store is compared whenever it is sent whole, and before
+    a part of it or "not changed" is answered; that is remembered by its ETag. What differs is noted, and nobody gets
+    the files of that job any more.
     """
 
     def __init__(
@@ -180,11 +180,11 @@ class Download:
         downloads, head = self._downloads, scope.get("method") == HttpMethod.HEAD
         with downloads.shares.place(scope["auth"].client), downloads.metrics.downloads.track_inprogress():
             async with downloads.holds.reading([self._job]):
-                answer = await self._prepare(head=head)
+                answer = await self._prepare()
                 sending = asyncio.create_task(self._send(answer, send, head=head))
                 await finish(sending, receive, downloads.patience.total, "download", job_id=self._job.id)
 
-    async def _prepare(self, *, head: bool) -> _Answer:
+    async def _prepare(self) -> _Answer:
         if self._artifact.kind == "manifest":
             self._data = await self._manifest()
             found = hashlib.sha256(self._data).hexdigest()
@@ -197,8 +197,9 @@ class Download:
                 raise await self._downloads.damaged(self._job, self._artifact, what)
             compared = self._downloads.known(self._artifact, tag)
         status, headers, span = self._conditions()
-        whole = status == 200 and (head or len(span) > 0)
-        if not compared and not (whole and not _is_file(self._artifact.ref)):
+        if status == 200 and not _is_file(self._artifact.ref) and self._data is None:
+            compared = False  # while it is sent
+        elif not compared:
             await self._downloads.compare(self._job, self._artifact, tag)
             compared = True
         return _Answer(status, headers, span, tag, compared)
