@@ -396,7 +396,7 @@ def key(
     from control_plane.terminal import Show
 
     made = new_key()
-    entry = key_entry(name, made, scope, {} if client is None else {"client": client})
+    entry = key_entry(name, made, scope, client)
     with Show(json=json) as show:
         if not json:
             show.note(f"The key, which is not shown again: {made}")

@@ -15,7 +15,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -297,16 +297,14 @@ def new_key() -> str:
     return f"mvx_{secrets.token_urlsafe(32)}"
 
 
-def key_entry(name: str, key: str, scopes: Sequence[str], more: Mapping[str, str]) -> str:
-    """The lines for a keys file; ``more`` are further texts. Raises InvalidSettings."""
-    for place, value, kind in (("NAME", name, _Name), ("--scope", [*scopes], _ScopeList)):
-        _value(place, value, kind)
+def key_entry(name: str, key: str, scopes: Sequence[str], client: str | None) -> str:
+    """The lines for a keys file. Raises InvalidSettings."""
+    for place, value, kind in (("NAME", name, _Name), ("--scope", [*scopes], _ScopeList), ("--client", client, _Name)):
+        if value is not None:
+            _value(place, value, kind)
     shown = ", ".join(f'"{scope}"' for scope in scopes)
     lines = ["[[keys]]", f'name = "{name}"', f'sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"']
-    lines += [f"scopes = [{shown}]", *(f'{field} = "{value}"' for field, value in more.items())]
-    text = "\n".join(lines)
-    _parse("key", text, Settings.read({}, dev=True))
-    return text
+    return "\n".join([*lines, f"scopes = [{shown}]", *([f'client = "{client}"'] if client else [])])
 
 
 def expired(key: Key, now: datetime | None = None) -> bool:
