@@ -156,7 +156,11 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         "backend": backend,
         "health": health,
         "figures": Figures(
-            store, hub, metrics, disk, {"worker": lambda: backend.trouble, "disk": lambda: disk.trouble}
+            store,
+            hub,
+            metrics,
+            disk,
+            {"worker": lambda: backend.trouble, "disk": lambda: disk.trouble, "keys": lambda: keys.trouble},
         ),
         "exports": exports,
         "search": ExportSearch(exports, library, holds),
