@@ -20,7 +20,7 @@ from litestar import Litestar, asgi
 from litestar.datastructures import Headers
 from litestar.enums import ScopeType
 from litestar.handlers import ASGIRouteHandler
-from litestar.status_codes import HTTP_200_OK
+from litestar.status_codes import HTTP_200_OK, HTTP_400_BAD_REQUEST
 from litestar.types import HTTPScope, Message, Receive, Scope, Send
 from mcp.server.context import ServerRequestContext
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
@@ -36,6 +36,9 @@ from control_plane.reading.mcp import mcp_server
 from control_plane.reading.reader import Reader, error_body
 
 MAX_REQUEST_BYTES = 1 << 20
+_WRONG_ID = msgspec.json.encode(
+    {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "id must be a string or a whole number"}}
+)
 TOO_MANY = -32029
 """JSON-RPC code of a message over the rate limit; of the range that servers may use, after HTTP's 429."""
 
@@ -80,6 +83,9 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
                 retryAfterSeconds=allowance.retry_after_seconds,
             )
             await _answer(send, status_of(refusal), _json_rpc(refusal, body), headers_of(refusal))
+            return
+        if _has_wrong_id(body):  # the package takes such a request for a notification
+            await _answer(send, HTTP_400_BAD_REQUEST, _WRONG_ID, {})
             return
         if (plain := await mcp_direct.answer(reader, scope["headers"], body, scope["auth"])) is not None:
             await _answer(send, HTTP_200_OK, plain, {})
@@ -173,6 +179,16 @@ def _json_rpc(error: RateLimited, request: bytes) -> bytes:
 
 class _Request(msgspec.Struct):
     id: str | int | None = None
+
+
+def _has_wrong_id(request: bytes) -> bool:
+    try:
+        msgspec.json.decode(request, type=_Request)
+    except msgspec.ValidationError as error:
+        return str(error).startswith("Expected `int | str | null`") and str(error).endswith("at `$.id`")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # the package says what is wrong with it
+    return False
 
 
 def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
