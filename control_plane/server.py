@@ -53,6 +53,8 @@ class BoundedHttp(HttpToolsProtocol):
     ``HEAD_SECONDS``, ends the connection.
     """
 
+    head_seconds = HEAD_SECONDS
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._unread = self._head = 0
@@ -107,7 +109,7 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_message_complete()
 
     def _expect_head(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(HEAD_SECONDS, self._too_late)
+        return self.loop.call_later(self.head_seconds, self._too_late)
 
     def _too_late(self) -> None:
         self._refused = True

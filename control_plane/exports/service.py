@@ -72,7 +72,7 @@ class ExportService:
     async def stream(self, caller: Caller, job_id: str, since: int) -> EventStream:
         """The event stream of a job. Raises JobNotFound."""
         job = await self.record(caller, job_id)
-        return EventStream(self._store, self._hub, job, since, self._streams)
+        return EventStream(self._store, self._hub, job, since, shares=self._streams)
 
     async def cancel(self, caller: Caller, job_id: str) -> Job:
         """Cancel a job that has not ended; one that has answers as it is."""

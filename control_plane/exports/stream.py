@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 from litestar.types import Receive, Scope, Send
 
-from control_plane.exports.downloads import finish, sent
+from control_plane.exports.downloads import Patience, finish, sent
 from control_plane.jobs.database import AWAY
 from control_plane.jobs.hub import Channel, EventHub, Line, line_of
 from control_plane.jobs.records import TERMINAL, JobRecord
@@ -19,10 +19,8 @@ PING = b": ping\n\n"
 PING_SECONDS = 1.5
 """The contract promises one every 2 s; a busy loop may be late."""
 PAGE = 500
-SEND_SECONDS = 60.0
-"""A client that has not read what was sent before by then is cut off: at most 500 events of at most a few KB each."""
-STREAM_SECONDS = 6 * 3_600.0
-"""Then a stream ends, between two events."""
+PATIENCE = Patience(total=6 * 3_600.0, piece=60.0)
+"""A client that has not read what was sent before by then is cut off: 500 events of a few KB each at most."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -98,30 +96,39 @@ class EventStream:
     """An ASGI answer that sends the lines of a job until they end, the client goes or reads nothing, or the time of
     one stream is over: then the client asks again with ``Last-Event-ID``."""
 
-    def __init__(self, store: JobStore, hub: EventHub, job: JobRecord, since: int, shares: Shares) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        hub: EventHub,
+        job: JobRecord,
+        since: int,
+        *,
+        shares: Shares,
+        patience: Patience = PATIENCE,
+    ) -> None:
         self._store = store
         self._hub = hub
         self._job = job
         self._since = since
         self._shares = shares
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises RateLimited before anything is sent."""
         with self._shares.place(scope["auth"].client):
             events = with_pings(lines(self._store, self._hub, self._job, self._since), self._hub)
+            sending = asyncio.create_task(_send(events, send, self._patience))
             try:
-                await finish(
-                    asyncio.create_task(_send(events, send)), receive, None, "event stream", job_id=self._job.id
-                )
+                await finish(sending, receive, None, "event stream", job_id=self._job.id)
             finally:
                 await events.aclose()
 
 
-async def _send(events: AsyncGenerator[bytes, None], send: Send) -> None:
-    ends = asyncio.get_running_loop().time() + STREAM_SECONDS
-    await sent(send, {"type": "http.response.start", "status": 200, "headers": HEADERS}, SEND_SECONDS)
+async def _send(events: AsyncGenerator[bytes, None], send: Send, patience: Patience) -> None:
+    ends = asyncio.get_running_loop().time() + patience.total
+    await sent(send, {"type": "http.response.start", "status": 200, "headers": HEADERS}, patience.piece)
     async for data in events:
-        await sent(send, {"type": "http.response.body", "body": data, "more_body": True}, SEND_SECONDS)
+        await sent(send, {"type": "http.response.body", "body": data, "more_body": True}, patience.piece)
         if asyncio.get_running_loop().time() >= ends:
             break
-    await sent(send, {"type": "http.response.body", "body": b"", "more_body": False}, SEND_SECONDS)
+    await sent(send, {"type": "http.response.body", "body": b"", "more_body": False}, patience.piece)
