@@ -360,3 +360,38 @@ def test_the_page_forbids_everything_that_is_not_its_own(server: str) -> None:
 @pytest.mark.parametrize("name", ["../__init__.py", "..%2f__init__.py", "nothing.js", "%2e%2e/__init__.py"])
 def test_only_the_page_s_own_files_are_served(server: str, name: str) -> None:
     assert httpx.get(f"{server}/dashboard/{name}").status_code == 404
+
+
+def test_a_failed_export_is_tried_again_by_keyboard(page: Page, tmp_path: Path) -> None:
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text("[profiles.thrifty]\nmax_tokens = 3\n")
+    costly = town("costly")
+    costly["options"] = {"semanticEnabled": True, "profile": "thrifty"}
+    (tmp_path / "costly.json").write_text(json.dumps(costly))
+    (tmp_path / "exports").mkdir()
+    port = free_port()
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("MEMVID_")},
+        "MEMVID_EXPORT_API_KEY": KEY,
+        "MEMVID_EXPORT_BIND_ADDR": f"127.0.0.1:{port}",
+        "MEMVID_EXPORT_ROOT": str(tmp_path / "exports"),
+        "MEMVID_EXPORT_PROFILES_FILE": str(profiles),
+    }
+    url = f"http://127.0.0.1:{port}"
+    with running([COMMAND, "serve"], tmp_path / "log", env, f"{url}/readyz"):
+        seen = Seen(page)
+        enter(page, url)
+        row = begin(page, tmp_path / "costly.json")
+        expect(row).to_have_attribute("data-status", "failed", timeout=DONE)
+        expect(row.locator(".facts")).to_contain_text("can be tried again until")
+        shot(page, "failed")
+        row.get_by_role("button", name="Try again").press("Enter")
+        expect(page.locator(".export")).to_have_count(2, timeout=DONE)
+        again = page.locator(".export").first
+        expect(again.locator(".facts")).to_contain_text("does a failed one again")
+        expect(again.locator(".title a")).to_be_focused()
+        expect(row.locator(".facts")).to_contain_text("was started again as a new export")
+        expect(row.get_by_role("button", name="Try again")).to_be_hidden()
+        expect(again).to_have_attribute("data-status", "failed", timeout=DONE)  # nothing was mended
+        expect(again.get_by_role("button", name="Try again")).to_be_visible()
+        assert seen.errors == []

@@ -173,10 +173,15 @@ function paint(entry) {
   if (active(entry)) facts.push(`${job.progress}%`);
   else facts.push(`took ${seconds(job.elapsedMs / 1000)}`);
   if (job.artifact) facts.push(bytes(job.artifact.sizeBytes), `kept until ${when(job.artifact.expiresAt)}`);
+  const { retryUntil, retriedBy, retryOf } = job.metadata;
+  if (retryUntil) facts.push(`can be tried again until ${when(retryUntil)}`);
+  if (retriedBy) facts.push("was started again as a new export");
+  if (retryOf) facts.push("does a failed one again");
   say(part(row, "facts"), facts.join(" · "));
   const ready = job.status === "completed";
   for (const [name, visible] of Object.entries({
     download: ready, sidecar: ready, manifest: ready, report: ready, timeline: true, cancel: active(entry),
+    retry: Boolean(retryUntil),
   })) {
     row.querySelector(`[data-do="${name}"]`).hidden = !visible;
   }
@@ -299,6 +304,15 @@ const ACTIONS = {
     box.hidden = false;
     await entry.timeline.catchUp();
   }),
+  retry: async (entry) => {
+    const created = await read(path(entry.job.jobId, "/retry"), { method: "POST" });
+    if (given.has(entry.job.jobId)) given.set(created.jobId, given.get(entry.job.jobId));
+    entry.job = await read(path(entry.job.jobId)); // nothing follows its last event, so its number tells nothing new
+    paint(entry);
+    await reveal(created);
+    const begun = jobs.get(created.jobId);
+    if (begun) part(begun.row, "title").firstElementChild.focus(); // the button that was pressed is gone
+  },
   cancel: async (entry) => {
     update(await read(path(entry.job.jobId), { method: "DELETE" }));
     arrange();
