@@ -297,7 +297,10 @@ def _allowed(kind: Any) -> str:
 
 
 def _wrong(place: str, allowed: str, value: object) -> InvalidSettings:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:
+        shown = "a number of thousands of digits"
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return InvalidSettings(f"{place} must be {allowed}; it is {shown}", field=place)
 
