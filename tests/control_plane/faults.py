@@ -181,8 +181,10 @@ class Campaign:
         """Nothing lies about that no job speaks for; removals may come a moment after the end of a job."""
         root = self._server.root
         completed = {job_id for job_id, job in jobs.items() if job["status"] == "completed"}
+        failed = {job_id for job_id, job in jobs.items() if job["status"] == "failed"}
         for _ in range(100):
-            stray = [str(path) for folder in ("incoming", "payloads") for path in (root / "staging" / folder).iterdir()]
+            staged = [path for folder in ("incoming", "payloads") for path in (root / "staging" / folder).iterdir()]
+            stray = [str(path) for path in staged if path.name not in failed]
             stray += [str(path) for path in (root / "scratch").iterdir() if not path.name.startswith(".ready-")]
             stray += [str(path) for path in (root / "artifacts").iterdir() if path.name not in completed]
             for job_id in completed:

@@ -524,7 +524,7 @@ class Look:
             except httpx.HTTPStatusError as error:
                 self.broken.append(f"{job_id}: completed, but {error.response.status_code} {error.response.text[:200]}")
         self._publications(completed)
-        self._bucket(completed)
+        self._bucket(completed, {job_id for job_id, job in jobs.items() if job["status"] == "failed"})
         self._scratch()
         self._figures(jobs, len(chosen))
 
@@ -608,8 +608,9 @@ class Look:
                 self.broken.append(f"{job_id}: completed without a manifest")
         self.figures["attempts that published after they were superseded"] = superseded
 
-    def _bucket(self, completed: dict[str, Any]) -> None:
-        """Only the files of completed jobs are there; what nobody speaks for is removed by and by."""
+    def _bucket(self, completed: dict[str, Any], failed: set[str]) -> None:
+        """Only the files of completed jobs and the payloads of failed ones are there; what nobody speaks for is removed
+        by and by."""
         s3 = self._house.s3
         client = boto3.client(
             "s3",
@@ -635,6 +636,8 @@ class Look:
                 kind, _, rest = key.partition("/")
                 job_id, _, rest = rest.partition("/")
                 attempt, _, name = rest.partition("/")
+                if kind == "payloads" and job_id in failed:
+                    continue
                 if kind != "artifacts" or job_id not in completed:
                     wrong.append(key)
                 else:

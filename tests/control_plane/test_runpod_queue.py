@@ -189,7 +189,7 @@ def test_a_payload_that_changes_after_it_was_accepted_fails_the_job_at_once(hous
     )
     assert house.server.attempts(job) == 1
     assert house.platform.status(there)["status"] == "FAILED"
-    eventually(lambda: house.files(job) == [])
+    eventually(lambda: house.files(job) == [f"payloads/{job}"])
     assert house.server.client.get(f"/v1/exports/{job}/download").status_code == 409
 
 
@@ -423,11 +423,15 @@ def test_a_server_that_is_stopped_leaves_its_job_to_the_platform(house: House) -
 
 
 def test_nothing_lies_in_the_bucket_that_no_job_speaks_for(house: House) -> None:
-    completed = house.server.client.get("/v1/exports", params={"status": "completed", "limit": 200}).json()["jobs"]
-    wanted = {job["jobId"] for job in completed}
+    def ids(status: str) -> set[str]:
+        page = house.server.client.get("/v1/exports", params={"status": status, "limit": 200}).json()
+        return {job["jobId"] for job in page["jobs"]}
+
+    wanted, kept = ids("completed"), {f"payloads/{job}" for job in ids("failed")}
 
     def strays() -> list[str]:
         keys = [key for key in house.bucket.keys("/") if key.startswith(("payloads/", "artifacts/"))]
+        keys = [key for key in keys if key not in kept]
         return [key for key in keys if key.split("/")[1] not in wanted or key.endswith(("claim.json", "renewed.json"))]
 
     eventually(lambda: not strays(), seconds=15)
