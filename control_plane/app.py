@@ -148,6 +148,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         backend,
         downloads=downloads,
         streams=Shares("streams", settings.max_streams, metrics, several=several),
+        note=audit.note,
     )
     parts: dict[str, Any] = {
         "store": store,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report, Status
 from common.errors import InvalidRequest
@@ -11,6 +11,7 @@ from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired, 
 from control_plane.exports.downloads import Artifact, Download, Downloads
 from control_plane.exports.stream import EventStream
 from control_plane.exports.views import cursor_of, job_view, parse_cursor, report_view
+from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import JobStore, now_ms
@@ -26,19 +27,30 @@ class ExportService:
     """Reads jobs, cancels them, hands out their files."""
 
     def __init__(
-        self, store: JobStore, hub: EventHub, backend: Backend, *, downloads: Downloads, streams: Shares
+        self,
+        store: JobStore,
+        hub: EventHub,
+        backend: Backend,
+        *,
+        downloads: Downloads,
+        streams: Shares,
+        note: Callable[[AuditEntry], None],
     ) -> None:
+        """``note`` gets what belongs into the audit log."""
         self._store = store
         self._hub = hub
         self._backend = backend
         self._downloads = downloads
         self._streams = streams
+        self._note = note
 
     async def record(self, caller: Caller, job_id: str) -> JobRecord:
         """One job. Raises JobNotFound, for a job of another client too: nothing tells the two apart."""
         job = await self._store.get(job_id)
         if job is None or not caller.sees(job.client):
             raise JobNotFound("There is no export of this id.")
+        if job.client != caller.client:
+            self._note(caller.did("export.read", job_id))
         return job
 
     async def job(self, caller: Caller, job_id: str) -> Job:

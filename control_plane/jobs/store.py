@@ -44,6 +44,8 @@ LEASE_MS = 5_000
 """A replica that does not renew for so long has lost its jobs to another one."""
 LONGEST_PAUSE_MS = 120_000
 """No pause before an attempt is longer; one that seems to be was begun before the clock went back."""
+AUDIT_BATCH, AUDIT_BATCHES = 1_000, 20
+"""Entries of the audit log that are deleted in one transaction, and how many of these there are in a sweep."""
 ADOPTED = 200
 """Jobs taken over at a time."""
 _QUEUED: frozenset[Status] = frozenset({"queued"})
@@ -694,14 +696,17 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return list(await connection.execute(audit_query(wanted).limit(limit)))
 
-    async def forget_audit(self, before: int, *, limit: int = 1_000) -> int:
-        """Delete the oldest entries of the audit log that are from ``before``; answers how many."""
-        old = select(audit.c.id).where(audit.c.ts < before).order_by(audit.c.ts, audit.c.id).limit(limit)
-        async with self._database.write.begin() as connection:
-            ids = list(await connection.scalars(old))
-            if ids:
-                await connection.execute(delete(audit).where(audit.c.id.in_(ids)))
-        return len(ids)
+    async def forget_audit(self, before: int) -> None:
+        """Delete the oldest entries of the audit log that are from ``before``, so many at most that nobody waits for
+        the database."""
+        old = select(audit.c.id).where(audit.c.ts < before).order_by(audit.c.ts, audit.c.id).limit(AUDIT_BATCH)
+        for _ in range(AUDIT_BATCHES):
+            async with self._database.write.begin() as connection:
+                ids = list(await connection.scalars(old))
+                if ids:
+                    await connection.execute(delete(audit).where(audit.c.id.in_(ids)))
+            if len(ids) < AUDIT_BATCH:
+                return
 
     async def check_writable(self) -> None:
         """Take the write lock once; raises when the database cannot be written."""

@@ -76,6 +76,7 @@ class Retention:
             await self._remove_strays()
             self._strays_due = time.monotonic() + self._stray_seconds / 2
         await self._store.forget(now - self._history_ms)
+        await self._store.forget_audit(now - self._history_ms)
         if ended := await self._store.end_damaged():
             log.error("records of jobs were damaged", count=ended)
 
