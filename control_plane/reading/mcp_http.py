@@ -10,7 +10,6 @@ errors of tools have (``{code: RATE_LIMITED, message, traceId, retryable}``) sta
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from control_plane.operations.auth import NEEDS, READ
 from control_plane.operations.keys import Caller
 from control_plane.operations.limits import TokenBuckets, rate_headers
 from control_plane.operations.origins import Origins
+from control_plane.operations.tracing import current
 from control_plane.reading import mcp_direct
 from control_plane.reading.mcp import mcp_server
 from control_plane.reading.reader import Reader, error_body
@@ -171,7 +171,7 @@ def _json_rpc(error: RateLimited, request: bytes) -> bytes:
         id_ = msgspec.json.decode(request, type=_Request).id
     except (msgspec.MsgspecError, RecursionError):
         id_ = None
-    data = msgspec.json.decode(error_body(error, uuid.uuid4().hex))
+    data = msgspec.json.decode(error_body(error, current().trace))
     return msgspec.json.encode(
         {"jsonrpc": "2.0", "id": id_, "error": {"code": TOO_MANY, "message": error.message, "data": data}}
     )

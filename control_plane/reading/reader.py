@@ -7,7 +7,6 @@ import binascii
 import hashlib
 import sqlite3
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Retry,
 from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
+from control_plane.operations.tracing import current
 from control_plane.reading.inspect import META_URI
 from control_plane.reading.library import Library, OpenCapsule
 from control_plane.reading.places import Places
@@ -75,7 +75,7 @@ class Reader:
 
     async def ask(self, tool: str, arguments: Mapping[str, Any], caller: Caller) -> Reply:
         """Answer one call; raises nothing but cancellation."""
-        trace_id = uuid.uuid4().hex
+        trace_id = current().trace
         started = time.perf_counter()
         try:
             if tool not in REGISTRY:
