@@ -122,7 +122,6 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
             "X-RateLimit-Limit",
             "X-RateLimit-Remaining",
             "X-RateLimit-Reset",
-            "traceparent",
         ],
         max_age=600,
     )

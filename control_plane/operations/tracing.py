@@ -100,7 +100,7 @@ class Tracing:
 
     def __init__(self, endpoint: str | None, *, replica: str) -> None:
         """``endpoint`` is the collector's URL without ``/v1/traces``; None makes no spans and imports nothing. Further
-        settings of the exporter, such as OTEL_EXPORTER_OTLP_HEADERS, are OpenTelemetry's own. Raises InvalidSettings."""
+        settings of the exporter (OTEL_EXPORTER_OTLP_HEADERS, …) are OpenTelemetry's own. Raises InvalidSettings."""
         self.on = endpoint is not None
         self._batches: BatchSpanProcessor | None = None
         if endpoint is None:
