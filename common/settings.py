@@ -203,9 +203,7 @@ class WorkerSettings(BaseModel):
 
     @field_validator("fetch_hosts", mode="before")
     @classmethod
-    def _split_hosts(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def _split_hosts(cls, value: str) -> object:
         hosts = tuple(host.strip().lower() for host in value.split(",") if host.strip())
         if any(not re.match(r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?$|^\[?[0-9a-f:.]+\]?$", host) for host in hosts):
             raise ValueError("not a host name")
@@ -218,9 +216,7 @@ class WorkerSettings(BaseModel):
 
     @field_validator("embed_allowed_models", mode="before")
     @classmethod
-    def _split_models(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def _split_models(cls, value: str) -> object:
         models = tuple(model.strip() for model in value.split(",") if model.strip())
         if not models or any(not re.fullmatch(r"[!-~]{1,200}", model) for model in models):
             raise ValueError("not a name of a model")
@@ -250,9 +246,7 @@ class WorkerSettings(BaseModel):
 
     @field_validator("embed_models", mode="before")
     @classmethod
-    def _split_folders(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def _split_folders(cls, value: str) -> object:
         folders = tuple(folder.strip() for folder in value.split(":") if folder.strip())
         if not folders or not all(folder.startswith("/") for folder in folders):
             raise ValueError("not a folder from the root on")
@@ -260,9 +254,7 @@ class WorkerSettings(BaseModel):
 
     @field_validator("embed_devices", mode="before")
     @classmethod
-    def _split_devices(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def _split_devices(cls, value: str) -> object:
         devices = tuple(device.strip() for device in value.split(","))
         gpus = all(re.fullmatch(r"cuda:\d{1,2}", device) for device in devices)
         if devices != ("cpu",) and (not gpus or len(set(devices)) < len(devices)):
@@ -615,9 +607,7 @@ class Settings(WorkerSettings):
 
     @field_validator("cors_origins", mode="before")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def _split_origins(cls, value: str) -> object:
         origins = tuple(origin.strip() for origin in value.split(",") if origin.strip())
         if "*" in origins and len(origins) > 1:
             raise ValueError("* stands alone")

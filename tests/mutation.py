@@ -20,6 +20,7 @@ import sys
 import tempfile
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def _never_evaluated(module: Path) -> list[tuple[tuple[int, int], tuple[int, int
 
 
 def _diff(spec: MutationSpec) -> str | None:
-    """What the mutation changes; None where Python would not read it (``f(a, &, b)``) or warns of it (``x is "a"``)."""
+    """What the mutation changes; None where Python does not read it (``f(a, &, b)``) or warns of it (``x is "a"``), and
+    where it changes only how a function may be called."""
     before = spec.module_path.read_text()
     after = MutationVisitor.mutate_code(before, get_operator(spec.operator_name)(), spec.occurrence)
     with warnings.catch_warnings(action="error"):
@@ -121,8 +123,15 @@ def _diff(spec: MutationSpec) -> str | None:
             compile(after, spec.module_path, "exec")
         except SyntaxError:
             return None
+    if "BinaryOperator" in spec.operator_name and _operators(before) == _operators(after):
+        return None  # the mark in a signature: f(a, *, b)
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+
+
+def _operators(source: str) -> Counter[str]:
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.BinOp | ast.AugAssign))
+    return Counter(type(node.op).__name__ for node in found)
 
 
 @cache

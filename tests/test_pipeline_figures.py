@@ -79,7 +79,11 @@ def test_the_steps_of_parts_and_batches_add_up(tmp_path: Path, gate: Gate) -> No
     result = run(small(1_500), tmp_path, gate, capacity=PARTS, on_progress=told.append)
     parts = result.manifest.parts
     assert len(parts) == len(result.capsule_paths) == 4
-    assert [path.name[-12:] for path in result.capsule_paths] == [f".part00{n}.mv2" for n in range(1, 5)]
+    name = "graph-gitnexus-mem_capsule-2026-01-02"
+    assert [path.name for path in result.capsule_paths] == [f"{name}.part00{n}.mv2" for n in range(1, 5)]
+    assert (result.sidecar_path.name, result.manifest_path.name) == (
+        *(f"{name}.mv2.index.v1.sqlite", f"{name}.mv2.manifest.json"),
+    )
     assert sum(part.frames for part in parts) == result.manifest.frames == 3_005 + 3 * 5
     assert [p.stage_progress for p in told if p.stage == "write_capsule"] == [7, 32, 57, 82, 100]
     prepared = [p.meta["frames"] for p in told if p.stage == "frame_prep"]
@@ -116,6 +120,8 @@ def test_the_times_of_the_stages_are_parts_of_the_whole(tmp_path: Path, gate: Ga
     assert timings.embed >= 0.02
     assert timings.transform + timings.write + timings.verify <= timings.total <= wall
     assert [timings.queue, timings.read, timings.upload] == [0, 0, 0]
+    alone = run(small(5), tmp_path, gate, engine=Noting(0.02)).report.timings
+    assert 0.02 <= alone.embed < alone.total
 
 
 def test_two_groups_are_embedded_at_once_and_their_time_counts_once(tmp_path: Path, gate: Gate) -> None:
@@ -137,7 +143,7 @@ def test_two_groups_are_embedded_at_once_and_their_time_counts_once(tmp_path: Pa
 
 def test_an_engine_gets_texts_in_groups_and_a_batch_without_any_does_not_wait(tmp_path: Path, gate: Gate) -> None:
     class Wide(Noting):
-        group = 1_000
+        group = 1_024
 
     engine = Wide()
     result = run(small(1_300), tmp_path, gate, engine=engine, choice=Choice(what=("nodes", "relations")))

@@ -442,6 +442,11 @@ def test_what_a_status_holds_is_counted_by_profile_and_time(ask: Ask) -> None:
         assert count == 4
         assert 90 <= seconds < 150
         assert await desk.first.queued("a") == (1, 0.0)
+        long = await desk.new(profile="long", created_at=now - 100_000_000)
+        count, seconds = await desk.first.queued("long")
+        assert count == 1
+        assert 100_000 <= seconds < 100_060
+        await desk.set(long, status="canceled")
         assert await desk.first.running() == 2
         assert await desk.first.ended_since("m", 60) == 2
         assert await desk.first.ended_since("m", 3_600) == 3
