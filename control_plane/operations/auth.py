@@ -157,7 +157,7 @@ class BearerAuth(ASGIMiddleware):
 
 async def limit_headers(message: Message, scope: Scope) -> None:
     """Tell in every answer to a key how much of its rate is left."""
-    if message["type"] == "http.response.start" and (allowance := scope["state"].get(_ALLOWANCE)):
+    if message["type"] == "http.response.start" and (allowance := scope.get("state", {}).get(_ALLOWANCE)):
         headers = MutableScopeHeaders.from_message(message)
         for name, value in rate_headers(allowance).items():
             headers[name] = value

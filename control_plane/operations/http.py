@@ -74,7 +74,7 @@ async def allowed_methods(message: Message, scope: Scope) -> None:
     if message["type"] == "http.response.start" and message["status"] == HTTP_204_NO_CONTENT:
         headers = MutableScopeHeaders.from_message(message)
         for route in scope["litestar_app"].routes:
-            if isinstance(route, HTTPRoute) and route.path_format == scope["path_template"] and "allow" in headers:
+            if isinstance(route, HTTPRoute) and route.path_format == scope.get("path_template") and "allow" in headers:
                 headers["Allow"] = ", ".join(sorted(route.methods))
 
 
