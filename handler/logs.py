@@ -7,6 +7,7 @@ where it speaks of a job. Content, names, queries, keys and the values of settin
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import sys
 import threading
@@ -16,7 +17,14 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor
 
+from common.errors import ExportError, InvalidRequest, PayloadMismatch, PayloadTooLarge, UnsupportedMediaType
+
 log = structlog.get_logger()
+
+_CAPSULE = re.compile(r"[^/\s'\"]+(?=\.mv2)")
+"""Files of a capsule are called as the client calls its project."""
+_ABOUT_INPUT = (InvalidRequest, PayloadTooLarge, PayloadMismatch, UnsupportedMediaType)
+"""Their messages quote what the client sent."""
 
 
 def log_as_json() -> None:
@@ -33,7 +41,7 @@ def log_as_json() -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    last: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    last: list[Processor] = [structlog.processors.format_exc_info, _without_names, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -50,6 +58,18 @@ def log_as_json() -> None:
     logging.captureWarnings(True)
     sys.excepthook = _crashed
     threading.excepthook = _thread_crashed
+
+
+def _without_names(_logger: object, _method: str, line: EventDict) -> EventDict:
+    for key, value in line.items():
+        if isinstance(value, str) and ".mv2" in value:
+            line[key] = _CAPSULE.sub("*", value)
+    return line
+
+
+def reason_of(error: ExportError) -> str:
+    """Why, as a log may say it: the message, but for errors whose messages quote the input."""
+    return "the input; its sender is told what" if isinstance(error, _ABOUT_INPUT) else error.message
 
 
 def job_context(job_id: str, traceparent: str | None) -> dict[str, str]:

@@ -44,7 +44,7 @@ from common.storage import Storage, StorageConfig, open_storage
 from handler import claim
 from handler.child import die_with_parent
 from handler.job import decode_input, published
-from handler.logs import job_context, log_as_json
+from handler.logs import job_context, log_as_json, reason_of
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
 from handler.protocol import ChildConfig, Done, Reported, Run, export_error, job_error
@@ -244,7 +244,7 @@ class JobRun:
         refresh = RULES[error.retry].fresh and self._reason is None and self._work is not None
         if refresh:
             answer["refresh_worker"] = True
-        log.warning("export failed", code=error.code, reason=error.message, refresh=refresh)
+        log.warning("export failed", code=error.code, reason=reason_of(error), refresh=refresh)
         return answer
 
 

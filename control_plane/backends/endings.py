@@ -18,6 +18,7 @@ from control_plane.jobs.records import CANARY_CLIENT, JobRecord, NewEvent
 from control_plane.jobs.store import LEASE_MS, now_ms, started
 from handler.claim import NAMES
 from handler.job import published
+from handler.logs import reason_of
 from handler.protocol import job_error
 
 log = structlog.get_logger()
@@ -97,13 +98,13 @@ class Endings:
             if tries != ONCE:
                 attempts = "attempt" if used == 0 else "attempts"
                 error = type(error)(f"{error.message}; given up after {used + 1} {attempts}", **error.details)
-            log.warning("export failed", job_id=job.id, code=error.code, reason=error.message)
+            log.warning("export failed", job_id=job.id, code=error.code, reason=reason_of(error))
             await self._end(job, error)
             return None
         delay = tries.wait(used + 1) * random.uniform(0.75, 1.25)  # noqa: S311
         if counted:
             self._metrics.retries.labels(column).inc()
-            log.warning("attempt failed", job_id=job.id, attempt=job.attempt, kind=column, reason=error.message)
+            log.warning("attempt failed", job_id=job.id, attempt=job.attempt, kind=column, reason=reason_of(error))
         else:
             delay = 0.0
         message = f"Waiting to start again: {error.message}"

@@ -18,6 +18,7 @@ from prometheus_client import (
 )
 
 from common.contract import EmbeddingReport, Report, Status
+from common.errors import ExportError
 from control_plane.jobs.store import Waiting
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
@@ -90,6 +91,14 @@ class Metrics:
         self.damage = self._counter("memvid_export_damaged", "Stored files that were found damaged", ["file"])
         self.scrubbed = self._counter("memvid_export_scrubbed_bytes", "Stored bytes compared with their hashes", [])
         self.canary = self._counter("memvid_export_canary_runs", "Canary exports, by outcome", ["outcome"])
+        # From 0 on, so that the first one is a rise: an alert hears of it.
+        for file in ("payload", "capsule", "sidecar", "manifest"):
+            self.damage.labels(file)
+        for outcome in ("ok", "refused", "failed", "timeout"):
+            self.canary.labels(outcome)
+        for kind in ExportError.__subclasses__():
+            if kind.__module__ == ExportError.__module__:
+                self.ended.labels("failed", kind.code)
         self.canary_seconds = self._histogram("memvid_export_canary_seconds", "From the canary's POST to its answer")
 
         self.canary_success = self._gauge(
@@ -107,6 +116,8 @@ class Metrics:
             ["route", "method", "status"],
             buckets=SHORT,
         )
+        for status in ("2xx", "5xx"):
+            self.http.labels("/v1/exports", "POST", status)
         self.http_bytes = self._counter("memvid_export_http_sent_bytes", "Bytes of answers", ["route"])
         self.loop_lag = self._histogram(
             "memvid_export_event_loop_lag_seconds", "How late the event loop wakes who sleeps", buckets=SHORT

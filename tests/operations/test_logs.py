@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from live_server import KEY, Server, graph
-from runpod_house import RunpodServer, bucket_env, eventually, real_workers
+from runpod_house import Bucket, RunpodServer, bucket_env, eventually, real_workers
 from services import s3_server
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -65,6 +65,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
         job = server.submit(full_of_words())
         assert server.wait(job)["type"] == "job_completed"
         ask_everything(server, job)
+        (capsule,) = (server.root / "artifacts" / job).rglob("*.mv2")
+        assert WORD in capsule.name
+        capsule.write_bytes(b"!" + capsule.read_bytes()[1:])
+        assert server.client.get(f"/v1/exports/{job}/download").status_code == 410
         traced = server.post(graph(name="traced"), traceparent=f"00-{TRACE}-{SPAN}-01").json()["jobId"]
         server.wait(traced, "job_started")
         httpx.delete(f"{server.url}/v1/exports/{traced}", headers={"authorization": f"Bearer {KEY}"})
@@ -108,15 +112,22 @@ def test_nothing_that_clients_send_is_in_the_log(told: tuple[str, str, str]) -> 
 def test_nothing_is_in_the_logs_of_a_runpod_worker_and_they_say_job_and_trace(tmp_path: Path) -> None:
     with s3_server(tmp_path / "s3") as s3, real_workers(s3, tmp_path / "worker", workers="0:1") as platform:
         server = RunpodServer(tmp_path / "root", platform, env=bucket_env(s3), storage_url=s3.url)
+        bucket = Bucket(s3, "direct")
         try:
             server.start()
             answer = server.post(full_of_words(), traceparent=f"00-{TRACE}-{SPAN}-01")
             job = answer.json()["jobId"]
             assert server.ended(job)["status"] == "completed"
             ask_everything(server, job)
+            bucket.write("payload", json.dumps({"nodes": [{"id": WORD, "label": 7}], WORD: WORD}).encode())
+            direct = {"job_id": "direct", "payload_ref": f"{bucket.url}/payload", "output_prefix": f"{bucket.url}/out/"}
+            assert "INVALID_EXPORT_REQUEST" in json.dumps(platform.wait(platform.run(direct)))
             started = [line for line in platform.log.splitlines() if '"export started"' in line]
-            assert [(json.loads(line)["job_id"], json.loads(line)["trace"]) for line in started] == [(job, TRACE)]
+            said = [(json.loads(line)["job_id"], json.loads(line)["trace"]) for line in started]
+            assert [trace for told, trace in said if told == job] == [TRACE]
+            assert "direct" in {told for told, _ in said}
         finally:
+            bucket.close()
             server.close()
         for text in (server.log.read_text(), platform.log):
             for secret in SECRETS:
