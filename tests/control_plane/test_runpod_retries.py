@@ -213,7 +213,7 @@ def test_a_job_that_somebody_cancels_at_the_platform_is_tried_once_more(house: H
     job = house.submit("hang")
     for attempt in (1, 2):
         house.wait(job, times=attempt)
-        answer = house.platform.post(f"cancel/{house.server.job(job)['metadata']['runpodJobId']}")
+        answer = house.platform.post(f"cancel/{house.server.runpod_id(job)}")
         assert answer.json()["status"] == "CANCELLED"
     ended = house.server.ended(job)
     assert (ended["status"], ended["error"]["code"]) == ("failed", "WORKER_LOST")
