@@ -124,7 +124,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
     places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
     mcp = mcp_route(
-        Reader(places, library, budget=settings.mcp_response_budget_bytes),
+        Reader(places, library, budget=settings.mcp_response_budget_bytes, reading=holds.reading),
         origins=Origins.of(settings),
         buckets=TokenBuckets(per_minute=settings.mcp_rate_limit_per_minute, burst=settings.mcp_rate_limit_burst),
     )

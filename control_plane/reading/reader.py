@@ -7,7 +7,8 @@ import binascii
 import hashlib
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import msgspec
 import structlog
 
 from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Retry, StorageFailed
-from control_plane.errors import IndexBuildInProgress, RateLimited, TimedOut
+from control_plane.errors import IndexBuildInProgress, JobExpired, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
 from control_plane.operations.tracing import current
@@ -66,8 +67,17 @@ class _Question(NamedTuple):
 class Reader:
     """Answers the read tools over the capsules of ``places``."""
 
-    def __init__(self, places: Places, library: Library, *, budget: int) -> None:
-        """An answer has at most ``budget`` bytes."""
+    def __init__(
+        self,
+        places: Places,
+        library: Library,
+        *,
+        budget: int,
+        reading: Callable[[list[JobRecord]], AbstractAsyncContextManager[object]] = nullcontext,
+    ) -> None:
+        """An answer has at most ``budget`` bytes; ``reading`` keeps the files of exports for as long as its context
+        lasts."""
+        self._reading = reading
         self._places = places
         self._library = library
         self._budget = budget
@@ -88,7 +98,8 @@ class Reader:
             question = _Question(tool, given, places, trace_id, started)
             body = None if tool in _LONG else self._answer_at_once(question)
             if body is None:
-                body = await self._questions.ask(self._answer, question)
+                async with self._reading(_exports(places.values())):
+                    body = await self._questions.ask(self._answer, question)
         except ExportError as error:
             return Reply(error_body(error, trace_id), is_error=True)
         except Exception as error:
@@ -104,7 +115,8 @@ class Reader:
         Raises NotFound, InvalidRequest, CapsuleUnreadable, IndexBuildInProgress, StorageFailed, TimedOut.
         """
         place = await self._places.find(locator, caller)
-        return await self._questions.ask(self._document, place, uri)
+        async with self._reading(_exports([place])):
+            return await self._questions.ask(self._document, place, uri)
 
     def _document(self, place: Path | JobRecord, uri: str) -> str:
         with self._questions.opened({"": place}) as [(_, capsule)]:
@@ -141,6 +153,10 @@ class Reader:
         else:
             answer = REGISTRY[question.tool][1](capsules[0][1], question.given, page)
         return _envelope(question, answer, page, tag, self._budget)
+
+
+def _exports(places: Iterable[Path | JobRecord]) -> list[JobRecord]:
+    return [place for place in places if isinstance(place, JobRecord)]
 
 
 def _arguments(tool: str, given: Mapping[str, Any]) -> Arguments:
@@ -302,6 +318,7 @@ def error_body(error: ExportError, trace_id: str) -> bytes:
 _CODES: dict[type[ExportError], str] = {
     InvalidRequest: "INVALID_ARGUMENT",
     NotFound: "NOT_FOUND",
+    JobExpired: "NOT_FOUND",
     CapsuleUnreadable: "CAPSULE_INCOMPATIBLE",
     IndexBuildInProgress: "INDEX_BUILD_IN_PROGRESS",
     ResultTruncated: "RESULT_TRUNCATED",
