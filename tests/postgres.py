@@ -61,6 +61,11 @@ class Postgres:
         )
         self.port = free_port()
 
+    @property
+    def programs(self) -> Path:
+        """The folder of its programs, pg_dump and pg_restore among them."""
+        return self._bin
+
     def _reachable(self) -> Path:
         """The folder of the server's programs, copied to where its user can reach it if need be."""
         programs = PACKAGES / "pgserver" / "pginstall" / "bin"

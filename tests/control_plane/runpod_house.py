@@ -98,6 +98,10 @@ class Bucket:
         """Put an object."""
         self._client.put_object(Bucket=self._s3.bucket, Key=f"{self._prefix}/{key}", Body=data)
 
+    def remove(self, key: str) -> None:
+        """Delete an object."""
+        self._client.delete_object(Bucket=self._s3.bucket, Key=f"{self._prefix}/{key}")
+
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
