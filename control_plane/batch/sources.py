@@ -113,10 +113,10 @@ class S3Source:
     def graphs(self) -> list[Graph]:
         """Objects that end as the files that ``export`` takes."""
         found = []
-        for ref, size, _ in self._storage.found(self._prefix):
-            below = unquote(ref.removeprefix(self._prefix))
-            if _is_graph(below) and not (self._without and ref.startswith(self._without)):
-                found.append(_of_file(below, ref, size))
+        for one in self._storage.found(self._prefix):
+            below = unquote(one.ref.removeprefix(self._prefix))
+            if _is_graph(below) and not (self._without and one.ref.startswith(self._without)):
+                found.append(_of_file(below, one.ref, one.size))
         return _named(found, self._prefix)
 
     def fetch(self, graph: Graph, folder: Path, limit: int) -> Payload:
