@@ -207,7 +207,11 @@ class Intake:
             size, sha256 = await self._staged(path, upload)
             if key is not None and (first := await self._store.find_key(caller.client, key, sha256)) is not None:
                 return first, False
-            checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
+            try:
+                checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
+            except PayloadTooLarge:
+                self._metrics.refused.labels("graph").inc()
+                raise
             await self._admission.check(self._profiles.get(checked.profile))
             staged = await self._put(path, ref, sha256)
             record, new = await self._store.create(
@@ -349,10 +353,10 @@ async def _timed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     ends = asyncio.get_running_loop().time() + UPLOAD_SECONDS
     while True:
         try:
-            async with asyncio.timeout(min(CHUNK_SECONDS, ends - asyncio.get_running_loop().time())) as patience:
+            async with asyncio.timeout(min(CHUNK_SECONDS, ends - asyncio.get_running_loop().time())):
                 chunk = await anext(iterator, None)
         except TimeoutError as error:
-            late = (patience.when() or 0.0) >= ends
+            late = asyncio.get_running_loop().time() >= ends
             what = f"is not there after {UPLOAD_SECONDS:.0f}" if late else f"brought nothing for {CHUNK_SECONDS:.0f}"
             raise InvalidRequest(f"The body {what} seconds.", field="$") from error
         except HTTPException as error:

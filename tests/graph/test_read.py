@@ -107,6 +107,17 @@ def test_arguments_stand_in_for_what_a_raw_graph_does_not_say() -> None:
     assert read(body(), defaults=source, session_id="mine").session_id == "s-1"
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_more_members_than_there_may_be_are_refused(compress: Callable[[bytes], bytes]) -> None:
+    text = json.dumps(body()).encode()
+    parts = [compress(text[:10]), compress(b""), compress(text[10:])]
+    limits = GraphLimits(max_members=3)
+    assert len(read_graph(io.BytesIO(b"".join(parts)), limits=limits).nodes) == 2
+    with pytest.raises(PayloadTooLarge, match="more than 3 members") as caught:
+        read_graph(io.BytesIO(b"".join([*parts, compress(b"")])), limits=limits)
+    assert caught.value.details["limit"] == 3
+
+
 def test_two_gzip_members_are_one_payload() -> None:
     data = json.dumps(body()).encode()
     assert len(read(gzip.compress(data[:50]) + gzip.compress(data[50:])).nodes) == 2
