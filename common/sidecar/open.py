@@ -205,7 +205,7 @@ class Sidecar:
             if meta.get("schema_version") != SCHEMA_VERSION or "capsule_sha256" not in meta:
                 raise CapsuleUnreadable(f"{path.name} is not a sidecar of schema {SCHEMA_VERSION}")
             return cls(db, path, meta)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote what is in the file
             db.close()
             raise CapsuleUnreadable(f"The sidecar {path.name} is damaged: {error}") from error
         except CapsuleUnreadable:
@@ -217,7 +217,7 @@ class Sidecar:
         references or positions are not as they are built: queries rely on that."""
         try:
             wrong = self._wrong()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             wrong = str(error)
         if wrong is not None:
             raise CapsuleUnreadable(f"The sidecar {self.path.name} is damaged: {wrong}")
