@@ -736,8 +736,8 @@ def test_what_is_past_its_time_is_told_unless_somebody_reads_it(ask: Ask) -> Non
         was_read = await desk.new(status="completed", expires_at=999, read_until=now - 1)
         await desk.new(status="completed", expires_at=1_001)
         await desk.new(status="completed", expires_at=999, read_until=now + HOUR)
-        await desk.new(status="failed", expires_at=1)
-        await desk.new(status="running", expires_at=1, created_at=1)
+        for status in ("failed", "canceled", "running", "expired"):
+            await desk.new(status=status, expires_at=1, created_at=1)
         queued = await desk.new(created_at=500)
         await desk.new(created_at=501)
         found = await desk.first.expired(1_000, queued_before=500)
