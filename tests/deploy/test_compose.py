@@ -82,10 +82,27 @@ def test_images_are_pinned_and_bounded_and_hold_no_root_rights(name: str) -> Non
     service = SERVICES[name]
     assert re.search(r":v?\d+\.\d+", service["image"])
     assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
-    if name != "postgres":  # its entry point changes the owner of its folder, then drops root itself
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert any(place.split(":")[0] == "/tmp" for place in service["tmpfs"])
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    # The entry point of postgres makes its folder its own, then drops root.
+    given = ["CHOWN", "DAC_READ_SEARCH", "FOWNER", "SETGID", "SETUID"] if name == "postgres" else []
+    assert service.get("cap_add", []) == given
+    assert not {"privileged", "pid", "network_mode", "devices", "user"} & set(service)
+
+
+def test_every_service_that_stays_says_how_it_is() -> None:
+    images = stages("Dockerfile.api")
+    for name, service in SERVICES.items():
+        if service["restart"] != "no":
+            built = OURS.get(name, {}).get("build", {}).get("target")
+            check = service.get("healthcheck") or (last(images, built, "HEALTHCHECK").value if built else None)
+            assert check, name
+
+
+def test_the_api_tries_itself_every_five_minutes() -> None:
+    assert OURS["api"]["environment"]["MEMVID_EXPORT_CANARY_SECONDS"] == "300"
 
 
 def test_nothing_listens_beyond_this_machine() -> None:
