@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 from live_server import Server, graph, large_graph
+from runpod_house import eventually
 
 STAGES = ["queued", "transform", "frame_prep", "write_capsule", "build_sidecar", "finalize", "download_ready"]
 
@@ -144,7 +145,7 @@ def test_not_ready_is_said_while_the_root_cannot_be_written(server: Server) -> N
     scratch = server.root / "scratch"
     moved = scratch.rename(server.root / "scratch-away")
     try:
-        answer = server.client.get("/readyz")
+        answer = eventually(lambda: None if (found := server.client.get("/readyz")).is_success else found)
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "QUEUE_UNAVAILABLE"
         assert answer.json()["error"]["details"]["checks"]["root"].startswith("cannot be written")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from live_server import Server, graph, large_graph, new_job
 from postgres import Postgres
+from runpod_house import eventually
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -357,7 +358,7 @@ def test_a_server_outlives_an_outage_of_its_database_and_says_so(tmp_path: Path,
         frames = server.frames(job_id)
         assert any("job_started" in frame for frame in frames)
         own_server.stop()
-        unready = server.client.get("/readyz")
+        unready = eventually(lambda: None if (found := server.client.get("/readyz")).is_success else found)
         assert (unready.status_code, unready.json()["error"]["code"]) == (503, "QUEUE_UNAVAILABLE")
         assert unready.json()["error"]["details"]["checks"]["database"] != "ok"
         assert server.client.get("/healthz").status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from live_server import Server, graph
+from runpod_house import eventually
 from services import BUCKET, s3_server
 
 
@@ -18,7 +19,7 @@ def test_a_bucket_that_goes_is_told_as_an_outage_of_ours_and_jobs_go_on_when_it_
             answer = server.post(graph())
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "STORAGE_FAILED")
             assert answer.headers["retry-after"]
-            ready = server.client.get("/readyz")
+            ready = eventually(lambda: None if (found := server.client.get("/readyz")).is_success else found)
             assert ready.status_code == 503
             assert BUCKET in ready.json()["error"]["details"]["checks"]["storage"]
             (tmp_path / "away").rename(folder / BUCKET)
