@@ -207,9 +207,15 @@ def test_jobs_from_before_are_counted_after_the_migration(url: str) -> None:
             ):
                 await connection.execute(update(jobs).where(jobs.c.id == job["id"]).values(**values))
             # As the revision before left it.
-            await connection.execute(text("DROP INDEX ix_jobs_finished"))
-            for column in ("frames", "error_code"):
+            for index in ("ix_jobs_finished", "ix_jobs_client_created", "ix_jobs_retry_of"):
+                await connection.execute(text(f"DROP INDEX {index}"))
+            for column in ("frames", "error_code", "client", "trace", "retry_of", "read_until", "damage"):
                 await connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
+            for table in ("audit", "idempotency_keys"):
+                await connection.execute(text(f"DROP TABLE {table}"))
+            keys = "key VARCHAR(255) PRIMARY KEY, job_id VARCHAR(36) NOT NULL, body_sha256 VARCHAR(64) NOT NULL"
+            await connection.execute(text(f"CREATE TABLE idempotency_keys ({keys})"))
+            await connection.execute(text("CREATE INDEX ix_idempotency_keys_job ON idempotency_keys (job_id)"))
             await connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
         await database.migrate()
         (span,) = await store.activity([START], HOUR)
