@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 from live_server import new_job
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -451,11 +452,14 @@ def test_what_a_status_holds_is_counted_by_profile_and_time(ask: Ask) -> None:
         assert await desk.first.ended_since("m", 60) == 2
         assert await desk.first.ended_since("m", 3_600) == 3
         assert await desk.first.ended_since(None, 60) == 4
+        for ago in (9_995, 10_005):
+            await desk.new(profile="old", status="failed", finished_at=now_ms() - ago * 1_000)
+        assert await desk.first.ended_since("old", 10_000) == 1
         assert await desk.first.counts() == {
             "queued": 4,
             "running": 2,
             "completed": 3,
-            "failed": 2,
+            "failed": 4,
             "canceled": 2,
             "expired": 1,
         }
@@ -661,9 +665,12 @@ def test_a_row_whose_status_is_none_ends_as_failed_with_an_event(ask: Ask) -> No
         assert job is not None
         assert await desk.first.advance(job.id, 1, [told(progress=40)])
         await desk.set(job.id, status="sleeping", last_seq=-5)
+        seen: list[tuple[str, str]] = []
+        desk.first.watch = lambda job, event: seen.append((job.status, event.type))
         before = now_ms()
         assert await desk.first.end_damaged() == 1
         assert await desk.first.end_damaged() == 0
+        assert seen == [("failed", "job_failed")]
         ended = await desk.job(job.id)
         assert (ended.status, ended.stage, ended.stage_progress, ended.last_seq) == ("failed", "failed", 100, 4)
         assert (ended.owner, ended.lease_until, ended.damage) == (None, None, None)
@@ -811,6 +818,22 @@ def test_whoever_watches_is_told_of_each_change_that_has_an_event(ask: Ask) -> N
         assert await desk.first.move(job_id, "canceled", told("job_canceled", "canceled")) is not None
         assert await desk.first.move(job_id, "failed", told("job_failed", "failed")) is None
         assert seen == [("running", "job_started"), ("canceled", "job_canceled")]
+
+    ask(scenario)
+
+
+def test_who_changed_a_job_stands_in_the_audit_log_and_in_the_log_once(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        job_id = await desk.new()
+        entry = AuditEntry("k", "m", "127.0.0.1", "export.cancel", "ok", job_id, "t")
+        with structlog.testing.capture_logs() as lines:
+            for _ in range(2):
+                await desk.first.move(job_id, "canceled", told("job_canceled", "canceled"), entry=entry)
+        assert [(line["event"], line["action"], line["job_id"]) for line in lines] == [
+            ("audit", "export.cancel", job_id),
+        ]
+        rows = await desk.first.audit_page(AuditQuery(None, None, None, None), 9)
+        assert [(row.action, row.job_id) for row in rows] == [("export.cancel", job_id)]
 
     ask(scenario)
 
