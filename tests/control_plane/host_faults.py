@@ -120,10 +120,12 @@ class House(Campaign):
         keys = [f"{fault.name}-{number}-{n}" for n in range(self.chance.randint(1, 3))]
         clients = [threading.Thread(target=self._client, args=(key, self.chance.choice(SIZES))) for key in keys]
         self.refused.clear()
-        began = time.monotonic()
         for client in clients:
             client.start()
-        time.sleep(max(0.0, began + outcome.moment - time.monotonic()))
+        end = time.monotonic() + 20  # a fault before anything was promised says little
+        while not any(key in keys for key in list(self._jobs.values())) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(outcome.moment)
         for job_id, key in list(self._jobs.items()):
             if key in keys:
                 seen = self._seen.get(job_id)
