@@ -77,7 +77,7 @@ _GRAPH = Schema(
         "options": _OBJECT,
     },
 )
-_SEQ = {"type": OpenAPIType.INTEGER, "minimum": 0, "default": 0}
+_SEQ = {"type": [OpenAPIType.INTEGER, OpenAPIType.STRING], "minimum": 0, "pattern": "^[0-9]*$", "default": 0}
 _KEY = {"min_length": 1, "max_length": MAX_KEY, "pattern": "^[ -~]+$"}
 _PART = {"minimum": 1}
 _MODE = {"enum": list(MODES)}

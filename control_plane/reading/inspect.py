@@ -28,6 +28,8 @@ from control_plane.reading.search import Vectors
 META_URI = "mv2://meta/manifest"
 _SAMPLES = 100
 """Frames and vectors of each part that are read back."""
+MAX_NAME_BYTES = 255
+"""What a file system takes."""
 _META_FRAMES = 16
 """Frames at the start of a capsule that are looked at for its manifest."""
 
@@ -67,7 +69,7 @@ def _manifest(capsule: Path) -> Manifest | None:
             continue  # of another capsule in the same folder
         if any(part.file_name == capsule.name for part in manifest.parts):
             for name in (manifest.sidecar_file_name, *(part.file_name for part in manifest.parts)):
-                if name in ("", ".", "..") or "/" in name or "\0" in name:
+                if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
                     raise CapsuleUnreadable(f"The manifest {path.name} names a file that is not beside it")
             return manifest
         if path == own:
