@@ -23,7 +23,15 @@ from common.contract import Progress, WriterName
 from common.embedding.choice import Choice
 from common.embedding.port import Embedded
 from common.embedding.static import StaticEmbedder
-from common.errors import Canceled, EmbeddingRefused, InvalidRequest, StorageFailed, WriterFailed, WriterUnavailable
+from common.errors import (
+    Canceled,
+    CapacityExceeded,
+    EmbeddingRefused,
+    InvalidRequest,
+    StorageFailed,
+    WriterFailed,
+    WriterUnavailable,
+)
 from common.sidecar.open import Sidecar
 from common.sidecar.rebuild import rebuild
 
@@ -324,6 +332,24 @@ def test_a_writer_gets_each_batch_at_most_as_large_as_it_wants(tmp_path: Path, g
     assert more["timestamp"] == 1_767_312_000  # 2026-01-02T00:00:00Z
     run(small(40), tmp_path, gate, vectors=True, writers={"native": Narrow})
     assert (opened[1]["model"], opened[1]["dimension"]) == (StaticEmbedder.model.name, 256)
+
+
+def test_four_plans_are_tried_each_with_smaller_parts(tmp_path: Path, gate: Gate) -> None:
+    expected: list[int] = []
+
+    class Small(NativeWriter):
+        """A file of it is full with the first frame, whatever the plan says."""
+
+        def open(self, path: Path, **more: Any) -> NativePartWriter:  # type: ignore[override]
+            expected.append(more["expected_frames"])
+            raise CapacityExceeded("full")
+
+    with nothing_left(), pytest.raises(CapacityExceeded, match="full"):
+        run(small(1_500), tmp_path, gate, capacity=PARTS, writers={"native": Small})
+    assert len(expected) == 4
+    assert expected == sorted(expected, reverse=True)
+    assert expected[3] < expected[0] / 2
+    assert content(tmp_path) == set()
 
 
 # --- the folder --------------------------------------------------------------------------------------------

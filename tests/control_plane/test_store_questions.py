@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_a_new_job_is_what_was_given_and_nothing_has_happened_to_it(ask: Ask) ->
             if field.name not in ("message", "meta"):
                 assert getattr(record, field.name) == getattr(given, field.name), field.name
         assert before <= record.created_at == record.updated_at <= now_ms()
+        assert abs(record.created_at - time.time() * 1_000) < 60_000
         zero = ("progress", "stage_progress", "attempt", "lost", "available_at", "retries", "timeouts", "told")
         assert [getattr(record, name) for name in (*zero, "read_until")] == [0] * 9
         assert (record.status, record.stage, record.last_seq) == ("queued", "queued", 1)
