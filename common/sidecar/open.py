@@ -246,6 +246,8 @@ class Sidecar:
             ]
             if table in ("documents", "nodes", "edges"):
                 tests.append(f"id NOT BETWEEN 0 AND {first - 1}")
+            elif table == "labels":
+                tests.append("kind NOT IN ('node', 'community', 'process')")
             if self._db.execute(f"SELECT 1 FROM {table} WHERE {' OR '.join(tests)} LIMIT 1").fetchone():  # noqa: S608
                 return f"a row of {table} is malformed"
         return None
