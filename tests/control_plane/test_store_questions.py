@@ -840,6 +840,7 @@ def test_who_changed_a_job_stands_in_the_audit_log_and_in_the_log_once(ask: Ask)
         with structlog.testing.capture_logs() as lines:
             for _ in range(2):
                 await desk.first.move(job_id, "canceled", told("job_canceled", "canceled"), entry=entry)
+                assert len(await desk.first.audit_page(AuditQuery(None, None, None, None), 9)) == 1
         assert [(line["event"], line["action"], line["job_id"]) for line in lines] == [
             ("audit", "export.cancel", job_id),
         ]
