@@ -202,8 +202,10 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         pool.start()
         await notifier.start()
         await backend.start()
-        loops = {"retention": retention.run(), "holds": holds.run(), "scrub": scrub.run(), "loop": watch_loop(metrics)}
+        loops = {"retention": retention.run(), "holds": holds.run(), "loop": watch_loop(metrics)}
         loops |= {"keys": keys.watch(audit.reloaded), "audit": audit.run()}
+        if settings.scrub_seconds:
+            loops["scrub"] = scrub.run()
         if canary is not None:
             loops["canary"] = canary.run()
         tasks.update({name: asyncio.create_task(loop) for name, loop in loops.items()})

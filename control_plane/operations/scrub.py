@@ -5,8 +5,8 @@ record names, and that the manifest says what the record says. A pass takes half
 stored after one began is still read within the whole. Each server makes passes of its own: that two servers read the
 same file is accepted, as there is no lease then that a dead one could hold.
 
-What differs is noted with the job, which then gives its files to nobody, and is told in the log and in metrics; nothing
-is deleted. A store that is away says nothing about its files. A later pass that finds all as it should be takes the
+What differs is told in the log and in metrics and, but for a sidecar, noted with the job, which then gives its files to
+nobody; nothing is deleted. A store that is away says nothing about its files. A later pass that finds all as it should be takes the
 note back. A record whose own columns are damaged is written anew from the manifest, where every file still is what that
 says.
 """
@@ -62,8 +62,8 @@ class Scrub:
         self._metrics = metrics
 
     async def run(self) -> None:
-        """Scrub until canceled; at once over where ``scrub_seconds`` is 0."""
-        while self._pass_seconds > 0:
+        """Scrub until canceled."""
+        while True:
             try:
                 await self._pass()
             except SQLAlchemyError as error:
@@ -98,7 +98,8 @@ class Scrub:
             now = await self._store.get(job.id)
             if now is None or now.attempt != job.attempt or not _has_files(now):
                 return True  # they were removed meanwhile
-            if await self._store.damaged(job.id, wrong.what):
+            # Without its sidecar the capsule is whole, and the sidecar is made anew from it by whoever reads it.
+            if wrong.file == "sidecar" or await self._store.damaged(job.id, wrong.what):
                 self._metrics.damage.labels(wrong.file).inc()
                 log.error("stored files are damaged", job_id=job.id, file=wrong.file, what=wrong.what)
             return False

@@ -88,7 +88,7 @@ def _refused(answer: httpx.Response) -> str:
     return str(error["message"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["download", "manifest"])
 def test_a_spoiled_file_is_not_given_out_and_the_job_says_why_from_then_on(place: Place, kind: str) -> None:
     job_id = place.export(name=f"spoiled-{kind}")
     before = place.damaged(kind)
@@ -108,6 +108,23 @@ def test_a_spoiled_file_is_not_given_out_and_the_job_says_why_from_then_on(place
     _refused(place.server.client.get(f"{job}/search", params={"q": "call_1"}))
     assert place.damaged(kind) == before + 1
     assert place.server.job(job_id)["status"] == "completed"
+
+
+def test_a_spoiled_sidecar_is_not_given_out_and_all_else_goes_on(place: Place) -> None:
+    job_id = place.export(name="spoiled-index")
+    found = place.server.client.get(f"/v1/exports/{job_id}/search", params={"q": "call_1"}).json()["hits"]
+    before = place.damaged("sidecar")
+    place.spoil(job_id, "sidecar")
+    if place.bucket:
+        with pytest.raises(httpx.RemoteProtocolError):
+            place.get(job_id, "sidecar")
+    else:
+        _refused(place.get(job_id, "sidecar"))
+    assert place.damaged("sidecar") == before + 1
+    assert place.get(job_id, "download").status_code == 200
+    assert place.server.job(job_id)["artifact"]["sidecarUrl"]
+    answer = place.server.client.get(f"/v1/exports/{job_id}/search", params={"q": "call_1"})
+    assert (answer.status_code, answer.json()["hits"]) == (200, found)
 
 
 @pytest.mark.parametrize("headers", [{"range": "bytes=0-9"}, {"if_none_match": "*"}])

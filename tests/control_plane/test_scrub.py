@@ -27,7 +27,7 @@ def _file(server: Server, job_id: str, ending: str) -> Path:
 
 @pytest.mark.parametrize(
     ("ending", "harm"),
-    [(".mv2", "flipped"), (".sqlite", "flipped"), (".manifest.json", "flipped"), (".mv2", "removed")],
+    [(".mv2", "flipped"), (".manifest.json", "flipped"), (".mv2", "removed")],
 )
 def test_damage_is_noted_and_the_note_goes_when_the_file_is_whole_again(
     start_server: StartServer, ending: str, harm: str
@@ -51,6 +51,18 @@ def test_damage_is_noted_and_the_note_goes_when_the_file_is_whole_again(
     path.write_bytes(good)
     eventually(lambda: server.job(job_id)["artifact"])
     assert server.client.get(f"/v1/exports/{job_id}/download").status_code == 200
+
+
+def test_a_damaged_sidecar_is_told_and_made_anew_by_whoever_reads_it(start_server: StartServer) -> None:
+    server = start_server(scrub_seconds=1)
+    job_id = _done(server, "struck")
+    path = _file(server, job_id, ".sqlite")
+    good = path.read_bytes()
+    path.write_bytes(good[:600] + bytes([good[600] ^ 1]) + good[601:])
+    eventually(lambda: _metric(server, 'memvid_export_damaged_total{file="sidecar"}') >= 1)
+    assert server.job(job_id)["artifact"] is not None
+    assert server.client.get(f"/v1/exports/{job_id}/search", params={"q": "call_1"}).json()["hits"]
+    assert path.read_bytes() == good
 
 
 def test_a_pass_over_what_is_whole_notes_nothing(start_server: StartServer) -> None:
