@@ -6,9 +6,9 @@ stored after one began is still read within the whole. Each server makes passes 
 same file is accepted, as there is no lease then that a dead one could hold.
 
 What differs is told in the log and in metrics and, but for a sidecar, noted with the job, which then gives its files to
-nobody; nothing is deleted. A store that is away says nothing about its files. A later pass that finds all as it should be takes the
-note back. A record whose own columns are damaged is written anew from the manifest, where every file still is what that
-says.
+nobody; nothing is deleted. A store that is away says nothing about its files. A later pass that finds all as it should
+be takes the note back. A record whose own columns are damaged is written anew from the manifest, where every file still
+is what that says.
 """
 
 from __future__ import annotations
