@@ -18,7 +18,17 @@ impl Dice {
 }
 
 const FOOTER: &[u8] = b"MV2FOOT!";
-const NUMBERS: [u64; 9] = [0, 1, 0x7f, 0xff, 0xffff, 1 << 31, 1 << 40, i64::MAX as u64, u64::MAX];
+const NUMBERS: [u64; 9] = [
+    0,
+    1,
+    0x7f,
+    0xff,
+    0xffff,
+    1 << 31,
+    1 << 40,
+    i64::MAX as u64,
+    u64::MAX,
+];
 
 fn sample() -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
@@ -38,10 +48,15 @@ fn sample() -> Vec<u8> {
             title: format!("Function: f{n}"),
             track: "nodes/Function".into(),
             tags: vec!["source=gitnexus".into()],
-            text: format!("Node Function\nname=f{n}\nçödé — {n}\n{}", "long ".repeat(40 * n)),
+            text: format!(
+                "Node Function\nname=f{n}\nçödé — {n}\n{}",
+                "long ".repeat(40 * n)
+            ),
             extra: format!("{{\"startLine\":{n}}}"),
         };
-        writer.add(vec![doc], &[0], &[n as f32, 1.0, 2.0, 3.0]).unwrap();
+        writer
+            .add(vec![doc], &[0], &[n as f32, 1.0, 2.0, 3.0])
+            .unwrap();
     }
     writer.finish().unwrap();
     std::fs::read(&path).unwrap()
@@ -77,7 +92,10 @@ fn damaged(sample: &[u8], dice: &mut Dice) -> Vec<u8> {
         change(&mut bytes, dice);
         return bytes;
     }
-    let footer = sample.windows(8).rposition(|found| found == FOOTER).unwrap();
+    let footer = sample
+        .windows(8)
+        .rposition(|found| found == FOOTER)
+        .unwrap();
     let length = u64::from_le_bytes(sample[footer + 8..footer + 16].try_into().unwrap()) as usize;
     let mut toc = sample[footer - length..footer].to_vec();
     change(&mut toc, dice);
