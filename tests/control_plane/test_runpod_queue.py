@@ -18,7 +18,17 @@ from runpod_local import Platform
 from services import S3, s3_server
 from storage.faulty import Proxy, proxy
 
-OWN = {"jobId", "runpodJobId", "createdAt", "updatedAt", "expiresAt", "downloadUrl", "sidecarUrl", "manifestUrl"}
+OWN = {
+    "jobId",
+    "runpodJobId",
+    "traceId",
+    "createdAt",
+    "updatedAt",
+    "expiresAt",
+    "downloadUrl",
+    "sidecarUrl",
+    "manifestUrl",
+}
 """Different for every job."""
 MEASURED = {"timings", "peakMemoryBytes", "elapsedMs", "lastEventSeq"}
 """Heartbeats are events too."""
