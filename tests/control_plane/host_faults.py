@@ -493,7 +493,7 @@ def plain(folder: Path, chance: random.Random) -> Iterator[tuple[House, list[Fau
 @contextmanager
 def over_postgres(folder: Path, chance: random.Random) -> Iterator[tuple[House, list[Fault]]]:
     """A server whose database stops and starts."""
-    postgres = Postgres().start()
+    postgres = Postgres(durable=True).start()
 
     def gone(house: House) -> list[str]:
         house.chance.choice((postgres.stop, postgres.crash))()

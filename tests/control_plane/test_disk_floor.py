@@ -113,7 +113,10 @@ def test_a_body_that_would_pass_the_floor_is_refused_before_it_is_read(small: Se
     head = f"POST /v1/exports HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", small.port), timeout=30) as connection:
         connection.sendall(f"{head}Content-Length: {16 * MIB}\r\n\r\n{{".encode())
-        answer = connection.recv(1 << 16).decode()
+        answer = ""
+        while not answer.endswith("}"):  # head and body come one by one
+            assert (more := connection.recv(1 << 16)), answer
+            answer += more.decode()
     assert answer.startswith("HTTP/1.1 503 ")
     details = json.loads(answer.partition("\r\n\r\n")[2])["error"]["details"]
     assert details["freeBytes"] >= FLOOR
