@@ -46,7 +46,9 @@ class ExportService:
 
     async def record(self, caller: Caller, job_id: str) -> JobRecord:
         """One job. Raises JobNotFound, for a job of another client too: nothing tells the two apart."""
-        job = await self._store.get(job_id)
+        return self._seen(caller, job_id, await self._store.get(job_id))
+
+    def _seen(self, caller: Caller, job_id: str, job: JobRecord | None) -> JobRecord:
         if job is None or not caller.sees(job.client):
             raise JobNotFound("There is no export of this id.")
         if job.client != caller.client:
@@ -74,10 +76,8 @@ class ExportService:
 
     async def events(self, caller: Caller, job_id: str, since: int, limit: int) -> EventPage:
         """Events above ``since``; ``nextSeq`` is the number of the first event that is not in this page."""
-        since = min(since, (await self.record(caller, job_id)).last_seq)
-        events = await self._store.events(job_id, since, min(max(limit, 1), MAX_EVENTS))
-        # Read after the events, so that a snapshot that says "completed" never comes before the last event is out.
-        job = await self.record(caller, job_id)
+        events, found = await self._store.log(job_id, since, min(max(limit, 1), MAX_EVENTS))
+        job = self._seen(caller, job_id, found)
         next_seq = events[-1].seq + 1 if events else min(since, job.last_seq) + 1
         return EventPage(job_id=job_id, events=events, next_seq=next_seq, status_snapshot=await self._view(job))
 
@@ -99,9 +99,9 @@ class ExportService:
 
     async def report(self, caller: Caller, job_id: str) -> Report:
         """The report of a job."""
-        job = await self.record(caller, job_id)
         # What was counted before the 202 stands in the first event.
-        first = await self._store.events(job_id, 0, 1)
+        first, found = await self._store.log(job_id, 0, 1)
+        job = self._seen(caller, job_id, found)
         if job.status == "completed" and job.output is None:
             what = job.damage or "its record is damaged"
             raise ArtifactMissing(f"There is no report of this export: {what}.", damage=what)

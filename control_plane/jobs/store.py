@@ -13,6 +13,7 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     ScalarSelect,
+    Select,
     Update,
     case,
     column,
@@ -46,6 +47,8 @@ LONGEST_PAUSE_MS = 120_000
 """No pause before an attempt is longer; one that seems to be was begun before the clock went back."""
 AUDIT_BATCH, AUDIT_BATCHES = 1_000, 20
 """Entries of the audit log that are deleted in one transaction, and how many of these there are in a sweep."""
+MAX_SEQ = 2**31 - 1
+"""That the column holds; clients ask for events after any number."""
 ADOPTED = 200
 """Jobs taken over at a time."""
 _QUEUED: frozenset[Status] = frozenset({"queued"})
@@ -68,6 +71,11 @@ def started(attempt: int) -> NewEvent:
 
 def _let_go(which: ColumnElement[bool]) -> Update:
     return update(jobs).where(which, _DEAD_LETTER).values(expires_at=None)
+
+
+def _events(job_id: str, since: int, limit: int) -> Select[Any]:
+    mine = select(events).where(events.c.job_id == job_id, events.c.seq > min(since, MAX_SEQ))
+    return mine.order_by(events.c.seq).limit(limit)
 
 
 def _columns(job: NewJob, now: int) -> dict[str, Any]:
@@ -282,11 +290,16 @@ class JobStore:
 
     async def events(self, job_id: str, since: int, limit: int) -> list[Event]:
         """Events with a number above ``since``, in order."""
-        query = (
-            select(events).where(events.c.job_id == job_id, events.c.seq > since).order_by(events.c.seq).limit(limit)
-        )
         async with self._database.read.connect() as connection:
-            return [event_of(row) for row in await connection.execute(query)]
+            return [event_of(row) for row in await connection.execute(_events(job_id, since, limit))]
+
+    async def log(self, job_id: str, since: int, limit: int) -> tuple[list[Event], JobRecord | None]:
+        """The same, and the job as it was right after them: it never says that it is completed before the event that
+        tells so is among them, if there was room."""
+        async with self._database.read.connect() as connection:
+            found = [event_of(row) for row in await connection.execute(_events(job_id, since, limit))]
+            row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
+        return found, None if row is None else JobRecord.of(row)
 
     async def stages(self, job_id: str, *, before: int) -> list[StageSpan]:
         """The wait for the last attempt that has events below the number ``before``, and its stages as they came."""
