@@ -115,7 +115,8 @@ def test_a_body_that_would_pass_the_floor_is_refused_before_it_is_read(small: Se
         connection.sendall(f"{head}Content-Length: {16 * MIB}\r\n\r\n{{".encode())
         answer = ""
         while not answer.endswith("}"):  # head and body come one by one
-            assert (more := connection.recv(1 << 16)), answer
+            more = connection.recv(1 << 16)
+            assert more, answer
             answer += more.decode()
     assert answer.startswith("HTTP/1.1 503 ")
     details = json.loads(answer.partition("\r\n\r\n")[2])["error"]["details"]
