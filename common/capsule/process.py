@@ -66,7 +66,7 @@ class Child:
             return self._exchange(len(message).to_bytes(_HEAD, "little") + message, seconds, should_stop)
         except OSError:
             self.close()
-            raise ChildLost(self._last_words("it ended")) from None
+            raise ChildLost(self._last_words()) from None
         except BaseException:
             self.close()
             raise
@@ -94,8 +94,8 @@ class Child:
                 should_stop()
         raise ChildLost(f"it took longer than {seconds:g} s")
 
-    def _last_words(self, otherwise: str) -> str:
-        return next((line for line in reversed(self._errors) if line), otherwise)
+    def _last_words(self) -> str:
+        return next((line for line in reversed(self._errors) if line), "it ended")
 
     def close(self) -> None:
         """End the process. Idempotent."""

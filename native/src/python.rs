@@ -225,7 +225,7 @@ impl CapsuleReader {
         let Some(vectors) = self.inner.vectors()? else {
             return Ok(None);
         };
-        let rows = PyBytes::new(py, vectors.rows);
+        let rows = PyBytes::new(py, &vectors.rows);
         Ok(Some((vectors.documents, vectors.dimension, rows)))
     }
 }

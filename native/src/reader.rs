@@ -1,8 +1,10 @@
 //! Reads a capsule back: documents with their text, and the vectors.
 //!
-//! memvid's own writers cut long documents into chunk frames; those are passed over here, so that the n-th document is
-//! the n-th frame that was handed to a writer, whichever wrote it.
+//! memvid's own writers cut long documents into chunk frames, with other white space, and keep the document without its
+//! text; chunks are no documents here, so that the n-th document is the n-th frame that was handed to a writer,
+//! whichever wrote it, and its text is that of its chunks.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,8 @@ pub struct CapsuleReader {
     frames: Vec<usize>,
     /// The active documents: places in `frames`, and frame ids.
     documents: Vec<(usize, u64)>,
+    /// From the ids of documents that were cut to the places of their chunks, in order.
+    chunks: HashMap<u64, Vec<(Option<u32>, usize)>>,
 }
 
 pub struct Vectors<'a> {
@@ -38,7 +42,16 @@ pub struct Vectors<'a> {
     pub documents: Vec<usize>,
     pub dimension: u32,
     /// Rows of `{frame id: u64, length: u64, values: f32…}`, little-endian.
-    pub rows: &'a [u8],
+    pub rows: Cow<'a, [u8]>,
+}
+
+/// Where vectors lie: memvid's own writers append a segment at each commit and leave the index empty.
+struct VectorPart<'a> {
+    offset: u64,
+    length: u64,
+    checksum: &'a [u8; 32],
+    count: u64,
+    dimension: u32,
 }
 
 impl CapsuleReader {
@@ -58,14 +71,25 @@ impl CapsuleReader {
             at: 0,
         };
         let (mut frames, mut documents) = (Vec::new(), Vec::new());
+        let mut chunks: HashMap<u64, Vec<(Option<u32>, usize)>> = HashMap::new();
         let toc = entries
             .toc(|at, frame| {
-                if frame.status == FrameStatus::Active && frame.role == FrameRole::Document {
-                    documents.push((frames.len(), frame.id));
+                match (frame.status, frame.role, frame.parent_id) {
+                    (FrameStatus::Active, FrameRole::Document, _) => {
+                        documents.push((frames.len(), frame.id));
+                    }
+                    (FrameStatus::Active, FrameRole::DocumentChunk, Some(parent)) => {
+                        let chunk = (frame.chunk_index, frames.len());
+                        chunks.entry(parent).or_default().push(chunk);
+                    }
+                    _ => {}
                 }
                 frames.push(footer.toc_offset + at);
             })
             .map_err(unreadable)?;
+        for places in chunks.values_mut() {
+            places.sort_unstable();
+        }
         Ok(Self {
             path: path.to_path_buf(),
             file,
@@ -73,6 +97,7 @@ impl CapsuleReader {
             toc,
             frames,
             documents,
+            chunks,
         })
     }
 
@@ -125,6 +150,24 @@ impl CapsuleReader {
         decompressor: &mut zstd::bulk::Decompressor<'_>,
     ) -> Result<String> {
         let frame = self.document(id)?;
+        let text = self.payload(id, &frame, decompressor)?;
+        match self.chunks.get(&frame.id) {
+            Some(chunks) if text.is_empty() => {
+                let texts = chunks
+                    .iter()
+                    .map(|(_, place)| self.payload(id, &self.frame(*place)?, decompressor));
+                Ok(texts.collect::<Result<Vec<String>>>()?.join("\n"))
+            }
+            _ => Ok(text),
+        }
+    }
+
+    fn payload(
+        &self,
+        id: usize,
+        frame: &Frame,
+        decompressor: &mut zstd::bulk::Decompressor<'_>,
+    ) -> Result<String> {
         let payload = self.range(frame.payload_offset, frame.payload_length)?;
         if blake3::hash(payload).as_bytes() != &frame.checksum {
             return Err(self.unreadable(format!(
@@ -147,22 +190,32 @@ impl CapsuleReader {
     }
 
     pub fn vectors(&self) -> Result<Option<Vectors<'_>>> {
-        let Some(manifest) = &self.toc.indexes.vec else {
+        let parts = self.vector_parts();
+        let Some(dimension) = parts.first().map(|part| part.dimension) else {
             return Ok(None);
         };
-        let bytes = self.range(manifest.bytes_offset, manifest.bytes_length)?;
-        if blake3::hash(bytes).as_bytes() != &manifest.checksum {
-            return Err(self.unreadable("the vectors do not match their checksum".into()));
+        let row = 16 + u64::from(dimension) * 4;
+        let mut rows = Cow::Borrowed(&[][..]);
+        for part in parts {
+            let bytes = self.range(part.offset, part.length)?;
+            if blake3::hash(bytes).as_bytes() != part.checksum {
+                return Err(self.unreadable("the vectors do not match their checksum".into()));
+            }
+            let expected = part
+                .count
+                .checked_mul(row)
+                .and_then(|rows| rows.checked_add(8));
+            if part.dimension != dimension || expected != Some(bytes.len() as u64) {
+                return Err(
+                    self.unreadable("the vectors are not an exact, uncompressed index".into())
+                );
+            }
+            if rows.is_empty() {
+                rows = Cow::Borrowed(&bytes[8..]);
+            } else {
+                rows.to_mut().extend_from_slice(&bytes[8..]);
+            }
         }
-        let row = 16 + u64::from(manifest.dimension) * 4;
-        let expected = manifest
-            .vector_count
-            .checked_mul(row)
-            .and_then(|rows| rows.checked_add(8));
-        if expected != Some(bytes.len() as u64) {
-            return Err(self.unreadable("the vectors are not an exact, uncompressed index".into()));
-        }
-        let rows = &bytes[8..];
         let places: HashMap<u64, usize> = self
             .documents
             .iter()
@@ -180,9 +233,33 @@ impl CapsuleReader {
             .ok_or_else(|| self.unreadable("a vector belongs to no document".into()))?;
         Ok(Some(Vectors {
             documents,
-            dimension: manifest.dimension,
+            dimension,
             rows,
         }))
+    }
+
+    fn vector_parts(&self) -> Vec<VectorPart<'_>> {
+        match &self.toc.indexes.vec {
+            Some(index) if index.bytes_length > 0 => vec![VectorPart {
+                offset: index.bytes_offset,
+                length: index.bytes_length,
+                checksum: &index.checksum,
+                count: index.vector_count,
+                dimension: index.dimension,
+            }],
+            _ => {
+                let segments = self.toc.segment_catalog.vec_segments.iter();
+                segments
+                    .map(|segment| VectorPart {
+                        offset: segment.common.bytes_offset,
+                        length: segment.common.bytes_length,
+                        checksum: &segment.common.checksum,
+                        count: segment.vector_count,
+                        dimension: segment.dimension,
+                    })
+                    .collect()
+            }
+        }
     }
 
     /// Compares everything that the table of contents names with its checksum: payloads, time index, lexical segments
@@ -223,13 +300,8 @@ impl CapsuleReader {
                 &common.checksum,
             )?;
         }
-        if let Some(index) = &self.toc.indexes.vec {
-            check(
-                "the vector index",
-                index.bytes_offset,
-                index.bytes_length,
-                &index.checksum,
-            )?;
+        for part in self.vector_parts() {
+            check("the vector index", part.offset, part.length, part.checksum)?;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! The reader refuses damaged capsules: no panic, no read outside the file, no memory beyond what it says. `native/fuzz`
-//! runs it under AddressSanitizer, and what needs no file under Miri. `FUZZ_CASES` and `FUZZ_SEED` make other cases.
+//! runs it under AddressSanitizer. `FUZZ_CASES` and `FUZZ_SEED` make other cases.
 
 #![allow(clippy::unwrap_used)]
 

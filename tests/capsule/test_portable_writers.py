@@ -298,6 +298,18 @@ def test_a_cancel_ends_the_memvid_command(tmp_path: Path) -> None:
         ).add([LONG._replace(embed_text=None)] * 30, None)
 
 
+def test_a_memvid_command_that_says_nothing_of_a_capsule_has_not_verified_it(
+    example_frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memvid").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "memvid").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    plan = plan_of_all(tmp_path / "c.mv2", CliWriter(), example_frames[:3], None)
+    with Gate() as gate, pytest.raises(GateFailed) as failed:
+        gate.check(plan, never)
+    assert failed.value.details["probe"] == "verify"
+
+
 def test_without_the_memvid_command_the_writer_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(WriterUnavailable, match="memvid-cli"):
