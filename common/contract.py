@@ -44,6 +44,8 @@ MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What ``msgspec`` raises for bytes that are not the message that is looked for."""
 
 Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""What every reader of JSON holds exactly; so are sums of a few, which 64 bits of a database hold."""
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True, omit_defaults=False):
@@ -377,10 +379,10 @@ class JobOutput(msgspec.Struct, kw_only=True):
 class InputReport(Wire, kw_only=True):
     """What came in; ``bytes`` and ``sha256`` are of the payload as it was received."""
 
-    nodes: int = 0
-    relationships: int = 0
-    files: int = 0
-    bytes: int = 0
+    nodes: Count = 0
+    relationships: Count = 0
+    files: Count = 0
+    bytes: Count = 0
     sha256: str = ""
 
 
@@ -492,10 +494,10 @@ class ManifestPart(Wire, kw_only=True):
     """One ``.mv2`` file of a capsule."""
 
     file_name: str
-    size_bytes: int
+    size_bytes: Count
     sha256: str
-    frames: int
-    vectors: int
+    frames: Count
+    vectors: Count
 
 
 class Manifest(Wire, kw_only=True):
@@ -510,14 +512,14 @@ class Manifest(Wire, kw_only=True):
     content_digest: str
     capsule_sha256: str
     """SHA-256 of the only part, or of the parts' hex digests joined in order."""
-    parts: list[ManifestPart]
+    parts: Annotated[list[ManifestPart], msgspec.Meta(min_length=1)]
     sidecar_file_name: str
-    sidecar_size_bytes: int
+    sidecar_size_bytes: Count
     sidecar_sha256: str
-    frames: int
-    node_frames: int
-    relation_frames: int
-    vectors: int
+    frames: Count
+    node_frames: Count
+    relation_frames: Count
+    vectors: Count
     dimension: int | None
     embedding_provider: str | None = None
     embedding_model: str | None

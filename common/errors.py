@@ -103,7 +103,7 @@ class ExportError(Exception):
             raise TypeError(f"{cls.__name__}: say retry = Retry.…; retryable follows from common.errors.RULES")
         cls.retryable = RULES[cls.retry].retryable
 
-    def __init__(self, message: str, **details: object) -> None:
+    def __init__(self, message: str, /, **details: object) -> None:
         super().__init__(message)
         self.message = message
         self.details = details

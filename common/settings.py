@@ -19,6 +19,7 @@ from common.contract import WriterName
 from common.embedding import routing
 from common.embedding.choice import Choice, Engines, Mode, Provider
 from common.errors import InvalidRequest, InvalidSettings
+from common.frames.build import RESPONSE_BUDGET_BYTES
 from common.storage.port import S3Config, StorageConfig
 
 GIB = 1 << 30
@@ -557,7 +558,7 @@ class Settings(WorkerSettings):
         (), validation_alias="MEMVID_EXPORT_CORS_ORIGINS", description="origins parted by commas (https://host), or *"
     )
     mcp_response_budget_bytes: int = Field(
-        65_536,
+        RESPONSE_BUDGET_BYTES,
         ge=4_096,
         le=16 << 20,
         validation_alias="MEMVID_MCP_RESPONSE_BUDGET_BYTES",
@@ -570,8 +571,8 @@ class Settings(WorkerSettings):
         validation_alias="MEMVID_MCP_RATE_LIMIT_PER_MINUTE",
         description="a number of requests, 1 to 60000000",
     )
-    """Of one key, or of one address where there is no key. The default is more than one process answers: it keeps
-    nobody waiting, and a loop that went wrong shows in the headers."""
+    """Of one key that has no rate of its own, or of all together where there is no key. The default is more than one
+    process answers: it keeps nobody waiting, and a loop that went wrong shows in the headers."""
     mcp_rate_limit_burst: int = Field(
         8_000,
         ge=1,

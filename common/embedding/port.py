@@ -65,8 +65,9 @@ class Embedder(Protocol):
         should_stop: Callable[[], None] = lambda: None,
         keep: Keep | None = None,
     ) -> Embedded:
-        """Embed texts. An engine that is paid calls ``keep``, from any thread, for each text as it is answered: what
-        was paid for can be kept whatever becomes of the rest. ``should_stop`` is called ten times a second while this
+        """Embed texts. An engine that asks a provider calls ``keep``, from any thread, for each text as it is
+        answered: what was paid for can be kept whatever becomes of the rest. One over a cache keeps its documents
+        there instead, one that runs here calls it never. ``should_stop`` is called ten times a second while this
         waits for anything slow (on the thread that calls); what it raises ends the call.
 
         Raises EmbeddingFailed, ProviderRejected, DeviceFailed.

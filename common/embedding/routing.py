@@ -200,6 +200,8 @@ def _check_model(choice: Choice, allowed: Collection[str]) -> None:
     try:
         known = catalog.find_model(provider, model, choice.dimension)
     except InvalidRequest as error:
+        if "allowed" not in error.details:  # Of no dimension: no model can have this name.
+            raise _wrong("embedding_model", f"be another: {error.message}") from error
         if choice.dimension is None:  # The name has passed, so that is what is missing.
             raise _wrong("embedding_dimension", f"be set: {_shown(model)} is not known here") from error
         must = f"be another: {error.message} ({error.details.get('allowed', '')})"

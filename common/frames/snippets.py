@@ -60,7 +60,6 @@ _STATEMENT = re.compile(
     r"switch|with|in|and|or|delete|goto|typeof|using)\b|[@.])"
 )
 _COMMENT = re.compile(r"\s*(?://|#(?!define)|\*|/\*|--|<!--)")
-_VALUE_KEYWORD = re.compile(r"(?:^|[^\w.$])(?:for|as|const|let|var|val|static|final|mut|readonly|\w+)\s+$")
 _VALUE_OPENED = re.compile(r"\s*(?:[,)\]};]|[?!]?:(?!:)|=(?![=>])|:=|\[|in\b|of\b|$)")
 _OWNER = re.compile(r"(?:^|[^\w$])(?:self|this|cls)(?:\.|->)$")
 _LEAD = re.compile(r"\s*(?:[@#/*\[\])}\"'<-]|(?:template|export|public|private|protected|static|default|pub)\b|$)")
@@ -180,6 +179,8 @@ class _Text:
 
     def places(self, symbols: list[_Symbol]) -> list[_Place | None]:
         """Where each symbol stands, or None."""
+        if not self._parts:  # a text of nothing but joints
+            return [None] * len(symbols)
         if len(self._parts) == 1 and (shift := self._plain_shift(symbols)) is not None:
             shifts: list[int | None] = [shift]
         else:
@@ -282,7 +283,7 @@ class _Text:
             return False
         if symbol.kind is _SECTION:
             stripped = line.strip()
-            return stripped == name or (stripped[0] == "#" and stripped.strip("# ") == name.strip("# "))
+            return stripped == name or (stripped.startswith("#") and stripped.strip("# ") == name.strip("# "))
         for _ in range(_MAX_IN_LINE):
             if at < 0:
                 break

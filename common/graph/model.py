@@ -30,12 +30,12 @@ class GraphLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_relationships: int = 5_000_000
     max_files: int = 1_000_000
     max_values: int = 25_000_000
-    """Commas and opening brackets in one JSON document, counted before it is decoded: bounds the memory for that to
-    2 GB. Graphs of code have one in 42 bytes or more."""
+    """Commas and opening brackets in one JSON document or line, those in its texts too, counted before it is decoded:
+    bounds the memory for its values, beside their texts, to 3 GB. Graphs of code have one in 42 bytes or more."""
     max_text_chars: int = 64_000_000
     """Characters of one file's text or one node's content."""
     max_id_chars: int = 8_192
-    """Characters of an id, a label, a type, a name or a path."""
+    """Characters of an id (of a relationship: three times as many), a label, a type, a name or a path."""
 
 
 class Node(msgspec.Struct, gc=False):

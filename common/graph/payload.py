@@ -154,7 +154,8 @@ _ESCAPE = re.compile(
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _HUGE_NUMBER = re.compile(rb"(?<=[:\[,\s])-?\d+(?:\.\d+)?(?:[eE]\+?\d{3,})|(?<=[:\[,\s])-?\d{400,}")
 _BYTE = re.compile(r"\(byte (\d+)\)")
-_TOKEN = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"|[{}\[\]:,]', re.DOTALL)
+_TOKEN = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"|["{}\[\]:,]', re.DOTALL)
+"""A quote alone begins a string that does not end; possessive, so that a long string takes no memory of its own."""
 
 
 def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, where: str = "") -> Any:
@@ -164,6 +165,13 @@ def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, 
     are not UTF-8 become U+FFFD, with a counted warning; all else that is not JSON raises InvalidRequest. ``where``
     (``line 7``) leads the field's name.
     """
+    try:
+        return _decoded(data, limits, found, where)
+    except MemoryError as error:
+        raise PayloadTooLarge("the payload does not fit into this process's memory", field="$") from error
+
+
+def _decoded(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, where: str) -> Any:
     _check_values(data, limits)
     if data.startswith(_UTF8_BOM):
         data = data[len(_UTF8_BOM) :]
@@ -171,7 +179,10 @@ def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, 
         data = _repair_escapes(data, found)
     while True:  # each repair removes what it is for, so it happens once at most
         try:
-            return _decode(data, limits, where)
+            return msgspec.json.decode(data)
+        except RecursionError as error:
+            message = f"{_join(where, '')}the JSON is nested deeper than {limits.max_depth} levels"
+            raise InvalidRequest(message, field=where or "$", allowed=limits.max_depth) from error
         except UnicodeDecodeError:
             text = data.decode(errors="replace")
             found.add("INVALID_UTF8", _around(text, text.find("\ufffd")), text.count("\ufffd"))
@@ -181,16 +192,6 @@ def decode(data: bytes | bytearray, limits: GraphLimits, found: WarningCounter, 
             if repaired == data:
                 raise _not_json(data, error, where) from error
             data = repaired
-
-
-def _decode(data: bytes | bytearray, limits: GraphLimits, where: str) -> Any:
-    try:
-        return msgspec.json.decode(data)
-    except RecursionError as error:
-        message = f"{_join(where, '')}the JSON is nested deeper than {limits.max_depth} levels"
-        raise InvalidRequest(message, field=where or "$", allowed=limits.max_depth) from error
-    except MemoryError as error:
-        raise PayloadTooLarge("the payload does not fit into this process's memory", field="$") from error
 
 
 def _check_values(data: bytes | bytearray, limits: GraphLimits) -> None:
@@ -253,6 +254,8 @@ def _path_at(data: bytes | bytearray, offset: int) -> str:
     key = ""
     for token in _TOKEN.finditer(data, 0, offset):
         mark = token[0][:1]
+        if token[0] == b'"':  # the string that ``offset`` is in: what follows is its text
+            break
         if mark == b'"':
             key = token[1][:80].decode(errors="replace")
         elif mark == b"{":

@@ -38,21 +38,19 @@ def read_graph(
     *,
     limits: GraphLimits | None = None,
     defaults: Source | None = None,
-    session_id: str | None = None,
-    project_name: str | None = None,
 ) -> ExportRequest:
     """Read and validate one graph; the format and the compression (gzip, zstd) are told from the bytes.
 
-    ``defaults``, ``session_id`` and ``project_name`` stand in for what a raw graph does not say; what an export
-    request says itself wins. Raises InvalidRequest (``details['field']`` names the place), PayloadTooLarge,
-    StorageFailed. What can be repaired is, and is counted in ``warnings``.
+    ``defaults`` stand in for what a raw graph does not say of its source; what an export request says itself wins.
+    Raises InvalidRequest (``details['field']`` names the place), PayloadTooLarge, StorageFailed. What can be repaired
+    is, and is counted in ``warnings``.
     """
     reader = _Reader(limits or GraphLimits())
     with opened(source) as stream:
         payload = Payload(stream, reader.limits)
         head, chunks = _peek(payload.chunks())
         document = reader.stream(chunks) if _is_stream(head) else reader.document(chunks)
-    request = reader.request(document, defaults or Source(), session_id, project_name)
+    request = reader.request(document, defaults or Source())
     report = payload.report()
     report.nodes, report.relationships, report.files = len(request.nodes), len(request.relations), len(request.files)
     request.input = report
@@ -178,7 +176,7 @@ class _Reader:
             self.found.add("NODE_WITHOUT_PROPERTIES", node_id)
         elif type(properties) is not dict:
             _wrong(_place(where, index, "properties"), "an object", properties)
-        if len(item) > len(_NODE_KEYS):
+        if not item.keys() <= _NODE_KEYS:
             for key in item.keys() - _NODE_KEYS:
                 properties.setdefault(key, item[key])
 
@@ -287,15 +285,13 @@ class _Reader:
 
     # --- everything else of the request -------------------------------------------------------------
 
-    def request(
-        self, document: dict[str, Any], defaults: Source, session_id: str | None, project_name: str | None
-    ) -> ExportRequest:
-        """Put the request together from what the document says and the arguments that stand in for the rest."""
+    def request(self, document: dict[str, Any], defaults: Source) -> ExportRequest:
+        """Put the request together from what the document says, and ``defaults`` for what it does not."""
         files = self._files(document.get("fileContents"))
         source = self._source(document.get("source"), defaults)
         options = self._options(document.get("options"))
-        session = _text(document, "sessionId", "sessionId") or session_id
-        project = _text(document, "projectName", "projectName") or project_name
+        session = _text(document, "sessionId", "sessionId")
+        project = _text(document, "projectName", "projectName")
         return ExportRequest(
             session_id=session,
             project_name=project or source.display_name or source.base_name,
@@ -319,6 +315,8 @@ class _Reader:
         files: dict[str, str] = {}
         for path, text in value.items():
             field = f"fileContents[{path[:200]!r}]"
+            if len(path) > self.limits.max_id_chars:
+                _wrong(field, f"a path of at most {self.limits.max_id_chars:,} characters", path)
             if text is None:
                 self.found.add("FILE_WITHOUT_TEXT", path)
             elif type(text) is not str:

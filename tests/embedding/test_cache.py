@@ -408,6 +408,21 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begun(
     check(file)
 
 
+def test_a_damaged_file_that_cannot_be_set_aside_makes_an_export_slower_and_no_more(
+    file: Path, texts: list[str], plain: bytes, cached: Callable[..., CachedEmbedder]
+) -> None:
+    file.parent.mkdir()
+    file.write_bytes(b"not a database at all\n" * 1_000)
+    file.with_name("vectors.sqlite.damaged").mkdir()
+    found = export(cached(), texts)
+    assert (found.vectors, found.hits) == (plain, 0)
+    assert found.trouble is not None
+    assert "vectors.sqlite: Is a directory" in found.trouble
+    file.with_name("vectors.sqlite.damaged").rmdir()
+    export(cached(), texts)
+    assert export(cached(), texts).hits == len(texts)
+
+
 def test_a_spoiled_vector_is_made_anew(
     file: Path, texts: list[str], plain: bytes, cached: Callable[..., CachedEmbedder]
 ) -> None:

@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import answering
 from provider_faults import PROVIDERS, rows_of, strike
 from provider_server import KEY, ProviderServer, provider_server
 
@@ -480,6 +482,30 @@ def test_a_refusal_repeats_the_providers_own_words(ask: Ask) -> None:
         ask.engine(server).embed(["a"])
     assert raised.value.message == 'ollama answered 404: model "it" not found, try pulling it first'
     assert raised.value.details == {"provider": "ollama", "model": "all-minilm", "tries": 1, "status": 404}
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [(b'{"error":"caf\xe9 is closed"}', '{"error":"caf\ufffd is closed"}'), (b"[" * 60_000, "[" * 300 + "…")],
+)
+def test_a_refusal_that_nothing_can_read_is_shown_as_it_is(said: bytes, shown: str) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with answering(Refusing) as url:
+        engines = Engines(keys=KEY, urls={"openai": url})
+        engine = open_provider(choice("openai"), engines, layout=None, patience=IMPATIENT)
+        with closing(engine), pytest.raises(ProviderRejected) as raised:
+            engine.embed(["a"])
+    assert raised.value.message == f"openai answered 400: {shown}"
 
 
 def test_a_quota_that_is_spent_is_no_rate_limit(ask: Ask) -> None:

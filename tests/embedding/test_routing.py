@@ -169,6 +169,14 @@ def test_a_dimension_is_one_that_the_model_has() -> None:
     check(msgspec.structs.replace(own, dimension=64), allowed=["own"])
 
 
+@pytest.mark.parametrize("name", ["n" * 201, "own\n", ""])
+@pytest.mark.parametrize("dimension", [None, 64])
+def test_a_name_that_no_model_can_have_is_named_as_what_is_wrong(name: str, dimension: int | None) -> None:
+    error = refused(msgspec.structs.replace(OPENAI, model=name, dimension=dimension), allowed=[name])
+    assert error.details["field"] == "embedding_model"
+    assert "1 to 200 printable characters" in error.message
+
+
 def test_a_ceiling_in_dollars_needs_a_price() -> None:
     own = msgspec.structs.replace(OPENAI, model="own", dimension=64, max_usd=1.0)
     assert refused(own, allowed=["own"]).details["field"] == "embedding_max_usd"

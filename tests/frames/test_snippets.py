@@ -174,6 +174,20 @@ def test_a_symbol_whose_file_has_no_text_has_no_snippet() -> None:
     assert [w.code for w in graph.warnings] == ["SNIPPET_NOT_FOUND"]
 
 
+def test_a_heading_named_by_white_space_alone_has_no_snippet() -> None:
+    section = {"id": "s", "label": "Section", "properties": {"name": " ", "filePath": "a.md", "startLine": 0}}
+    relation = {"id": "r", "sourceId": "s", "targetId": "s", "type": "DEFINES", "confidence": 1}
+    body = {"nodes": [section], "relationships": [relation], "fileContents": {"a.md": "   \nx y\n"}}
+    graph = canonical(read_graph(io.BytesIO(json.dumps(body).encode())))
+    assert snippets(graph) == {"s": None}
+
+
+@pytest.mark.parametrize("text", ["...", "...\n...[truncated]"])
+def test_a_text_of_which_nothing_was_kept_shows_no_symbol(text: str) -> None:
+    graph = graph_of(text, [("Function", "f", 0, 1), ("Function", "...", 0, 1)])
+    assert snippets(graph) == {"f": None, "...": None, "File": text}
+
+
 def test_windows_line_ends_are_read() -> None:
     text = WHOLE.replace("\n", "\r\n")
     found = snippets(graph_of(text, SYMBOLS))

@@ -100,11 +100,11 @@ def test_every_raw_form_gives_the_same_graph(raw: bytes, pack: Callable[[bytes],
     assert (graph.session_id, content_digest(graph)) == (plain.session_id, content_digest(plain))
 
 
-def test_arguments_stand_in_for_what_a_raw_graph_does_not_say() -> None:
+def test_defaults_stand_in_for_what_a_raw_graph_does_not_say() -> None:
     source = Source(type="gitnexus", base_name="repo", url="http://127.0.0.1:4747")
-    request = read(STREAM, defaults=source, session_id="mine", project_name="Mine")
-    assert (request.session_id, request.project_name, request.source) == ("mine", "Mine", source)
-    assert read(body(), defaults=source, session_id="mine").session_id == "s-1"
+    request = read(STREAM, defaults=source)
+    assert (request.session_id, request.project_name, request.source) == (None, "repo", source)
+    assert read(body(), defaults=source).source.base_name == "demo"
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
@@ -183,6 +183,14 @@ def test_a_node_without_properties_gets_a_name_from_its_id() -> None:
     request = read(body(nodes=[bare, {**OTHER, "properties": None}]))
     assert [node.name for node in request.nodes] == ["lonely", "g"]
     assert found(request) == {"NODE_WITHOUT_PROPERTIES": 2, "NODE_WITHOUT_NAME": 2}
+
+
+def test_a_node_keeps_what_it_says_beside_its_properties() -> None:
+    flat = {"id": "Function:a.py:1", "label": "Function", "name": "lonely"}
+    request = read(body(nodes=[flat, {**OTHER, "language": "python"}]))
+    assert [node.name for node in request.nodes] == ["lonely", "g"]
+    assert request.nodes[1].properties["language"] == "python"
+    assert found(request) == {"NODE_WITHOUT_PROPERTIES": 1}
 
 
 def test_missing_and_excessive_confidence_is_repaired() -> None:

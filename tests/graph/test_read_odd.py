@@ -118,6 +118,32 @@ def test_a_syntax_error_after_the_document_has_its_place() -> None:
     assert caught.value.details["field"] == "$"
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b'"' + b'\\"' * 500_000 + b'\\NaN"', "NaN is not allowed"),
+        (b'"' + b'\\"' * 500_000 + b" " + b"1" * 400 + b'", "b": 1e999', "the number is out of range"),
+    ],
+)
+def test_the_place_inside_a_long_text_is_named_in_one_pass_over_it(value: bytes, message: str) -> None:
+    # A pass from each of the half million quotes would take longer than a test may.
+    node = b'{"id": "a", "label": ' + value + b"}"
+    for payload, field in (
+        (b'{"nodes": [%s]}' % node, "nodes[0].label"),
+        (b'{"type": "node", "data": %s}\n' % node, "line 1: data.label"),
+    ):
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            read_graph(io.BytesIO(payload))
+        assert caught.value.details["field"] == field
+
+
+def test_a_path_that_is_too_long_names_its_file() -> None:
+    assert read(fileContents={"p" * 8_192: "x"}).files == {"p" * 8_192: "x"}
+    with pytest.raises(InvalidRequest, match=r"at most 8,192 characters") as caught:
+        read(fileContents={"p" * 8_193: None})
+    assert caught.value.details["field"] == f"fileContents['{'p' * 200}']"
+
+
 def test_a_description_is_part_of_what_is_embedded() -> None:
     said = {"name": "load_user", "description": "Reads one user from the cache."}
     community = {"id": "c", "label": "Community", "properties": {"name": "Users", "description": "All about users."}}

@@ -60,7 +60,7 @@ class CachedEmbedder:
         counts all texts whose vector the cache had."""
         if purpose != "document":
             return self._embedder.embed(texts, purpose=purpose, should_stop=should_stop, keep=keep)
-        space = space_of(self.model, purpose)
+        space = space_of(self.model)
         rows: dict[bytes, int] = {}
         by_text = space.keys(texts)
         row_of = np.array([rows.setdefault(key, len(rows)) for key in by_text], dtype=np.intp)
@@ -109,7 +109,7 @@ class CachedEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """See the port: of what the cache lacks, equal texts once."""
-        space = space_of(self.model, "document")
+        space = space_of(self.model)
         by_key = dict(zip(space.keys(texts), texts, strict=True))
         known = self._try("read", lambda: self._cache.has(space, list(by_key)), lambda: None) or set()
         missing = [text for key, text in by_key.items() if key not in known]

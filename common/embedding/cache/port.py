@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from common.embedding.port import Model, Purpose
+from common.embedding.port import Model
 
 KEY_BYTES = 32
 TAIL_BYTES = 8
@@ -30,8 +30,9 @@ class Space(NamedTuple):
         return [sha256(space + text.encode("utf-8", "surrogatepass")).digest() for text in texts]
 
 
-def space_of(model: Model, purpose: Purpose) -> Space:
-    """The space of a model's vectors; its price decides none of them, its maximum of tokens those of long texts."""
+def space_of(model: Model) -> Space:
+    """The space of a model's vectors of documents; its price decides none of them, its maximum of tokens those of long
+    texts."""
     decides = [
         _FORMAT,
         model.provider,
@@ -41,7 +42,7 @@ def space_of(model: Model, purpose: Purpose) -> Space:
         model.precision,
         model.layout,
         model.max_tokens,
-        purpose,
+        "document",
     ]
     name = hashlib.sha256(msgspec.json.encode(decides)).hexdigest()
     return Space(name, KEY_BYTES + 4 * model.dimension + TAIL_BYTES)

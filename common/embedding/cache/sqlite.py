@@ -162,11 +162,12 @@ class SqliteCache:
         """Work on the database, one thread at a time. Raises StorageFailed."""
         with self._lock:
             try:
-                if self._database is None:
-                    self._database = self._connected()
-                return work(self._database)
-            except sqlite3.DatabaseError as error:
-                raise StorageFailed(self._explained(error)) from error
+                try:
+                    if self._database is None:
+                        self._database = self._connected()
+                    return work(self._database)
+                except sqlite3.DatabaseError as error:
+                    raise StorageFailed(self._explained(error)) from error
             except OSError as error:
                 raise StorageFailed(f"{self._path.name}: {error.strerror or error}", errno=error.errno) from error
 

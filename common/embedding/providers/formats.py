@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from common.contract import MALFORMED
 from common.embedding.catalog import KnownModel
 from common.embedding.choice import Engines, Provider
 from common.embedding.port import Purpose
@@ -29,7 +30,7 @@ URLS: dict[Provider, str] = {
 }
 _MAX_MESSAGE = 300
 """Characters of a provider's own message that an error repeats."""
-_LOOKS_LIKE_A_KEY = re.compile(r"\b(?:sk|pa|al|nvapi)-[\w*.-]+|[\w.-]*\*{3,}[\w*.-]*")
+_LOOKS_LIKE_A_KEY = re.compile(r"\b(?:sk|pa|al|nvapi)-[\w*.-]+|(?<![\w.-])[\w.-]*+\*{3,}[\w*.-]*")
 """Keys of the three, and what a provider shows of one that it does not know (``sk-ab***yz``)."""
 _TOO_LARGE = re.compile(
     r"max_tokens_per_request|max \d+ tokens|context.length|too (?:many (?:tokens|inputs)|large|long)|batch.size"
@@ -234,16 +235,14 @@ def read_digest(body: bytes, name: str) -> str | None:
 
 
 def format_of(model: KnownModel, dimension: int, engines: Engines) -> Format:
-    """The format of a model's provider. Raises InvalidRequest where that provider has no API, or a setting is wrong."""
+    """The format of a provider that has an API. Raises InvalidRequest where a setting is wrong."""
     if model.provider == "voyage":
         return Voyage(model, dimension, engines)
     if model.provider == "openai":
         return OpenAI(model, dimension)
     if model.provider == "nvidia":
         return Nvidia(model, dimension)
-    if model.provider == "ollama":
-        return Ollama(model, dimension)
-    raise InvalidRequest(f"{model.provider} is not a provider with an API", field="embedding_provider")
+    return Ollama(model, dimension)
 
 
 class Refusal(NamedTuple):
@@ -263,8 +262,8 @@ def read_refusal(body: bytes, key: str | None) -> Refusal:
     code = ""
     try:
         said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        said = re.sub(r"<[^>]*>", " ", body.decode(errors="replace"))
+    except MALFORMED:
+        said = re.sub(r"<[^<>]*>", " ", body.decode(errors="replace"))
     for name in ("error", "detail", "message", "title"):
         if isinstance(said, dict) and said.get(name):
             said = said[name]
