@@ -157,8 +157,12 @@ class SidecarBuilder:
         try:
             # The thread that builds may be another than the one that opens; only one of them works at a time.
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.executescript(_BULK + _SCHEMA.read_text("utf-8"))
-            self._db.execute("BEGIN")
+            try:
+                self._db.executescript(_BULK + _SCHEMA.read_text("utf-8"))
+                self._db.execute("BEGIN")
+            except sqlite3.Error:
+                self.abort()
+                raise
         except sqlite3.Error as error:
             raise StorageFailed(f"Cannot start the sidecar {path.name}: {error}") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from common.capsule.reader import CapsuleReader
 from common.errors import CapsuleUnreadable, StorageFailed
 from common.sidecar.build import SidecarBuilder
+from common.storage.file import sha256_of
 
 _READ_BATCH = 4096
 
@@ -22,8 +23,7 @@ def capsule_sha256(capsule_paths: Sequence[Path]) -> str:
     digests = []
     for path in capsule_paths:
         try:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            digests.append(sha256_of(path))
         except OSError as error:
             raise CapsuleUnreadable(f"Cannot read {path.name}: {error.strerror}") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -28,6 +28,10 @@ from common.storage.port import Found, Stored
 
 PIECE = 1 << 20
 TEMPORARY = ".tmp-"
+_GONE = (FileNotFoundError, NotADirectoryError)
+"""What is raised for a file or folder that went away since it was listed."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Of a folder that may be read, but in which no file can be made."""
 
 
 def sha256_of(path: Path) -> str:
@@ -122,17 +126,18 @@ class FileStorage:
         """The files under ``prefix``; temporary files of a writer at work are not among them."""
         whole = prefix.endswith("/")
         path = self._path(prefix, root=whole)
+        above = len(os.fspath(path).rstrip("/")) + 1
         found = []
         with _failing_as(f"cannot list {path.name}"):
-            for file in path.rglob("*") if whole else [path]:
+            for file in _files_below(path) if whole else [path]:
                 if file.name.startswith(TEMPORARY):
                     continue
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it went away meanwhile
+                with contextlib.suppress(*_GONE):
                     status = file.stat()
                     if stat.S_ISREG(status.st_mode):
-                        below = quote(os.fsencode(file.relative_to(path))) if whole else ""
+                        below = quote(os.fsencode(os.fspath(file)[above:])) if whole else ""
                         found.append((prefix + below, status.st_size, status.st_mtime))
-            now = self._now(path) if found else 0.0
+            now = self._now(path, max(written for *_, written in found)) if found else 0.0
         return sorted(Found(ref, size, max(0.0, now - written)) for ref, size, written in found)
 
     def delete(self, prefix: str) -> int:
@@ -145,7 +150,7 @@ class FileStorage:
                 return int(existed)
             if not path.is_dir():
                 return 0
-            count = sum(1 for found in path.rglob("*") if found.is_file())
+            count = sum(1 for _ in _files_below(path))
             shutil.rmtree(path)
             return count
 
@@ -153,11 +158,17 @@ class FileStorage:
         """Files have no links."""
         raise InvalidRef("a file:// ref has no signed URL", field="ref", allowed="s3://")
 
-    def _now(self, path: Path) -> float:
-        """The clock of the file system: those of the machines that share a volume may differ."""
+    def _now(self, path: Path, newest: float) -> float:
+        """The clock of the file system: those of the machines that share a volume may differ. Where nothing can be
+        written it stood still at the ``newest`` file."""
         root = next(root for root in self._roots if path.is_relative_to(root))
-        with tempfile.TemporaryFile(dir=root) as file:
-            return os.fstat(file.fileno()).st_mtime
+        try:
+            with tempfile.TemporaryFile(dir=root) as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            return newest
 
     def _copy(self, source: Path, target: Path) -> None:
         with _temporary(target) as temporary:
@@ -186,6 +197,21 @@ class FileStorage:
         if not any(resolved.is_relative_to(known) and (root or resolved != known) for known in self._roots):
             raise InvalidRef("a file:// ref outside the storage root", field="ref")
         return resolved
+
+
+def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is no folder below a folder, at any depth; links to folders are not followed. What goes away meanwhile is
+    left out."""
+    folders = [os.fspath(folder)]
+    while folders:
+        below = folders.pop()
+        cannot = _failing_as(f"cannot list {below.rpartition('/')[2]}")
+        with cannot, contextlib.suppress(*_GONE), os.scandir(below) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    yield entry
 
 
 def _fsync_file(path: Path) -> None:

@@ -36,11 +36,11 @@ class LinkStorage:
         """Put a file of at most 5 GiB with one request."""
         url = self._url(ref, "PUT")
         try:
-            size, md5, found = _read_through(source)
-            if size > MAX_PUT_BYTES:
+            if (size := source.stat().st_size) > MAX_PUT_BYTES:
                 raise PayloadTooLarge(
                     f"{source.name} has {size:,} bytes, a signed URL takes {MAX_PUT_BYTES:,}", limit=MAX_PUT_BYTES
                 )
+            size, md5, found = _read_through(source)
             if sha256 is not None and found != sha256.lower():
                 raise StorageFailed(f"{source.name} changed before it was stored")
             self._send(url, ref, lambda: _pieces(source), size, md5)

@@ -215,7 +215,12 @@ class S3Storage:
             if _code(error) != "NoSuchUpload":
                 raise
             # Either the answer to a first try got lost, or somebody aborted the upload.
-            head = self._client.head_object(**address)
+            try:
+                head = self._client.head_object(**address)
+            except ClientError as missing:
+                if _status(missing) != 404:
+                    raise
+                head = {"ContentLength": None, "Metadata": {}}
             if (head["ContentLength"], head["Metadata"].get("sha256")) != (stored.size, stored.sha256):
                 raise StorageFailed(f"the upload of {stored.ref} was aborted by another") from error
 

@@ -13,9 +13,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 from processes import answering
 
-Kind = Literal["429", "500", "503", "failed", "lost", "cut", "slow", "spoiled"]
+Kind = Literal["403", "429", "500", "503", "failed", "lost", "cut", "slow", "spoiled"]
 P = TypeVar("P", bound="Proxy")
-_CODES = {"429": "TooManyRequests", "500": "InternalError", "503": "SlowDown", "failed": "InternalError"}
+_CODES = {
+    "403": "ExpiredToken",
+    "429": "TooManyRequests",
+    "500": "InternalError",
+    "503": "SlowDown",
+    "failed": "InternalError",
+}
 
 
 class Seen(NamedTuple):
@@ -38,7 +44,7 @@ class Proxy:
     def fault(self, kind: Kind, method: str, part: str = "", *, times: int = 1) -> None:
         """Let the next ``times`` requests of a method whose path holds ``part`` end so.
 
-        429, 500, 503: the store never hears of it. failed: it does, and the answer is 500. lost: it does, and the
+        403, 429, 500, 503: the store never hears of it. failed: it does, and the answer is 500. lost: it does, and the
         answer is cut off before its first byte. cut: its answer ends in the middle. slow: its answer dribbles.
         spoiled: a byte of what is sent to it is another.
         """
@@ -74,7 +80,7 @@ def proxy(upstream: str, make: Callable[[str], P] = Proxy) -> Iterator[P]:  # ty
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             seen = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
             fault = known.take(seen, body)
-            if fault in ("429", "500", "503"):
+            if fault in ("403", "429", "500", "503"):
                 self._fail(int(fault), _CODES[fault])
                 return
             if fault == "spoiled":

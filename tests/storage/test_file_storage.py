@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -65,6 +68,30 @@ def test_what_another_writer_has_not_finished_is_not_found_but_deleted(root: Pat
     assert [at.ref for at in storage.found(prefix)] == [prefix + "whole"]
     storage.delete(prefix)
     assert not (root / "job").exists()
+
+
+def test_what_is_removed_while_a_folder_is_listed_is_left_out(root: Path) -> None:
+    storage, prefix = FileStorage([root]), root.as_uri() + "/"
+    names = [f"job {n}/x" for n in range(2_000)]
+    for name in names:
+        (root / name).parent.mkdir()
+        (root / name).write_bytes(b"1")
+    kept, gone = names[0], sorted({entry.name for entry in root.iterdir()} - {"job 0"})
+    remover = threading.Thread(target=lambda: [shutil.rmtree(root / name) for name in gone])
+    remover.start()
+    while remover.is_alive():
+        assert prefix + quote(kept) in [at.ref for at in storage.found(prefix)]
+    remover.join()
+    assert [at.ref for at in storage.found(prefix)] == [prefix + quote(kept)]
+
+
+def test_folders_behind_links_are_not_listed_and_files_behind_links_are(tmp_path: Path, root: Path) -> None:
+    storage, prefix = FileStorage([root]), root.as_uri() + "/"
+    storage.write(prefix + "deep/er/x", b"123")
+    (root / "folder").symlink_to(root / "deep")
+    (root / "file").symlink_to(root / "deep" / "er" / "x")
+    (root / "nowhere").symlink_to(tmp_path / "nothing")
+    assert [(at.ref, at.size) for at in storage.found(prefix)] == [(prefix + "deep/er/x", 3), (prefix + "file", 3)]
 
 
 def test_the_age_of_a_file_counts_from_when_it_was_put(tmp_path: Path, root: Path) -> None:
