@@ -1,7 +1,8 @@
-"""The process that runs jobs: ``python -m handler.child CONFIG`` (a ChildConfig as JSON).
+"""The process that runs jobs: ``python -m handler.child``.
 
-It reads commands from stdin and writes messages to what was its stdout; whatever a library prints goes to stderr. It
-is the leader of a process group of its own and dies with its parent, and all that it started dies with it.
+The first line of its stdin is a ChildConfig as JSON, each that follows is a command; it writes messages to what was
+its stdout, and whatever a library prints goes to stderr. It is the leader of a process group of its own and dies with
+its parent, and all that it started dies with it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import os
 import queue
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import structlog
@@ -195,23 +195,24 @@ def _die_with(parent_pid: int) -> None:
         os._exit(1)
 
 
-def _read_commands(commands: queue.SimpleQueue[Command]) -> None:
+def _read_commands(told: BinaryIO, commands: queue.SimpleQueue[Command]) -> None:
     decoder = msgspec.json.Decoder(Command)
-    for line in sys.stdin.buffer:
+    for line in told:
         commands.put(decoder.decode(line))
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def main() -> None:
     """Serve until the parent goes away."""
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ChildConfig)
+    told = open(0, "rb", closefd=False)  # noqa: SIM115 - sys.stdin's lock, held while it is read, aborts the end
+    config = msgspec.json.decode(told.readline(), type=ChildConfig)
     _die_with(config.parent_pid)
     log_as_json()
     os.nice(NICE)
     out = os.dup(1)
     os.dup2(2, 1)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+    threading.Thread(target=_read_commands, args=(told, commands), daemon=True).start()
     with Gate() as gate:
         # The parent watches what is in use; this stops what grows faster than it looks.
         most = config.memory_limit + config.memory_limit // 2

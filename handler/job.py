@@ -247,11 +247,16 @@ def check_bytes(storage: Storage, prefix: str, manifest: Manifest, payload_sha25
     if manifest.report.input.sha256 != payload_sha256:
         raise GateFailed("the worker exported another payload", probe="payload_sha256")
     for name, size, sha256 in files_of(manifest):
-        digest = hashlib.sha256()
-        for piece in storage.read(ref_of(prefix, name), 0, size):
-            digest.update(piece)
-        if digest.hexdigest() != sha256:
+        if sha256_at(storage, ref_of(prefix, name), size) != sha256:
             raise GateFailed(f"{name} in storage is not what its manifest says (SHA-256)", probe="sha256")
+
+
+def sha256_at(storage: Storage, ref: str, size: int) -> str:
+    """SHA-256 of the first ``size`` bytes that lie at a ref, lower-case hex."""
+    digest = hashlib.sha256()
+    for piece in storage.read(ref, 0, size):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_manifest(storage: Storage, ref: str) -> Manifest:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from common.contract import Stage
+from common.contract import MALFORMED, Stage
 from common.errors import RULES, DeadlineExceeded, ExportError, OutOfMemory, WorkerLost
 from handler.protocol import ChildConfig, Command, Failed, Message, Ready, Reported, Run, export_error
 
@@ -63,6 +63,7 @@ class ChildProcess:
             if not isinstance(first, Ready):
                 raise WorkerLost("the worker's process spoke before it was ready")
             child._own = child._memory()
+            child._peak = 0
         except TimeoutError as error:
             await child.close()
             raise WorkerLost(f"the worker's process was not ready within {START_SECONDS:.0f} seconds") from error
@@ -164,20 +165,31 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
     async def _read(self) -> None:
+        try:
+            await self._read_messages()
+            self._enter(None)
+            code = await self._process.wait()
+            if self._reason is None:
+                self._reason = self._why(code)
+        finally:  # whatever ends the reading, nobody waits for more
+            self._signal(signal.SIGKILL)
+            self.ended = True
+            self._messages.put_nowait(None)
+
+    async def _read_messages(self) -> None:
         decoder = msgspec.json.Decoder(Message)
         stdout = self._process.stdout
         assert stdout is not None
-        while line := await stdout.readline():
-            message = decoder.decode(line)
-            self._enter(message.progress.stage if isinstance(message, Reported) else None)
-            self._messages.put_nowait(message)
-        self._enter(None)
-        code = await self._process.wait()
-        self._signal(signal.SIGKILL)
-        self.ended = True
-        if self._reason is None:
-            self._reason = self._why(code)
-        self._messages.put_nowait(None)
+        try:
+            # A process that is killed leaves half a line.
+            while (line := await stdout.readline()).endswith(b"\n"):
+                message = decoder.decode(line)
+                self._enter(message.progress.stage if isinstance(message, Reported) else None)
+                self._messages.put_nowait(message)
+        except (*MALFORMED, ValueError) as error:  # ValueError: a line of more than MAX_LINE
+            self.kill(WorkerLost(f"the worker's process said what is no message: {error}"))
+            while await stdout.read(MAX_LINE):  # it ends all the same, but not while its pipe is full
+                pass
 
     def _why(self, code: int) -> ExportError:
         # Native code crashes where it gets no more memory; the watch has then seen much of it in use.

@@ -498,7 +498,7 @@ def _own_folder(parent: Path) -> Iterator[Path]:
     for left in parent.iterdir():
         if left.name.startswith("."):
             continue
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        with contextlib.suppress(OSError):  # in use, gone, or none of ours
             handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from common.contract import MALFORMED
 from common.errors import InvalidRequest, InvalidSettings
 from handler.local.config import LocalConfig
 from handler.local.endpoint import Endpoint
@@ -322,7 +323,7 @@ def _json(body: object, status: int = 200) -> web.Response:
 def _decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise Refused(400, f"bad request: {error}") from error
 
 

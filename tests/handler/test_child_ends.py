@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from pathlib import Path
 
 import msgspec
 import pytest
+from small_job import config_of, payload
 
 from common.contract import JobInput
-from common.errors import ExportError
-from common.graph.model import GraphLimits
-from common.storage import StorageConfig
+from common.errors import ExportError, WorkerLost
 from handler.pool import WorkerPool
-from handler.process import ChildProcess
-from handler.protocol import Check, Checked, ChildConfig, Run
-
-GRAPH = {
-    "sessionId": "s",
-    "projectName": "p",
-    "nodes": [{"id": "a", "label": "Function", "properties": {"name": "first"}}],
-    "relationships": [{"id": "e", "sourceId": "a", "targetId": "a", "type": "CALLS", "confidence": 1.0}],
-}
-
-
-def config_of(root: Path) -> ChildConfig:
-    return ChildConfig(
-        parent_pid=os.getpid(),
-        storage=StorageConfig(roots=[str(root)]),
-        scratch=str(root / "scratch"),
-        writer=None,
-        memory_limit=4 << 30,
-        limits=GraphLimits(),
-    )
-
-
-def payload(root: Path) -> str:
-    path = root / "payload"
-    path.write_text(json.dumps(GRAPH))
-    return path.as_uri()
+from handler.process import MAX_LINE, ChildProcess
+from handler.protocol import Check, Checked, Run
 
 
 async def to_the_end(child: ChildProcess) -> None:
@@ -72,6 +46,43 @@ def test_what_nobody_foresaw_fails_the_job_and_ends_the_child(tmp_path: Path) ->
 
     asyncio.run(inside())
     assert not (tmp_path / "out").exists()
+
+
+def _say(pid: int, data: bytes) -> None:
+    """Write where a child writes its messages: into the pipe that this process reads."""
+    ours = {fd.readlink() for fd in Path("/proc/self/fd").iterdir() if fd.is_fifo()}
+    (pipe,) = (fd for fd in Path(f"/proc/{pid}/fd").iterdir() if int(fd.name) > 2 and fd.readlink() in ours)
+    with pipe.open("wb") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize(
+    ("said", "killed", "reason"),
+    [
+        (b'{"type":"done","output":{"artif', True, "signal 9"),
+        (b'{"type":"done"}\n', False, "no message"),
+        (b"\xff\n", False, "no message"),
+        (b"x" * (MAX_LINE + (1 << 20)), False, "no message"),
+    ],
+    ids=["half a line", "another message", "no text", "a line without measure"],
+)
+def test_a_child_that_says_what_is_no_message_has_ended(tmp_path: Path, said: bytes, killed: bool, reason: str) -> None:
+    async def inside() -> None:
+        child = await ChildProcess.start(config_of(tmp_path))
+        try:
+            await asyncio.to_thread(_say, child.pid, said)
+            if killed:
+                os.kill(child.pid, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                for _ in range(2):
+                    with pytest.raises(WorkerLost, match=reason):
+                        await child.receive()
+            assert child.ended
+            assert not child.usable
+        finally:
+            await child.close()
+
+    asyncio.run(inside())
 
 
 def test_a_child_that_dies_while_it_waits_is_replaced_before_the_next_job(tmp_path: Path) -> None:

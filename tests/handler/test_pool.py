@@ -7,21 +7,13 @@ import os
 import resource
 from pathlib import Path
 
-from common.graph.model import GraphLimits
-from common.storage import StorageConfig
+from small_job import config_of
+
 from handler.pool import WorkerPool
-from handler.protocol import ChildConfig
 
 
 def test_children_come_up_once_the_machine_has_files_again_that_they_may_open(tmp_path: Path) -> None:
-    config = ChildConfig(
-        parent_pid=os.getpid(),
-        storage=StorageConfig(roots=[str(tmp_path)]),
-        scratch=str(tmp_path / "scratch"),
-        writer=None,
-        memory_limit=4 << 30,
-        limits=GraphLimits(),
-    )
+    config = config_of(tmp_path)
 
     async def inside() -> None:
         pool = WorkerPool(config, 1)

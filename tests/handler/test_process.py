@@ -3,60 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from small_job import GRAPH, config_of, payload
 
 from common.contract import JobInput, Source
 from common.embedding.choice import Choice, Engines
 from common.errors import Canceled, DeadlineExceeded, InvalidRef, InvalidRequest, PayloadMismatch, WorkerLost
-from common.graph.model import GraphLimits
-from common.storage import StorageConfig
 from handler.process import ChildProcess
-from handler.protocol import Check, Checked, ChildConfig, Done, Reported, Run
-
-GRAPH = {
-    "sessionId": "s",
-    "projectName": "p",
-    "nodes": [{"id": "a", "label": "Function", "properties": {"name": "first"}}],
-    "relationships": [{"id": "e", "sourceId": "a", "targetId": "a", "type": "CALLS", "confidence": 1.0}],
-}
-
-
-def _config(root: Path) -> ChildConfig:
-    return ChildConfig(
-        parent_pid=os.getpid(),
-        storage=StorageConfig(roots=[str(root)]),
-        scratch=str(root / "scratch"),
-        writer=None,
-        memory_limit=4 << 30,
-        limits=GraphLimits(),
-    )
+from handler.protocol import Check, Checked, Done, Reported, Run
 
 
 def _with_child(root: Path, scenario: Callable[[ChildProcess], Awaitable[None]]) -> None:
     async def inside() -> None:
-        child = await ChildProcess.start(_config(root))
+        child = await ChildProcess.start(config_of(root))
         try:
             await scenario(child)
         finally:
             await child.close()
 
     asyncio.run(inside())
-
-
-def _payload(root: Path, body: Any = GRAPH) -> str:
-    path = root / "payload"
-    path.write_text(json.dumps(body))
-    return path.as_uri()
 
 
 def _run(root: Path, **changes: Any) -> Run:
@@ -94,13 +66,13 @@ def test_keys_reach_a_child_without_being_shown_to_others(tmp_path: Path) -> Non
     key = "sk-not-for-everybody"
 
     async def inside() -> None:
-        config = msgspec.structs.replace(_config(tmp_path), engines=Engines(keys={"openai": key}))
+        config = msgspec.structs.replace(config_of(tmp_path), engines=Engines(keys={"openai": key}))
         assert key not in repr(config)
         child = await ChildProcess.start(config)
         try:
             for seen in ("cmdline", "environ"):
                 assert key.encode() not in (Path("/proc") / str(child.pid) / seen).read_bytes()
-            ref = _payload(tmp_path, GRAPH | {"options": {"semanticEnabled": True}})
+            ref = payload(tmp_path, GRAPH | {"options": {"semanticEnabled": True}})
             await child.send(
                 _run(tmp_path, payload_ref=ref, embedding_mode="external_api", embedding_provider="voyage")
             )
@@ -115,7 +87,7 @@ def test_keys_reach_a_child_without_being_shown_to_others(tmp_path: Path) -> Non
 
 def test_a_child_whose_engine_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     choice = Choice(mode="local_cpu", provider="torch", model="nowhere-to-be-found")
-    config = msgspec.structs.replace(_config(tmp_path), choice=choice, models=frozenset([choice.model]), preload=True)
+    config = msgspec.structs.replace(config_of(tmp_path), choice=choice, models=frozenset([choice.model]), preload=True)
     with pytest.raises(InvalidRequest, match="nowhere-to-be-found"):
         asyncio.run(ChildProcess.start(config))
 
@@ -123,7 +95,7 @@ def test_a_child_whose_engine_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 def test_a_raw_graph_is_named_after_where_its_job_says_it_comes_from(tmp_path: Path) -> None:
     async def scenario(child: ChildProcess) -> None:
         raw = {name: GRAPH[name] for name in ("nodes", "relationships")}
-        await child.send(_run(tmp_path, payload_ref=_payload(tmp_path, raw), source=Source(base_name="engine")))
+        await child.send(_run(tmp_path, payload_ref=payload(tmp_path, raw), source=Source(base_name="engine")))
         assert (await _end(child)).output.artifact_ref.rpartition("/")[2].startswith("engine-gitnexus-")
 
     _with_child(tmp_path, scenario)
@@ -131,7 +103,7 @@ def test_a_raw_graph_is_named_after_where_its_job_says_it_comes_from(tmp_path: P
 
 def test_one_child_checks_and_runs_one_job_after_the_other(tmp_path: Path) -> None:
     async def scenario(child: ChildProcess) -> None:
-        ref = _payload(tmp_path)
+        ref = payload(tmp_path)
         digests = set()
         for number in range(3):
             await child.send(Check(job_id=f"job{number}", payload_ref=ref))
@@ -151,11 +123,11 @@ def test_one_child_checks_and_runs_one_job_after_the_other(tmp_path: Path) -> No
 
 def test_a_bad_payload_is_told_and_the_child_goes_on(tmp_path: Path) -> None:
     async def scenario(child: ChildProcess) -> None:
-        await child.send(Check(job_id="bad", payload_ref=_payload(tmp_path, {"nodes": [], "relationships": []})))
+        await child.send(Check(job_id="bad", payload_ref=payload(tmp_path, {"nodes": [], "relationships": []})))
         with pytest.raises(InvalidRequest) as caught:
             await child.receive()
         assert caught.value.details["field"] == "nodes"
-        await child.send(Check(job_id="good", payload_ref=_payload(tmp_path)))
+        await child.send(Check(job_id="good", payload_ref=payload(tmp_path)))
         assert isinstance(await child.receive(), Checked)
         assert child.usable
 
@@ -177,7 +149,7 @@ def test_a_job_that_is_not_as_announced_publishes_nothing(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception]
 ) -> None:
     async def scenario(child: ChildProcess) -> None:
-        _payload(tmp_path)
+        payload(tmp_path)
         await child.send(_run(tmp_path, **changes))
         with pytest.raises(error):
             await _end(child)
@@ -214,15 +186,3 @@ def test_a_child_that_dies_is_noticed(tmp_path: Path) -> None:
             await child.receive()
 
     _with_child(tmp_path, scenario)
-
-
-def test_a_child_whose_parent_is_another_does_not_start(tmp_path: Path) -> None:
-    config = msgspec.structs.replace(_config(tmp_path), parent_pid=1)
-    ended = subprocess.run(
-        [sys.executable, "-m", "handler.child", msgspec.json.encode(config).decode()],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout) == (1, b"")

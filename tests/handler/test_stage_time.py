@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_job import config_of
 
 from common.contract import JobInput
 from common.errors import DeadlineExceeded, ExportError
-from common.graph.model import GraphLimits
-from common.storage import StorageConfig
 from handler.pool import WorkerPool
 from handler.process import ChildProcess
-from handler.protocol import Check, Checked, ChildConfig, Done, Reported, Run
+from handler.protocol import Check, Checked, Done, Reported, Run
 from handler.worker import JobRun, Worker
-
-
-def _config(root: Path, stage_seconds: float) -> ChildConfig:
-    return ChildConfig(
-        parent_pid=os.getpid(),
-        storage=StorageConfig(roots=[str(root)]),
-        scratch=str(root / "scratch"),
-        writer=None,
-        memory_limit=4 << 30,
-        limits=GraphLimits(),
-        stage_seconds=stage_seconds,
-    )
 
 
 def _input(root: Path, nodes: int) -> dict[str, Any]:
@@ -51,7 +37,7 @@ def _input(root: Path, nodes: int) -> dict[str, Any]:
 
 def _with_child(root: Path, seconds: float, scenario: Callable[[ChildProcess], Awaitable[None]]) -> None:
     async def inside() -> None:
-        child = await ChildProcess.start(_config(root, seconds))
+        child = await ChildProcess.start(config_of(root, stage_seconds=seconds))
         try:
             await scenario(child)
         finally:
@@ -111,7 +97,7 @@ def test_the_runpod_worker_says_which_stage_it_was_and_leaves_nothing(tmp_path: 
     given = _input(tmp_path, 30_000)
 
     async def inside() -> dict[str, Any]:
-        config = _config(tmp_path, 0.05)
+        config = config_of(tmp_path, stage_seconds=0.05)
         pool = WorkerPool(config, 1)
         pool.start()
         worker = Worker(config.storage, Path(config.scratch), pool)

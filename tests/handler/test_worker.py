@@ -457,6 +457,16 @@ def test_a_worker_without_a_folder_to_write_says_which_setting_is_wrong(tmp_path
     assert ended.stderr.decode().startswith("error: MEMVID_EXPORT_ROOT must be a folder")
 
 
+def test_a_worker_starts_beside_what_no_worker_left(tmp_path: Path) -> None:
+    strange = tmp_path / "root" / "workers" / "notes.txt"
+    strange.parent.mkdir(parents=True)
+    strange.write_text("not a folder of a worker")
+    with platform() as (runpod, url), worker(url, tmp_path / "root") as started:
+        done(runpod.result(runpod.submit(Place(tmp_path / "root", "beside").input())))
+        assert started.stop() == 0
+    assert strange.read_text() == "not a folder of a worker"
+
+
 def test_one_job_from_a_file_is_run_to_try_the_worker(tmp_path: Path) -> None:
     place = Place(tmp_path, "tried")
     test_input = tmp_path / "test_input.json"
