@@ -139,6 +139,10 @@ class QueueUnavailable(ExportError):
     retry = Retry.later
 
 
+class QueueFull(QueueUnavailable):
+    """More jobs wait than may, or for longer than they may."""
+
+
 class PlatformUnavailable(ExportError):
     """Runpod cannot be reached, is overloaded, does not answer as its documentation says, or does not know the key or
     the endpoint; the same request may work later."""

@@ -8,7 +8,7 @@ import structlog
 
 from common.contract import Source
 from common.errors import Canceled, OutOfMemory, PayloadTooLarge, WorkerLost
-from control_plane.errors import QueueUnavailable
+from control_plane.errors import QueueFull, QueueUnavailable
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.tracing import current
 from handler.pool import WorkerPool
@@ -43,7 +43,7 @@ class PayloadChecker:
             async with asyncio.timeout(TURN_SECONDS):
                 await turn.acquire()
         except TimeoutError as error:
-            raise QueueUnavailable("Too many payloads wait to be checked. Try again later.") from error
+            raise QueueFull("Too many payloads wait to be checked. Try again later.") from error
         try:
             return await self._check_in_child(command)
         except WorkerLost:

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobOutput, Manifest, Progress, Report, Stage, Status
-from common.errors import ONCE, RULES, Canceled, ExportError, ObjectMissing, Retry
+from common.errors import ONCE, RULES, Canceled, CapsuleUnreadable, ExportError, ObjectMissing, Retry
 from control_plane.backends.port import Means
 from control_plane.jobs.database import db_now
 from control_plane.jobs.records import CANARY_CLIENT, JobRecord, NewEvent
@@ -124,7 +124,10 @@ class Endings:
         names = {ref.removeprefix(prefix).partition("/")[0] for ref in refs}
         for attempt in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
             of_attempt = self._layout.output_prefix(job.id, attempt)
-            found = await asyncio.to_thread(published, self._storage, of_attempt, job.id)
+            try:
+                found = await asyncio.to_thread(published, self._storage, of_attempt, job.id)
+            except CapsuleUnreadable:
+                continue  # It is of no use to anybody, and what is missing is still the payload.
             if found is None or found.manifest.report.input.sha256 != job.payload_sha256:
                 continue
             log.warning("an attempt had published that nobody knew of", job_id=job.id, attempt=attempt)

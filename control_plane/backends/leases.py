@@ -20,7 +20,7 @@ RENEW_SECONDS = 1.5
 
 
 class Leases:
-    """A loop: renew, see what was lost, take over what lapsed."""
+    """Two loops: renew and see what was lost; take over what lapsed. Storage may be slow in the second."""
 
     def __init__(
         self,
@@ -36,18 +36,20 @@ class Leases:
         self._driven = driven
         self._lost = lost
         self._adopted = adopted
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._own = True
+        """What this replica drove before a restart is still to be taken up."""
 
-    async def start(self) -> None:
-        """Take up what this replica drove before a restart, then begin the loop."""
-        await self._adopt(own=True)
-        self._task = asyncio.create_task(self._run())
+    def start(self) -> None:
+        """Begin the loops. The server is up meanwhile: what it drove before may take a while to be taken up."""
+        self._tasks = [asyncio.create_task(self._loop(step)) for step in (self._adopt, self._renew)]
 
     async def stop(self) -> None:
-        """End the loop and let others have the jobs."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """End the loops and let others have the jobs."""
+        if self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             try:
                 await self._store.release()
             except SQLAlchemyError as error:
@@ -56,21 +58,24 @@ class Leases:
     @property
     def alive(self) -> bool:
         """Leases are renewed, as far as the database lets them."""
-        return self._task is not None and not self._task.done()
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
-    async def _run(self) -> None:
+    async def _loop(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(RENEW_SECONDS)
             try:
-                driven = self._driven()
-                for job_id in driven - await self._store.renew(driven):
-                    self._lost(job_id)
-                await self._adopt()
+                await step()
             except SQLAlchemyError as error:
-                log.error("leases cannot be renewed", again_in_seconds=RENEW_SECONDS, exc_info=error)
+                log.error("leases cannot be kept", again_in_seconds=RENEW_SECONDS, exc_info=error)
+            await asyncio.sleep(RENEW_SECONDS)
 
-    async def _adopt(self, *, own: bool = False) -> None:
-        while jobs := await self._store.adopt(own=own):
+    async def _renew(self) -> None:
+        if driven := self._driven():
+            for job_id in driven - await self._store.renew(driven):
+                self._lost(job_id)
+
+    async def _adopt(self) -> None:
+        while jobs := await self._store.adopt(own=self._own):
+            self._own = False
             for job in jobs:
                 if job.id in self._driven():  # the clock went ahead between two renewals
                     continue
@@ -80,4 +85,4 @@ class Leases:
                         await self._adopted(job)
                     except ExportError as error:  # Nobody drives it: its lease lapses, and it is taken over again.
                         log.warning("a job cannot be taken up yet", code=error.code, reason=error.message)
-            own = False
+        self._own = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import structlog
@@ -11,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import JobInput, JobOutput, Progress, Source
 from common.embedding.routing import fields_of
-from common.errors import Canceled, DeadlineExceeded, ExportError, WorkerLost
+from common.errors import Canceled, CapsuleUnreadable, DeadlineExceeded, ExportError, GateFailed, WorkerLost
 from control_plane.backends.endings import Endings, heartbeat
 from control_plane.backends.leases import Leases
 from control_plane.backends.port import Means
@@ -32,8 +33,8 @@ HEARTBEAT_SECONDS = 2.0
 BATCH = 100
 """Events written in one transaction at most."""
 SETTLE_SECONDS = 1.0
-DISK_SECONDS = 2.0
-"""Between two looks at a disk that is too full for another export."""
+QUEUE_SECONDS = 1.0
+"""The queue is looked into so often even if nobody says that there is a job."""
 
 
 class _Slot(NamedTuple):
@@ -41,6 +42,26 @@ class _Slot(NamedTuple):
 
     number: int
     max_weight: int | None
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """An attempt of a job until its slot is free again; the next attempt may have begun by then."""
+
+    job: JobRecord
+    slot: _Slot
+    task: asyncio.Task[None] = field(init=False)
+    waits: bool = False
+    """For a child."""
+    child: ChildProcess | None = None
+    """At work for the job."""
+
+    def end(self, reason: ExportError) -> None:
+        """Begin nothing more. An end that is being recorded is not disturbed."""
+        if self.child is not None:
+            self.child.kill(reason)
+        elif self.waits:
+            self.task.cancel()
 
 
 class _Steps(NamedTuple):
@@ -69,12 +90,11 @@ class LegacyVps:
         self._pool = pool
         self._profiles = profiles
         self._endings = Endings(means, backend=self.name)
-        self._leases = Leases(means.store, driven=lambda: set(self._runs), adopted=self._resume, lost=self._give_up)
+        self._leases = Leases(means.store, driven=self._driven, adopted=self._resume, lost=self._give_up)
         small = means.settings.small_job_frames if means.settings.worker_slots > 1 else None
         self._free = [_Slot(n, small if n == 0 else None) for n in range(means.settings.worker_slots)]
         self._wake = asyncio.Event()
-        self._runs: dict[str, asyncio.Task[None]] = {}
-        self._children: dict[str, ChildProcess] = {}
+        self._runs: set[_Run] = set()
         self._scheduler: asyncio.Task[None] | None = None
         self._stopping = False
         self._waits = False
@@ -84,14 +104,18 @@ class LegacyVps:
 
     async def start(self) -> None:
         """Settle what an earlier server left, then take jobs."""
-        await self._leases.start()
+        self._leases.start()
         self._scheduler = asyncio.create_task(self._schedule())
         self.wake()
 
     async def _resume(self, job: JobRecord) -> None:
         """A job whose server is gone, and with it the child that ran it."""
         prefix = self._layout.output_prefix(job.id, job.attempt)
-        found = await asyncio.to_thread(published, self._storage, prefix, job.id)
+        try:
+            found = await asyncio.to_thread(published, self._storage, prefix, job.id)
+        except CapsuleUnreadable as wrong:
+            await self._over(job, GateFailed(wrong.message))
+            return
         if found is None:
             await self._over(job, WorkerLost("the server stopped while the export was running"))
             return
@@ -99,9 +123,15 @@ class LegacyVps:
             await self._store.start(job.id, job.attempt, at=now_ms())
         await self._endings.complete(job, found.output, found.manifest)
 
+    def _driven(self) -> set[str]:
+        return {run.job.id for run in self._runs}
+
+    def _runs_of(self, job_id: str) -> list[_Run]:
+        return [run for run in self._runs if run.job.id == job_id]
+
     def _give_up(self, job_id: str) -> None:
-        if (child := self._children.get(job_id)) is not None:
-            child.kill(Canceled("another server drives this export now"))
+        for run in self._runs_of(job_id):
+            run.end(Canceled("another server drives this export now"))
 
     async def stop(self) -> None:
         """End all runs; their jobs go back to the queue and do not count as lost."""
@@ -109,12 +139,9 @@ class LegacyVps:
         if self._scheduler is not None:
             self._scheduler.cancel()
             await asyncio.gather(self._scheduler, return_exceptions=True)
-        for child in self._children.values():
-            child.kill(WorkerLost("the server is stopping"))
-        waiting = [run for job_id, run in self._runs.items() if job_id not in self._children]
-        for run in waiting:
-            run.cancel()
-        await asyncio.gather(*self._runs.values(), return_exceptions=True)
+        for run in self._runs:
+            run.end(WorkerLost("the server is stopping"))
+        await asyncio.gather(*(run.task for run in self._runs), return_exceptions=True)
         await self._leases.stop()
 
     @property
@@ -132,48 +159,57 @@ class LegacyVps:
 
     async def cancel(self, job_id: str) -> None:
         """End the run of a job that is canceled in the store, and remove payload and artifacts."""
-        if (run := self._runs.get(job_id)) is not None:
-            if (child := self._children.get(job_id)) is not None:
-                child.kill(Canceled("the export was canceled"))
-            else:
-                run.cancel()
-            await asyncio.wait([run])
+        runs = self._runs_of(job_id)
+        for run in runs:
+            run.end(Canceled("the export was canceled"))
+        if runs:
+            await asyncio.wait([run.task for run in runs])
         await self._endings.remove_files(job_id)
 
     async def _schedule(self) -> None:
         while True:
-            await self._wake.wait()
+            try:
+                async with asyncio.timeout(QUEUE_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass  # A job whose pause is over, or of which nobody could tell, or there may be room on the disk.
             self._wake.clear()
             try:
                 await self._fill()
             except SQLAlchemyError as error:
-                log.error("the queue cannot be read", again_in_seconds=SETTLE_SECONDS, exc_info=error)
-                asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.wake)
+                log.error("the queue cannot be read", again_in_seconds=QUEUE_SECONDS, exc_info=error)
+                await asyncio.sleep(QUEUE_SECONDS)
+                self.wake()
 
     async def _fill(self) -> None:
-        if self._free and (trouble := await asyncio.to_thread(self._disk_trouble)) is not None:
+        if self._free and (trouble := await asyncio.to_thread(lambda: self._disk.trouble)) is not None:
             if not self._waits:
-                log.warning("no export is started", reason=trouble, again_in_seconds=DISK_SECONDS)
+                log.warning("no export is started", reason=trouble, again_in_seconds=QUEUE_SECONDS)
             self._waits = True
-            asyncio.get_running_loop().call_later(DISK_SECONDS, self.wake)
             return
         self._waits = False
         for slot in list(self._free):
             if (job := await self._store.claim(max_weight=slot.max_weight)) is not None:
                 self._free.remove(slot)
                 self._metrics.queue_delay.observe((job.updated_at - job.created_at) / 1000)
-                self._runs[job.id] = asyncio.create_task(self._run(job, slot))
+                run = _Run(job, slot)
+                run.task = asyncio.create_task(self._run(run))
+                self._runs.add(run)
+            elif slot.max_weight is None:
+                return  # Nor is there one for the slots after it.
 
-    def _disk_trouble(self) -> str | None:
-        return self._disk.trouble
-
-    async def _run(self, job: JobRecord, slot: _Slot) -> None:
+    async def _run(self, run: _Run) -> None:
+        job = run.job
         structlog.contextvars.bind_contextvars(**job_context(job.id, job.trace))
         try:
+            run.waits = True
             child = await self._pool.acquire(job.id)
-            self._children[job.id] = child
+            run.waits, run.child = False, child
             try:
-                output = await self._drive(child, job)
+                try:
+                    output = await self._drive(child, job)
+                finally:
+                    run.child = None
                 manifest = await asyncio.to_thread(read_manifest, self._storage, output.manifest_ref)
                 await self._endings.complete(job, output, manifest)
             except ExportError as error:
@@ -183,17 +219,16 @@ class LegacyVps:
                 child.kill(WorkerLost("the run failed"))
                 await self._over(job, ExportError(f"the server failed at this export ({type(error).__name__})"))
             finally:
-                del self._children[job.id]
                 lean = child.memory() < self._settings.worker_memory_bytes // 2
-                await self._pool.release(child, reuse=lean and child.usable)
+                await asyncio.shield(self._pool.release(child, reuse=lean and child.usable))
         except asyncio.CancelledError:
             if self._stopping:
                 await self._over(job, WorkerLost("the server is stopping"))
             raise
         finally:
-            del self._runs[job.id]
+            self._runs.discard(run)
             shutil.rmtree(self._layout.scratch / f"{job.id}-{job.attempt}", ignore_errors=True)
-            self._free.append(slot)
+            self._free.append(run.slot)
             self._free.sort()
             self.wake()
 

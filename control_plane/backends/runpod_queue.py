@@ -119,7 +119,7 @@ class RunpodQueue:
 
     async def start(self) -> None:
         """Take up what this replica drove before, then hand over what is queued."""
-        await self._leases.start()
+        self._leases.start()
         self._loops = [asyncio.create_task(self._hand_over()), asyncio.create_task(self._follow())]
         self.wake()
 
@@ -201,8 +201,6 @@ class RunpodQueue:
         return {*self._tracked, *self._submitting}
 
     async def _adopt(self, job: JobRecord) -> None:
-        if job.id in self._submitting or job.id in self._tracked:
-            return
         if job.runpod_id is not None:
             self._track(job)
             self.wake(job.id)  # Nobody has looked at it for a while.
@@ -418,7 +416,8 @@ class RunpodQueue:
     async def _refresh(self, tracked: _Tracked) -> bool:
         """See what became of a job that somebody else has changed; False if this attempt is over."""
         now = await self._store.get(tracked.job.id)
-        if now is None or now.attempt != tracked.job.attempt or now.status not in ("queued", "running"):
+        same = now is not None and (now.attempt, now.runpod_id) == (tracked.job.attempt, tracked.job.runpod_id)
+        if now is None or not same or now.status not in ("queued", "running"):
             self._untrack(tracked)
             return False
         tracked.job = now

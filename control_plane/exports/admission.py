@@ -6,14 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import NoReturn, Protocol
 
-from control_plane.errors import QueueUnavailable
+from control_plane.errors import RETRY_AFTER_SECONDS, QueueFull
 from control_plane.operations.profiles import Profile
 
 RATE_SECONDS = 600.0
-"""How far back the rate is measured."""
+"""How far back runs are measured."""
 MAX_RETRY_SECONDS = 600
-FALLBACK_RETRY_SECONDS = 60
-"""Where no job of the profile ended in that time: there is no rate to go by."""
 
 
 class QueueFigures(Protocol):
@@ -23,8 +21,9 @@ class QueueFigures(Protocol):
         """How many jobs wait (None: of all profiles), and for how many seconds the oldest has (0 where none does)."""
         ...
 
-    async def ended_since(self, profile: str | None, seconds: float) -> int:
-        """How many jobs ended in the last so many seconds, whatever their outcome."""
+    async def pace(self, profile: str | None, seconds: float) -> tuple[int, float | None]:
+        """How many jobs run, and for how many seconds those ran on average that a worker brought to an end in the last
+        so many seconds; None where none did."""
         ...
 
 
@@ -38,17 +37,17 @@ class Admission:
         self._capacity = capacity
 
     async def check_any(self) -> None:
-        """Raise QueueUnavailable while the queue is full, or no profile takes a job: asked before the body, which names
+        """Raise QueueFull while the queue is full, or no profile takes a job: asked before the body, which names
         the profile, is read."""
         depth, _ = await self._queue.queued(None)
         if depth >= self._capacity:
             message = f"The queue is full ({depth:,} jobs are waiting)."
             await self._refuse(message, None, depth - self._capacity + 1, depth=depth, limit=self._capacity)
-        refused: QueueUnavailable | None = None
+        refused: QueueFull | None = None
         for profile in self._profiles:
             try:
                 await self.check(profile)
-            except QueueUnavailable as error:
+            except QueueFull as error:
                 refused = refused or error
             else:
                 return
@@ -56,7 +55,7 @@ class Admission:
             raise refused
 
     async def check(self, profile: Profile) -> None:
-        """Raise QueueUnavailable while too many jobs of the profile wait, or one waits for too long; its details have
+        """Raise QueueFull while too many jobs of the profile wait, or one waits for too long; its details have
         the figure, the limit, and ``retryAfterSeconds``, which ``Retry-After`` repeats."""
         depth, age = await self._queue.queued(profile.name)
         if depth >= profile.queue_depth:
@@ -75,9 +74,9 @@ class Admission:
             )
 
     async def _refuse(self, message: str, profile: str | None, must_end: int, **figures: float) -> NoReturn:
-        ended = await self._queue.ended_since(profile, RATE_SECONDS)
-        seconds = retry_after(must_end, ended)
-        raise QueueUnavailable(
+        running, took = await self._queue.pace(profile, RATE_SECONDS)
+        seconds = retry_after(must_end, running, took)
+        raise QueueFull(
             f"{message} Try again in {seconds:,} seconds.",
             **({} if profile is None else {"profile": profile}),
             **figures,
@@ -85,9 +84,9 @@ class Admission:
         )
 
 
-def retry_after(must_end: int, ended: int) -> int:
-    """Seconds until ``must_end`` jobs have ended, at the rate of ``ended`` in ``RATE_SECONDS``: 1 to
-    ``MAX_RETRY_SECONDS``, and ``FALLBACK_RETRY_SECONDS`` where nothing was measured."""
-    if not ended:
-        return FALLBACK_RETRY_SECONDS
-    return min(MAX_RETRY_SECONDS, max(1, math.ceil(must_end * RATE_SECONDS / ended)))
+def retry_after(must_end: int, running: int, took: float | None) -> int:
+    """Seconds until ``must_end`` jobs have ended, of which ``running`` (at least one) run at a time and each takes
+    ``took`` seconds: 1 to ``MAX_RETRY_SECONDS``, and the usual ones where nothing was measured."""
+    if took is None:
+        return RETRY_AFTER_SECONDS
+    return min(MAX_RETRY_SECONDS, max(1, math.ceil(must_end * took / max(1, running))))

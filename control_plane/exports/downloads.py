@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -17,16 +17,17 @@ import structlog
 from litestar import HttpMethod
 from litestar.types import Receive, Scope, Send
 
-from common.contract import Manifest
-from common.errors import ExportError, ObjectMissing, StorageFailed
+from common.contract import MALFORMED, Manifest
+from common.errors import AccessDenied, ExportError, InvalidRef, ObjectMissing, StorageFailed
 from common.storage import Storage
+from control_plane.digests import digest_of
 from control_plane.errors import ArtifactMissing, RangeNotSatisfiable
 from control_plane.jobs.holds import LONGEST_SECONDS, Holds
 from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.shares import Shares
-from handler.job import MAX_MANIFEST_BYTES, same_manifest
+from handler.job import MAX_MANIFEST_BYTES, same_manifest, sha256_at
 
 log = structlog.get_logger()
 
@@ -101,10 +102,11 @@ class Downloads:
         self._turns = asyncio.Semaphore(COMPARISONS)
 
     async def look(self, artifact: Artifact) -> tuple[int, str]:
-        """Size and tag of what lies there now. Raises ArtifactMissing."""
-        found = await asyncio.to_thread(_look, self.storage, artifact.ref)
+        """Size and tag of what lies there now. Raises ArtifactMissing, StorageFailed."""
+        with _stored(artifact.kind):
+            found = await asyncio.to_thread(_look, self.storage, artifact.ref)
         if found is None:
-            raise ArtifactMissing(f"The {artifact.kind} of this export is not where it should be.")
+            raise _missing(artifact.kind)
         return found
 
     def known(self, artifact: Artifact, tag: str) -> bool:
@@ -121,9 +123,8 @@ class Downloads:
             self._compared.popitem(last=False)
 
     async def compare(self, job: JobRecord, artifact: Artifact, tag: str) -> None:
-        """Read the whole file and compare its hash, once for all who ask at the same time. Raises ArtifactMissing."""
-        if self.known(artifact, tag):
-            return
+        """Read the whole file and compare its hash, once for all who ask at the same time. Raises ArtifactMissing,
+        StorageFailed."""
         key = (artifact.ref, tag)
         if (task := self._comparing.get(key)) is None:
             task = self._comparing[key] = asyncio.create_task(self._compare(job, artifact, tag))
@@ -132,7 +133,8 @@ class Downloads:
 
     async def _compare(self, job: JobRecord, artifact: Artifact, tag: str) -> None:
         async with self._turns:
-            found = await asyncio.to_thread(_sha256, self.storage, artifact)
+            with _stored(artifact.kind):
+                found = await asyncio.to_thread(sha256_at, self.storage, artifact.ref, artifact.size)
         if found != artifact.sha256:
             raise await self.damaged(job, artifact, "its SHA-256 differs")
         if (await self.look(artifact))[1] != tag:
@@ -207,14 +209,12 @@ class Download:
 
     async def _manifest(self) -> bytes:
         """The bytes of the manifest, which say what the database says."""
-        try:
+        with _stored(self._artifact.kind):
             data = await asyncio.to_thread(_read_small, self._downloads.storage, self._artifact.ref)
-        except ObjectMissing as error:
-            raise ArtifactMissing("The manifest of this export is not where it should be.") from error
         try:
             expected = self._job.manifest
             same = expected is not None and same_manifest(msgspec.json.decode(data or b"", type=Manifest), expected)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except MALFORMED:
             same = False
         if not same or data is None:
             raise await self._downloads.damaged(self._job, self._artifact, "it is not the one that was published")
@@ -313,9 +313,23 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def digest_of(sha256: str) -> str:
-    """The value of ``Content-Digest`` and ``Repr-Digest`` (RFC 9530) for a SHA-256 in hex."""
-    return "sha-256=:" + base64.b64encode(bytes.fromhex(sha256)).decode() + ":"
+@contextmanager
+def _stored(kind: Kind) -> Iterator[None]:
+    """What a store says, as what it means to who downloads. Raises ArtifactMissing, StorageFailed."""
+    try:
+        yield
+    except ObjectMissing as error:
+        raise _missing(kind) from error
+    except (AccessDenied, InvalidRef) as error:
+        # Our own credentials, or a storage that is set to another place: not the client's fault.
+        log.error("the storage does not give a file", file=kind, code=error.code, reason=error.message)
+        raise StorageFailed(f"The storage does not give the {kind} now. Try again later.") from error
+    except OSError as error:
+        raise StorageFailed(f"The {kind} cannot be read: {error.strerror or error}.") from error
+
+
+def _missing(kind: Kind) -> ArtifactMissing:
+    return ArtifactMissing(f"The {kind} of this export is not where it should be.")
 
 
 def _is_file(ref: str) -> bool:
@@ -332,13 +346,6 @@ def _look(storage: Storage, ref: str) -> tuple[int, str] | None:
     except (ObjectMissing, FileNotFoundError):
         return None
     return (found[0].size, found[0].tag) if found else None
-
-
-def _sha256(storage: Storage, artifact: Artifact) -> str:
-    digest = hashlib.sha256()
-    for piece in storage.read(artifact.ref, 0, artifact.size):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_small(storage: Storage, ref: str) -> bytes | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import structlog
 from litestar.exceptions import HTTPException
+from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import Source
 from common.errors import (
@@ -33,7 +32,8 @@ from common.graph import base_name_of
 from common.storage import Storage, Stored
 from control_plane.backends.checker import PayloadChecker
 from control_plane.backends.port import Backend
-from control_plane.errors import QUOTA_HEADERS, JobNotFailed, PayloadGone, QuotaReached
+from control_plane.digests import sha256_in
+from control_plane.errors import QUOTA_HEADERS, JobNotFailed, PayloadGone, QueueFull, QuotaReached
 from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import NO_QUOTA, JobRecord, NewJob
@@ -57,9 +57,10 @@ UPLOAD_SECONDS = 3_600.0
 """So long a whole body may take, which is 140 KB a second for the largest one."""
 PIECE = 1 << 20
 DIGESTS = ("Content-Digest", "Repr-Digest")
-_SHA256 = re.compile(r"(?:^|,)[ \t]*sha-256=:([A-Za-z0-9+/=]+):[ \t]*(?:,|$)")
 MAX_KEY = 255
 MAX_FILE_NAME = 255
+_MAX_DISPOSITION = 4_096
+"""Characters, enough for the longest name in both of its forms; reading takes the square of them: 3 s for 60,000."""
 
 
 class Intake:
@@ -105,11 +106,12 @@ class Intake:
         source = _source(headers)
         announced = _digests(headers)
         await asyncio.to_thread(self._disk.check, self._check_length(headers))
-        await self._admission.check_any()
-        with self._uploads.place(caller.client), self._counting():
-            if key is None:  # with one it may be a retry, which is answered with the job that counts already
-                await self._store.check_quota(caller.client, caller.quota)
-            return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
+        with self._counting():
+            await self._admission.check_any()
+            with self._uploads.place(caller.client):
+                if key is None:  # with one it may be a retry, which is answered with the job that counts already
+                    await self._store.check_quota(caller.client, caller.quota)
+                return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
 
     async def retry(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
         """Queue a failed job once more, as a new job with the same payload, of the same client; answers that job and
@@ -123,11 +125,12 @@ class Intake:
             raise JobNotFailed(f"Only an export that has failed is started again; this one is {job.status}.")
         if job.expires_at is None or job.expires_at <= now_ms():
             raise PayloadGone("The payload of this export is not kept any more; send the graph again.")
-        self._disk.check(job.payload_size)
-        await self._admission.check_any()
-        await self._admission.check(self._profiles.of_job(job.profile))
-        with self._uploads.place(caller.client), self._counting():
-            return await self._again(job, caller)
+        await asyncio.to_thread(self._disk.check, job.payload_size)
+        with self._counting():
+            await self._admission.check_any()
+            await self._admission.check(self._profiles.of_job(job.profile))
+            with self._uploads.place(caller.client):
+                return await self._again(job, caller)
 
     async def _again(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
         job_id = str(uuid.uuid4())
@@ -169,7 +172,7 @@ class Intake:
             await asyncio.shield(self._give_up(job_id, ref))
             raise
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
         # The payload is the new job's from now on; what cannot be removed now is swept as a stray.
         await self._remove(self._layout.payload_ref(job.id) if new else ref)
         if new:
@@ -224,19 +227,23 @@ class Intake:
             await asyncio.shield(self._give_up(job_id, ref))
             raise
         finally:
-            path.unlink(missing_ok=True)
+            # Of 500 MB it takes a while; a request that is cut off does it all the same.
+            await asyncio.shield(asyncio.to_thread(_discard, path))
         if new:
             self._metrics.accepted.inc()
             self._backend.wake()
         else:
-            await asyncio.to_thread(self._storage.delete, ref)
+            await self._remove(ref)
         return record, new
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """Count refusals by a quota."""
+        """Count refusals by the queue and by a quota."""
         try:
             yield
+        except QueueFull:
+            self._metrics.refused.labels("queue").inc()
+            raise
         except QuotaReached as error:
             self._metrics.refused.labels(str(error.details["quota"])).inc()
             raise
@@ -279,7 +286,12 @@ class Intake:
 
     async def _give_up(self, job_id: str, ref: str) -> None:
         # A request that was cut off while its job was being recorded may have made it all the same.
-        if await self._store.get(job_id) is None:
+        try:
+            made = await self._store.get(job_id) is not None
+        except SQLAlchemyError as error:  # what went wrong first is what the client is told
+            log.warning("a payload stays until the next sweep", ref=ref, reason=str(error))
+            return
+        if not made:
             await self._remove(ref)
 
     async def _remove(self, ref: str) -> None:
@@ -348,6 +360,13 @@ class _Upload(NamedTuple):
     """SHA-256 (hex) by the header that announces it."""
 
 
+def _discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # no reason to lose the answer
+        log.warning("an upload stays until the next start", reason=error.strerror)
+
+
 async def _timed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     iterator = aiter(chunks)
     ends = asyncio.get_running_loop().time() + UPLOAD_SECONDS
@@ -382,14 +401,9 @@ def _digests(headers: Mapping[str, str]) -> dict[str, str]:
     for name in DIGESTS:
         if (given := headers.get(name)) is None:
             continue
-        match = _SHA256.search(given)
-        try:
-            digest = base64.b64decode(match[1], validate=True) if match else b""
-        except ValueError:
-            digest = b""
-        if len(digest) != hashlib.sha256().digest_size:
+        if (digest := sha256_in(given)) is None:
             raise InvalidRequest(f"{name} must be sha-256=:<SHA-256 of the body in base64>:", field=name)
-        found[name] = digest.hex()
+        found[name] = digest
     return found
 
 
@@ -418,7 +432,12 @@ def _source(headers: Mapping[str, str]) -> Source | None:
     parsed = Message()
     # Header values come as Latin-1; names of other scripts are written as RFC 8187 has it (filename*=UTF-8''...).
     parsed["Content-Disposition"] = given
-    name = (parsed.get_filename() or "").replace("\\", "/").rpartition("/")[2]
+    try:
+        name = (parsed.get_filename() or "") if len(given) <= _MAX_DISPOSITION else ""
+        name = name.replace("\\", "/").rpartition("/")[2]
+        name.encode()  # half a character cannot be stored
+    except (ValueError, TypeError):  # of parameters that contradict each other, or an encoding that is none
+        name = ""
     if not 0 < len(name) <= MAX_FILE_NAME:
         message = (
             f"Content-Disposition must name a file in 1 to {MAX_FILE_NAME} characters (attachment; filename=app.json)."

@@ -21,6 +21,7 @@ from control_plane.exports.intake import CONTENT_TYPES, MAX_KEY, Intake
 from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
+from control_plane.jobs.records import JobRecord
 from control_plane.operations.auth import AUDITED, EXPORT, FOLLOW, NEEDS, READ
 from control_plane.operations.keys import Caller
 from control_plane.operations.openapi import REFUSALS, error_specs
@@ -53,7 +54,8 @@ _GRAPH = Schema(
     title="ExportRequest",
     description="An export request, or the answer of GitNexus `GET /api/graph` (`edges` for `relationships` will do).",
     required=["nodes"],
-    any_of=[Schema(required=["relationships"]), Schema(required=["edges"])],
+    # Where there are both, nobody reads the edges.
+    any_of=[Schema(required=["relationships"]), Schema(required=["edges"], properties={"edges": _RELATIONSHIPS})],
     properties={
         "sessionId": Schema(type=OpenAPIType.STRING),
         "projectName": Schema(type=OpenAPIType.STRING),
@@ -72,7 +74,6 @@ _GRAPH = Schema(
             ),
         ),
         "relationships": _RELATIONSHIPS,
-        "edges": _RELATIONSHIPS,
         "fileContents": Schema(type=OpenAPIType.OBJECT, additional_properties=Schema(type=OpenAPIType.STRING)),
         "options": _OBJECT,
     },
@@ -142,6 +143,12 @@ def _file(media_type: str, whole_as: type = bytes) -> dict[int, ResponseSpec]:
     return {200: whole, 206: part, 304: same, **errors}
 
 
+def _accepted(job: JobRecord, *, new: bool, quotas: dict[str, str]) -> Response[JobCreated]:
+    headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256, **quotas}
+    headers |= {} if new else {"Idempotent-Replayed": "true"}
+    return Response(created_view(job), status_code=202, headers=headers)
+
+
 class ExportController(Controller):
     """Create, follow, fetch and cancel exports."""
 
@@ -195,10 +202,7 @@ class ExportController(Controller):
     ) -> Response[JobCreated]:
         """The answer comes when the graph has been read and is safe on disk."""
         job, new = await intake.accept(request.headers, request.stream(), caller)
-        headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256}
-        headers |= {} if new else {"Idempotent-Replayed": "true"}
-        headers |= await intake.quota_headers(caller)
-        return Response(created_view(job), status_code=202, headers=headers)
+        return _accepted(job, new=new, quotas=await intake.quota_headers(caller))
 
     @get(
         opt={NEEDS: FOLLOW},
@@ -253,10 +257,7 @@ class ExportController(Controller):
     async def retry(self, exports: ExportService, intake: Intake, caller: Caller, job_id: str) -> Response[JobCreated]:
         """A new export of the same payload, whose `metadata.retryOf` names the failed one; asked again, the same."""
         job, new = await intake.retry(await exports.record(caller, job_id), caller)
-        headers = {"Location": f"/v1/exports/{job.id}", PAYLOAD_SHA256: job.payload_sha256}
-        headers |= {} if new else {"Idempotent-Replayed": "true"}
-        headers |= await intake.quota_headers(caller)
-        return Response(created_view(job), status_code=202, headers=headers)
+        return _accepted(job, new=new, quotas=await intake.quota_headers(caller))
 
     @get(
         "/{job_id:str}/events",
@@ -358,7 +359,7 @@ class ExportController(Controller):
 
     @get(
         "/{job_id:str}/search",
-        opt={NEEDS: READ},
+        opt={NEEDS: READ, AUDITED: "export.search"},
         operation_id="searchExport",
         summary="Search the capsule of an export, or those of several",
         responses=_errors(

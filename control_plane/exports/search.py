@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, cast, get_args
 
 from common.contract import SearchAnswer, SearchHit
@@ -10,6 +10,7 @@ from common.errors import CapsuleUnreadable, InvalidRequest
 from common.sidecar.open import Scope
 from control_plane.errors import ArtifactMissing, SemanticUnavailable
 from control_plane.exports.service import ExportService
+from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.holds import Holds
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
@@ -42,7 +43,11 @@ class Question(NamedTuple):
 class ExportSearch:
     """Answers questions over exports in a few threads of its own."""
 
-    def __init__(self, exports: ExportService, library: Library, holds: Holds) -> None:
+    def __init__(
+        self, exports: ExportService, library: Library, holds: Holds, *, note: Callable[[AuditEntry], None]
+    ) -> None:
+        """``note`` gets what belongs into the audit log."""
+        self._note = note
         self._exports = exports
         self._holds = holds
         self._questions = Questions(library)
@@ -57,6 +62,7 @@ class ExportSearch:
         jobs: dict[str, JobRecord] = {}
         for found in dict.fromkeys([job_id, *question.also]):
             jobs[found], _ = await self._exports.finished(caller, found)
+            self._note(caller.did("export.search", found))
         async with self._holds.reading(jobs.values()):
             return await self._questions.ask(self._answer, jobs, question)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report, Status
 from common.errors import InvalidRequest
 from control_plane.backends.port import Backend
+from control_plane.cursors import cursor_of, parse_cursor
 from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired, JobNotFound
 from control_plane.exports.downloads import Artifact, Download, Downloads
 from control_plane.exports.stream import EventStream
-from control_plane.exports.views import cursor_of, job_view, parse_cursor, report_view
+from control_plane.exports.views import job_view, report_view
 from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import JobRecord, NewEvent
@@ -21,6 +25,7 @@ from handler.job import ref_of
 
 MAX_EVENTS = 2_000
 MAX_PAGE = 200
+_CURSOR = re.compile(r"([0-9]{1,15}):([0-9a-f-]{36})")
 
 
 class ExportService:
@@ -68,9 +73,9 @@ class ExportService:
     async def list(self, caller: Caller, status: Status | None, cursor: str | None, limit: int) -> JobPage:
         """The jobs that a caller sees, newest first."""
         limit = min(max(limit, 1), MAX_PAGE)
-        before = parse_cursor(cursor) if cursor else None
+        before = parse_cursor(cursor, _CURSOR) if cursor else None
         jobs = await self._store.page(status=status, before=before, limit=limit + 1, client=caller.only)
-        following = cursor_of(jobs[limit - 1]) if len(jobs) > limit else None
+        following = cursor_of(jobs[limit - 1].created_at, jobs[limit - 1].id) if len(jobs) > limit else None
         retried = await self._retried_by(jobs)
         return JobPage(jobs=[job_view(job, retried.get(job.id)) for job in jobs[:limit]], next_cursor=following)
 
@@ -105,7 +110,11 @@ class ExportService:
         if job.status == "completed" and job.output is None:
             what = job.damage or "its record is damaged"
             raise ArtifactMissing(f"There is no report of this export: {what}.", damage=what)
-        return report_view(job, first[0].meta if first else {})
+        try:
+            return report_view(job, first[0].meta if first else {})
+        except msgspec.ValidationError as error:
+            what = "its record is damaged"
+            raise ArtifactMissing(f"There is no report of this export: {what}.", damage=what) from error
 
     async def download(self, caller: Caller, job_id: str, part: int, headers: Mapping[str, str]) -> Download:
         """A part of the capsule."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from typing import Any
 
 import msgspec
 
 from common.contract import Artifact, InputReport, Job, JobCreated, JobMetadata, Report, Timings
-from common.errors import InvalidRequest
 from control_plane.jobs.records import TERMINAL, JobRecord, iso
 from control_plane.jobs.store import now_ms
 from handler.logs import trace_id_of
@@ -89,7 +85,7 @@ def _artifact(job: JobRecord) -> Artifact | None:
 
 def report_view(job: JobRecord, counted: dict[str, Any]) -> Report:
     """The report of a finished job; for any other what is known, with the ``nodes``, ``relationships`` and ``files``
-    that were ``counted`` when it came."""
+    that were ``counted`` when it came. Raises msgspec.ValidationError where the worker's report is none."""
     if job.output is not None:
         report = msgspec.convert(job.output.metrics, Report)
         report.status = job.status
@@ -107,23 +103,3 @@ def report_view(job: JobRecord, counted: dict[str, Any]) -> Report:
     return Report(
         job_id=job.id, status=job.status, backend=job.backend, attempts=job.attempt, input=received, timings=timings
     )
-
-
-_CURSOR = re.compile(r"([0-9]{1,15}):([0-9a-f-]{36})")
-
-
-def cursor_of(job: JobRecord) -> str:
-    """Where the page after this job begins."""
-    return base64.urlsafe_b64encode(f"{job.created_at}:{job.id}".encode()).decode().rstrip("=")
-
-
-def parse_cursor(cursor: str) -> tuple[int, str]:
-    """Creation time and id from a cursor. Raises InvalidRequest."""
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-    except (ValueError, binascii.Error):
-        text = ""
-    match = _CURSOR.fullmatch(text)
-    if match is None:
-        raise InvalidRequest("cursor is not one that this server gave.", field="cursor")
-    return int(match[1]), match[2]

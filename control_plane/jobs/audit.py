@@ -18,6 +18,7 @@ Action = Literal[
     "export.cancel",
     "export.retry",
     "export.read",
+    "export.search",
     "export.download",
     "export.sidecar",
     "export.manifest",
@@ -25,7 +26,8 @@ Action = Literal[
     "access.forbidden",
     "keys.reload",
 ]
-"""``export.read`` is a look at the job of another client, which ``admin`` allows."""
+"""``export.read`` is a look at the job of another client, which ``admin`` allows; ``export.search`` is a search or a
+read tool, whoever's export it is."""
 
 
 class AuditEntry(NamedTuple):

@@ -12,6 +12,7 @@ from alembic.config import Config
 from psycopg.abc import Buffer
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import URL, BigInteger, ColumnElement, Connection, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -38,6 +39,8 @@ NOTICES, COMMITTED = "notices", "committed notices"
 
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
+READ_ONLY, IDLE = "25006", "25P03"
+"""PostgreSQL takes no writes, as after a failover; it ended a transaction in which nothing came for too long."""
 
 POSTGRES_OPTIONS = (
     f"-c statement_timeout={STATEMENT_SECONDS}s -c lock_timeout={LOCK_SECONDS}s "
@@ -83,6 +86,7 @@ class Database:
         self.origin = secrets.token_hex(4)
         """Names this replica in the notices that it sends."""
         self.outbox = Outbox()
+        self._letting_go: set[asyncio.Future[None]] = set()
         self.write = self._engine(POSTGRES_WRITERS if self.postgres else 1)
         self.read = self._engine(POSTGRES_READERS if self.postgres else SQLITE_READERS)
 
@@ -113,9 +117,12 @@ class Database:
         )
         event.listen(engine.sync_engine, "connect", self._connected)
         if self.postgres:
+            event.listen(engine.sync_engine, "handle_error", _not_now)
             event.listen(engine.sync_engine, "commit", _commits)
             event.listen(engine.sync_engine, "rollback", _rolls_back)
             event.listen(engine.sync_engine, "checkin", self._returned)
+        else:
+            event.listen(engine.sync_engine, "invalidate", self._let_go)
         return engine
 
     def _connected(self, connection: Any, record: Any) -> None:
@@ -127,6 +134,19 @@ class Database:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+
+    def _let_go(self, connection: Any, _record: object, _error: object) -> None:
+        """Of a statement that was canceled somebody may hold the cursor still; as long as that is so, closing the
+        connection leaves its transaction open, and with it the lock that all writers wait for."""
+        if connection is not None:
+            task = asyncio.ensure_future(connection.driver_connection.rollback())
+            self._letting_go.add(task)
+            task.add_done_callback(self._let_gone)
+
+    def _let_gone(self, task: asyncio.Future[None]) -> None:
+        self._letting_go.discard(task)
+        if not task.cancelled():
+            task.exception()  # it had no transaction, or was closed already
 
     def _returned(self, _connection: object, record: Any) -> None:
         record.info.pop(NOTICES, None)
@@ -157,6 +177,19 @@ def tell_others(connection: AsyncConnection, words: str, seq: int = 0) -> None:
     """Tell other replicas once this transaction is committed; on SQLite, where there are none, nothing."""
     if connection.dialect.name == "postgresql":
         connection.info.setdefault(NOTICES, {})[words] = seq
+
+
+def _not_now(context: ExceptionContext) -> OperationalError | None:
+    """An error that the driver files under internal ones, as what it is: ``AWAY``."""
+    error = context.sqlalchemy_exception
+    state = getattr(context.original_exception, "sqlstate", None)
+    if error is None or state not in (READ_ONLY, IDLE):
+        return None
+    # The next connection may lead to a server that takes writes.
+    context.is_disconnect = True
+    return OperationalError(
+        error.statement, error.params, context.original_exception, hide_parameters=True, connection_invalidated=True
+    )
 
 
 def _commits(connection: Connection) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 from sqlalchemy import Row
 
-from common.contract import Event, EventType, JobError, JobOutput, Manifest, Progress, Stage, Status
+from common.contract import MALFORMED, Event, EventType, JobError, JobOutput, Manifest, Progress, Stage, Status
 from common.progress import EMOJI
 
 TERMINAL_EVENTS: frozenset[EventType] = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
@@ -41,8 +41,12 @@ def iso(milliseconds: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{milliseconds % 1000:03d}Z"
 
 
+def _is_time(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value <= _LATEST
+
+
 RECORD_DAMAGED = JobError(
-    code="INTERNAL", message="The record of this export is damaged; its state is lost. Send it again.", retryable=True
+    code="INTERNAL", message="The record of this export is damaged; its state is lost. Send it again.", retryable=False
 )
 
 
@@ -154,7 +158,7 @@ class JobRecord:
             if values[name] is not None:
                 try:
                     values[name] = msgspec.json.decode(values[name], type=kind)
-                except (msgspec.MsgspecError, UnicodeError, TypeError):
+                except (*MALFORMED, UnicodeError, TypeError):
                     values[name] = None
                     wrong.append(name)
         for name in _COUNTS:
@@ -162,7 +166,7 @@ class JobRecord:
                 values[name] = 0
                 wrong.append(name)
         for name in _TIMES:
-            if values[name] is not None and not (isinstance(values[name], int) and 0 <= values[name] <= _LATEST):
+            if values[name] is not None and not _is_time(values[name]):
                 # At the far end, so that the next page of a list has no fewer jobs.
                 values[name] = _LATEST if name in ("created_at", "updated_at") else None
                 wrong.append(name)
@@ -189,9 +193,10 @@ class NewEvent:
 def event_of(row: Row[Any]) -> Event:
     """From a row of ``events`` with all columns."""
     values = dict(row._mapping)
-    values["ts"] = iso(values["ts"])
+    # Of no time that there is: long ago, so that no stream counts it as one that came late.
+    values["ts"] = iso(values["ts"] if _is_time(values["ts"]) else 0)
     try:
         values["meta"] = msgspec.json.decode(values["meta"], type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError, TypeError):
+    except (*MALFORMED, UnicodeError, TypeError):
         values["meta"] = {"damaged": True}
     return Event(emoji=EMOJI.get(row.stage, ""), **values)

@@ -24,14 +24,16 @@ from sqlalchemy import (
     select,
     text,
     tuple_,
+    union_all,
     update,
     values,
 )
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from common.contract import Event, Progress, Status
 from common.errors import ExportError, InvalidRequest
-from control_plane.errors import QueueUnavailable
+from control_plane.errors import QueueFull
 from control_plane.jobs.audit import AuditEntry, AuditQuery, audit_query, write_audit
 from control_plane.jobs.database import Database, db_now, lock_creation
 from control_plane.jobs.hub import EventHub
@@ -53,6 +55,10 @@ ADOPTED = 200
 """Jobs taken over at a time."""
 _QUEUED: frozenset[Status] = frozenset({"queued"})
 _IN_FLIGHT: list[Status] = ["queued", "running"]
+PACE_RUNS = 50
+"""So many of the last runs say how long one takes."""
+SWEPT = 100
+"""Jobs that one look of a sweep takes, so that nobody waits long for the database."""
 _DEAD_LETTER = (jobs.c.status == "failed") & jobs.c.expires_at.is_not(None)
 """Given up, and its payload is kept."""
 
@@ -70,7 +76,7 @@ def started(attempt: int) -> NewEvent:
 
 
 def _let_go(which: ColumnElement[bool]) -> Update:
-    return update(jobs).where(which, _DEAD_LETTER).values(expires_at=None)
+    return update(jobs).where(which, _DEAD_LETTER).values(expires_at=None, updated_at=now_ms())
 
 
 def _events(job_id: str, since: int, limit: int) -> Select[Any]:
@@ -177,8 +183,7 @@ class JobStore:
 
         The job counts against ``quota`` of its client, and ``entry`` is written with it.
 
-        Raises QueueUnavailable when the queue is full, QuotaReached, InvalidRequest when the key came with another
-        body.
+        Raises QueueFull, QuotaReached, InvalidRequest when the key came with another body.
         """
         try:
             record, event = await self._insert(job, idempotency_key, quota, entry)
@@ -224,8 +229,8 @@ class JobStore:
             announce_wake(connection)
             return record, await open_log(connection, record, NewEvent("stage_progress", progress))
 
-    def _full(self) -> QueueUnavailable:
-        return QueueUnavailable(f"The queue is full ({self.capacity:,} jobs are waiting). Try again later.")
+    def _full(self) -> QueueFull:
+        return QueueFull(f"The queue is full ({self.capacity:,} jobs are waiting). Try again later.")
 
     async def check_quota(self, client: str, quota: Quota) -> None:
         """Raise QuotaReached where a client may make no job now; another one may take the last place until it does."""
@@ -477,12 +482,12 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return set(await connection.scalars(select(jobs.c.id).where(_DEAD_LETTER)))
 
-    async def let_go(self, *, job_id: str | None = None, before: int | None = None, limit: int = 100) -> list[str]:
+    async def let_go(self, *, job_id: str | None = None, before: int | None = None) -> list[str]:
         """Keep the payload of a job no longer, or those of all that were kept until ``before``; answers their ids."""
         if job_id is not None:
             which = jobs.c.id == job_id
         else:
-            past = select(jobs.c.id).where(_DEAD_LETTER, jobs.c.expires_at <= before).limit(limit)
+            past = select(jobs.c.id).where(_DEAD_LETTER, jobs.c.expires_at <= before).limit(SWEPT)
             which = jobs.c.id.in_(past)
         async with self._database.write.begin() as connection:
             return list(await connection.scalars(_let_go(which).returning(jobs.c.id)))
@@ -501,15 +506,26 @@ class JobStore:
             count, oldest = (await connection.execute(query)).one()
         return count, 0.0 if oldest is None else max(0.0, (now_ms() - oldest) / 1000)
 
-    async def ended_since(self, profile: str | None, seconds: float) -> int:
-        """How many jobs (of a profile) a worker brought to an end in the last ``seconds``."""
-        query = select(func.count()).where(
-            jobs.c.status.in_(["completed", "failed"]), jobs.c.finished_at >= now_ms() - int(seconds * 1000)
-        )
-        if profile is not None:
-            query = query.where(jobs.c.profile == profile)
+    async def pace(self, profile: str | None, seconds: float) -> tuple[int, float | None]:
+        """How many jobs (of a profile) run, and the mean seconds of the last runs that a worker brought to an end
+        within ``seconds``; None where there was none."""
+        since = now_ms() - int(seconds * 1000)
+        of = [] if profile is None else [jobs.c.profile == profile]
+        running = select(func.count()).where(jobs.c.status == "running", *of)
+
+        def newest(status: Status) -> Select[Any]:
+            query = select(jobs.c.finished_at, (jobs.c.finished_at - jobs.c.started_at).label("took")).where(
+                jobs.c.status == status, jobs.c.finished_at >= since, jobs.c.started_at <= jobs.c.finished_at, *of
+            )
+            return select(query.order_by(jobs.c.finished_at.desc()).limit(PACE_RUNS).subquery())
+
+        # Of each status by itself the index has the order: asked together, all that ended is looked up and sorted.
+        ended = union_all(newest("completed"), newest("failed")).subquery()
+        last = select(ended.c.took).order_by(ended.c.finished_at.desc()).limit(PACE_RUNS).subquery()
         async with self._database.read.connect() as connection:
-            return await connection.scalar(query) or 0
+            count = await connection.scalar(running) or 0
+            took = await connection.scalar(select(func.avg(last.c.took)))
+        return count, None if took is None else float(took) / 1000
 
     async def running(self) -> int:
         """How many jobs run."""
@@ -580,10 +596,7 @@ class JobStore:
             .values(damage=what)
             .returning(jobs.c.id)
         )
-        async with self._database.write.begin() as connection:
-            noted = await connection.scalar(query) is not None
-        self._hub.changes += noted
-        return noted
+        return await self._noted(query)
 
     async def whole(self, job: JobRecord) -> bool:
         """Note that the stored files of a job are what its manifest says, whatever was noted before; ``output`` and
@@ -602,6 +615,10 @@ class JobStore:
             .values(**values)
             .returning(jobs.c.id)
         )
+        return await self._noted(query)
+
+    async def _noted(self, query: ReturningUpdate[Any]) -> bool:
+        """Change at most one job, and let whoever keeps what it found of jobs look again; False if there is none."""
         async with self._database.write.begin() as connection:
             noted = await connection.scalar(query) is not None
         self._hub.changes += noted
@@ -654,7 +671,7 @@ class JobStore:
         return True
 
     async def expire(self, job: JobRecord, event: NewEvent | None, values: dict[str, Any]) -> JobRecord | None:
-        """Expire a job that ``expired`` told of; None where it is another one's by now, or somebody reads it."""
+        """Expire a job that ``expired`` told of; None where it has moved meanwhile, or somebody reads it."""
         async with self._database.write.begin() as connection:
             moved = await move(
                 connection,
@@ -663,6 +680,7 @@ class JobStore:
                 now=now_ms(),
                 event=event,
                 sources=frozenset({job.status}),
+                attempt=job.attempt if job.status == "queued" else None,
                 values=values,
                 when=jobs.c.read_until <= db_now(),
             )
@@ -676,21 +694,24 @@ class JobStore:
         async with self._database.read.connect() as connection:
             return Waiting(counts, oldest, await connection.scalar(dead) or 0)
 
-    async def expired(self, now: int, *, queued_before: int, limit: int = 100) -> list[JobRecord]:
-        """Finished jobs past their time that nobody reads, and queued ones that nobody took since ``queued_before``."""
+    async def expired(self, now: int, *, queued_before: int) -> list[JobRecord]:
+        """At most ``SWEPT`` finished jobs past their time that nobody reads, or queued ones that lie there since
+        ``queued_before``: who came back to the queue has all its time again."""
         past = (jobs.c.status == "completed") & (jobs.c.expires_at <= now) & (jobs.c.read_until <= db_now())
+        # The index has when a job was made, which is never after it moved.
         forgotten = (jobs.c.status == "queued") & (jobs.c.created_at <= queued_before)
+        forgotten &= jobs.c.updated_at <= queued_before
         async with self._database.read.connect() as connection:
             return [
-                JobRecord.of(row) for row in await connection.execute(select(jobs).where(past | forgotten).limit(limit))
+                JobRecord.of(row) for row in await connection.execute(select(jobs).where(past | forgotten).limit(SWEPT))
             ]
 
-    async def forget(self, finished_before: int, *, limit: int = 100) -> int:
-        """Delete the records of jobs that ended long ago; completed ones only once they have expired, failed ones only
-        once their payload is not kept any more."""
+    async def forget(self, before: int) -> int:
+        """Delete the records of at most ``SWEPT`` jobs of which nothing is left since ``before``: that ended, and have
+        expired if they were completed, and whose payload is not kept any more if they failed. Answers how many."""
         over = sorted(TERMINAL - {"completed"})
-        old = select(jobs.c.id).where(jobs.c.status.in_(over), jobs.c.finished_at <= finished_before, ~_DEAD_LETTER)
-        old = old.limit(limit)
+        old = select(jobs.c.id).where(jobs.c.status.in_(over), jobs.c.finished_at <= before, ~_DEAD_LETTER)
+        old = old.where(jobs.c.updated_at <= before).limit(SWEPT)
         async with self._database.write.begin() as connection:
             ids = list(await connection.scalars(old))
             if ids:

@@ -96,14 +96,17 @@ class Campaign:
             answer = client.post("/v1/exports", json=body, headers={"idempotency-key": key})
             if answer.status_code != 202:
                 return
-            job_id = answer.json()["jobId"]
-            self._jobs[job_id] = key
-            seen = self._seen.setdefault(job_id, {})
-            with client.stream("GET", f"/v1/exports/{job_id}/events/stream") as stream:
-                for line in stream.iter_lines():
-                    if line.startswith("data:"):
-                        event = json.loads(line[5:])
-                        seen[event["seq"]] = event
+            self._follow(client, answer.json()["jobId"], key)
+
+    def _follow(self, client: httpx.Client, job_id: str, key: str) -> None:
+        """Note an accepted job, and each event that is told of it."""
+        self._jobs[job_id] = key
+        seen = self._seen.setdefault(job_id, {})
+        with client.stream("GET", f"/v1/exports/{job_id}/events/stream") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    event = json.loads(line[5:])
+                    seen[event["seq"]] = event
 
     def _kill_a_worker(self) -> None:
         pid = self._server.pid

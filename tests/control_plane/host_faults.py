@@ -35,12 +35,15 @@ from runpod_house import RunpodServer
 from runpod_local import local_runpod
 from services import BUCKET, VERSITYGW
 
-SIZES = (40, 400, 2_500, 8_000)
-DISK_BYTES = 160 << 20
+SIZES = (400, 4_000, 8_000, 15_000)
+DISK_BYTES = 6 << 30
+"""A file system in memory, which takes what is written to it and no more."""
 AWAY_SECONDS = 2.0
 LOCKED_SECONDS = 12.0
 """Longer than the ten seconds that a statement waits for a lock."""
 SCRUB_SECONDS = 2
+JUDGED_TIMES = 5
+"""A fault that was struck so often has met a job."""
 DAY, HOUR = 86_400, 3_600
 STATED = {200, 206, 304, 404, 409, 410, 416, 429, 503}
 """Answers of routes that give out files, whatever happened to those."""
@@ -152,14 +155,7 @@ class House(Campaign):
                 time.sleep(0.5)
             else:
                 return
-            job_id = answer.json()["jobId"]
-            self._jobs[job_id] = key
-            seen = self._seen.setdefault(job_id, {})
-            with client.stream("GET", f"/v1/exports/{job_id}/events/stream") as stream:
-                for line in stream.iter_lines():
-                    if line.startswith("data:"):
-                        event = json.loads(line[5:])
-                        seen[event["seq"]] = event
+            self._follow(client, answer.json()["jobId"], key)
 
     def _files(self, jobs: dict[str, dict[str, Any]]) -> list[str]:
         """What a request left whose answer was lost goes with the sweep, an hour later."""
@@ -299,17 +295,20 @@ def child_killed(house: House) -> list[str]:
 
 
 def disk_full(house: House) -> list[str]:
-    """Not a byte is left on the disk of the database, the payloads and the scratch folder, or of the artifacts."""
+    """Hardly a byte is left on the disk of the database, the payloads and the scratch folder, or of the artifacts."""
     folder = house.server.root / house.chance.choice(("", "artifacts"))
-    filler = folder / ".filler"
-    try:
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while file.write(bytes(1 << 16)):
-                pass
-        time.sleep(house.chance.uniform(0.5, AWAY_SECONDS))
-    finally:
-        filler.unlink()
+    while True:
+        disk = os.statvfs(folder)
+        used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        if subprocess.run(_resized(folder, used), check=False, capture_output=True, timeout=10).returncode == 0:
+            break  # else more was written in between
+    time.sleep(house.chance.uniform(0.5, AWAY_SECONDS))
+    subprocess.run(_resized(folder, DISK_BYTES), check=True, timeout=10)
     return []
+
+
+def _resized(folder: Path, size: int) -> list[str]:
+    return ["mount", "-o", f"remount,size={size}", str(folder)]
 
 
 def disk_read_only(house: House) -> list[str]:
@@ -480,7 +479,6 @@ def plain(folder: Path, chance: random.Random) -> Iterator[tuple[House, list[Fau
             small_job_frames=1_000,
             queue_capacity=1_000,
             max_attempts=5,
-            retention_seconds=2 * DAY,  # a day ahead nothing is past its time
             scrub_seconds=SCRUB_SECONDS,
             disk_floor_bytes=0,
         )
@@ -612,6 +610,12 @@ def run(folder: Path, times: int, seed: int, houses: Sequence[Any] = HOUSES) -> 
     return outcomes
 
 
+def idle(outcomes: Sequence[Outcome]) -> list[str]:
+    """Kinds of faults that only struck when there was no job, or all had come to their end."""
+    struck = {outcome.fault for outcome in outcomes if outcome.running.keys() - {*ENDED, "download_ready"}}
+    return sorted({outcome.fault for outcome in outcomes} - struck)
+
+
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """One line for each kind of fault, as Markdown."""
     lines = ["| fault | times | jobs were in | they ended | broken promises |", "| --- | --- | --- | --- | --- |"]
@@ -633,10 +637,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="memvid-faults-") as folder:
         outcomes = run(Path(folder), options.times, options.seed)
     ends = sum((outcome.ends for outcome in outcomes), Counter[str]())
-    broken = sum(len(outcome.broken) for outcome in outcomes)
+    idly = idle(outcomes) if options.times >= JUDGED_TIMES else []
+    broken = sum(len(outcome.broken) for outcome in outcomes) + len(idly)
     told = ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
     print(*table(outcomes), sep="\n")
     print(f"{len(outcomes)} faults (seed {options.seed}), {sum(ends.values())} accepted jobs: {told}")
+    for fault in idly:
+        print(f"BROKEN {fault}: never struck while a job ran")
     print(f"broken promises: {broken}")
     return 1 if broken else 0
 

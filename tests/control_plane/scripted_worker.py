@@ -46,7 +46,8 @@ async def handler(job: dict[str, Any]) -> Any:
         return {"error": "Traceback (most recent call last): something broke"}
     code, _, once = do.partition(" ")
     if code.isupper() and not (once and given["attempt"] > 1):
-        error = {"code": code, "message": f"{code} as asked", "retryable": code in RETRYABLE}
+        details = {"message": "of a class of its own", "self": 1}
+        error = {"code": code, "message": f"{code} as asked", "retryable": code in RETRYABLE, "details": details}
         return {"error": json.dumps(error)}
     return None
 

@@ -126,3 +126,15 @@ def test_a_file_that_is_gone_is_said_to_be_missing(server: Server) -> None:
     assert answer.status_code == 410
     assert answer.json()["error"]["code"] == "ARTIFACT_MISSING"
     assert server.client.get(f"/v1/exports/{job_id}/sidecar").status_code == 200
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_outage_of_ours(server: Server) -> None:
+    job_id = server.submit(graph(name="unseen"))
+    server.wait(job_id)
+    [path] = (server.root / "artifacts" / job_id).rglob("*.mv2")
+    away = path.rename(path.with_name("away"))
+    path.symlink_to(path.name)  # leads to itself
+    answer = server.client.get(f"/v1/exports/{job_id}/download")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "STORAGE_FAILED")
+    away.replace(path)
+    assert server.client.get(f"/v1/exports/{job_id}/download").status_code == 200

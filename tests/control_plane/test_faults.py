@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,36 @@ def test_a_result_that_was_published_but_not_recorded_is_taken_up(start_server: 
     assert server.wait(job_id)["type"] == "job_completed"
     assert [event["type"] for event in server.events(job_id)].count("job_started") == 1
     assert server.client.get(f"/v1/exports/{job_id}/download").content == before
+
+
+def test_a_job_that_waits_for_its_next_attempt_is_run_by_a_server_that_nobody_asks_anything(start_server: Any) -> None:
+    server = start_server(worker_slots=1)
+    before = server.submit(large_graph("before"))
+    server.wait(before, "job_started")
+    job_id = server.submit(graph(name="waits"))
+    server.kill()
+    with closing(sqlite3.connect(server.root / "jobs.sqlite")) as database, database:
+        database.execute("update jobs set status = 'canceled' where id = ?", (before,))
+        soon = int(time.time() * 1000) + 3_000
+        database.execute("update jobs set available_at = ? where id = ? and status = 'queued'", (soon, job_id))
+        assert database.execute("select changes()").fetchone() == (1,)
+    server.start()
+    assert server.wait(job_id)["type"] == "job_completed"
+
+
+def test_a_damaged_manifest_of_an_attempt_whose_server_was_killed_costs_that_attempt(start_server: Any) -> None:
+    server = start_server(worker_slots=1)
+    job_id = server.submit(large_graph("damaged", 8_000))
+    server.wait(job_id, "job_started")
+    server.kill()
+    folder = server.root / "artifacts" / job_id / "1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "damaged.mv2.manifest.json").write_bytes(b"{\x00")
+    server.start()
+    assert server.wait(job_id)["type"] == "job_completed"
+    waits = [event["message"] for event in server.events(job_id) if event["stage"] == "queued"]
+    assert "the manifest is damaged" in waits[-1]
+    assert server.client.get(f"/v1/exports/{job_id}/report").json()["attempts"] == 2
 
 
 def test_one_root_takes_one_server(start_server: Any, tmp_path: Path) -> None:

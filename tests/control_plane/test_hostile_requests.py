@@ -93,14 +93,21 @@ class _Hasty(BoundedHttp):
 
 async def _hello(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    if scope["path"] == "/slow":  # longer than a connection may be without a request
+        for letter in (b"h", b"e", b"l", b"l"):
+            await asyncio.sleep(0.5)
+            await send({"type": "http.response.body", "body": letter, "more_body": True})
+        await send({"type": "http.response.body", "body": b"o"})
+        return
     await send({"type": "http.response.body", "body": b"hello"})
 
 
 @pytest.fixture
 def hasty() -> Iterator[int]:
-    """The port of a server that gives a head 0.3 s."""
+    """The port of a server that gives a head 0.3 s, and 1 s more after an answer; it reads no body."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        running = uvicorn.Server(uvicorn.Config(_hello, http=_Hasty, lifespan="off", log_config=None))
+        config = uvicorn.Config(_hello, http=_Hasty, lifespan="off", log_config=None, timeout_keep_alive=1)
+        running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -121,6 +128,45 @@ def test_a_head_in_time_may_be_followed_by_others_on_the_same_connection(hasty: 
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             assert connection.recv(4096).endswith(b"hello")
             time.sleep(0.4)
+
+
+AFTER = {
+    "an empty line": (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n"),
+    "a body": (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 500000000\r\n\r\n", b"a"),
+    "chunks": (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
+}
+
+
+@pytest.mark.parametrize("times", [1, 1_000])
+@pytest.mark.parametrize("what", AFTER)
+def test_what_comes_after_an_answer_and_is_no_request_holds_no_connection(hasty: int, what: str, times: int) -> None:
+    first, later = AFTER[what]
+    with socket.create_connection(("127.0.0.1", hasty), timeout=10) as connection:
+        connection.sendall(first)
+        assert connection.recv(4096).endswith(b"hello")
+        try:
+            for _ in range(times):
+                connection.sendall(later)
+                time.sleep(0.01)
+            assert connection.recv(4096) == b""
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        else:
+            assert times == 1  # else it was not cut while it sent
+
+
+def test_answers_that_take_long_come_whole_on_a_connection_in_use(hasty: int) -> None:
+    request = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", hasty), timeout=10) as connection:
+        connection.sendall(request % b"/" + b"\r\n")
+        assert connection.recv(4096).endswith(b"hello")
+        connection.sendall(request % b"/slow" + request % b"/slow" + request % b"/")  # the last two wait their turn
+        answer = b""
+        while answer.count(b"HTTP/1.1 200") < 3 or not answer.endswith(b"hello"):
+            piece = connection.recv(4096)
+            assert piece, answer
+            answer += piece
+        assert answer.count(b"\r\n\r\nhello") == 3
 
 
 # --- bodies -----------------------------------------------------------------------------------------------

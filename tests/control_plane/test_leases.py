@@ -59,7 +59,7 @@ def test_a_job_that_was_taken_without_word_of_it_is_driven_all_the_same(url: str
 
         async with replicas(url) as (store, _):
             leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
-            await leases.start()
+            leases.start()
             job, _new = await store.create(new_job(backend="runpod_queue"))
             # The database has committed, and its answer is lost on the way.
             assert await store.hand_over() is not None
@@ -87,13 +87,71 @@ def test_a_replica_starts_although_a_job_that_it_drove_cannot_be_taken_up_yet(ur
             for _n in jobs:
                 await store.hand_over()
             leases = Leases(store, driven=lambda: set(driven), adopted=adopted, lost=driven.remove)
-            await leases.start()
-            assert len(driven) == 2
+            leases.start()
             async with asyncio.timeout(20):
                 while set(driven) != jobs:
                     await asyncio.sleep(0.05)
             await leases.stop()
             assert len(driven) == 3
+
+    asyncio.run(inside())
+
+
+def test_a_replica_is_up_while_a_storage_that_hangs_keeps_it_from_what_it_drove(url: str) -> None:
+    async def inside() -> None:
+        over, taken = asyncio.Event(), list[str]()
+
+        async def adopted(job: JobRecord) -> None:
+            taken.append(job.id)
+            await over.wait()
+
+        async with replicas(url) as (store, _):
+            job, _new = await store.create(new_job())
+            assert await store.claim(max_weight=None) is not None
+            leases = Leases(store, driven=set, adopted=adopted, lost=taken.remove)
+            leases.start()
+            async with asyncio.timeout(20):
+                while not taken:
+                    await asyncio.sleep(0.05)
+            assert leases.alive
+            assert taken == [job.id]
+            over.set()
+            await leases.stop()
+            assert not leases.alive
+
+    asyncio.run(inside())
+
+
+def test_a_replica_keeps_what_it_runs_while_it_takes_up_another_ones_job_slowly(url: str) -> None:
+    async def inside() -> None:
+        async with replicas(url) as (first, second):
+            await first.create(new_job())
+            running = await first.claim(max_weight=None)
+            assert running is not None
+            begun, over, taken = asyncio.Event(), asyncio.Event(), list[str]()
+
+            async def adopted_slowly(_job: JobRecord) -> None:
+                begun.set()
+                await over.wait()
+
+            async def adopted(job: JobRecord) -> None:
+                taken.append(job.id)
+
+            slow = Leases(first, driven=lambda: {running.id}, adopted=adopted_slowly, lost=taken.append)
+            slow.start()
+            left, _new = await second.create(new_job())
+            await second.claim(max_weight=None)
+            await second.release()
+            await begun.wait()
+            quick = Leases(second, driven=lambda: set(taken), adopted=adopted, lost=taken.remove)
+            quick.start()
+            async with asyncio.timeout(30):
+                while left.id not in taken:
+                    await asyncio.sleep(0.05)
+            over.set()
+            await quick.stop()
+            await slow.stop()
+            assert taken == [left.id]
 
     asyncio.run(inside())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,32 @@ def test_the_report_of_an_export_that_has_not_run_shows_what_came_in(start_serve
     for report in (queued, canceled):
         counts = {name: report["input"][name] for name in ("nodes", "relationships", "files")}
         assert counts == {"nodes": 5, "relationships": 5, "files": 1}
+
+
+def _write(server: Server, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(server.root / "jobs.sqlite", timeout=30)) as database, database:
+        database.execute(statement, values)
+
+
+@pytest.mark.parametrize("moment", [-(10**15), 1 << 60, "noon"])
+def test_an_event_whose_time_is_damaged_hides_no_other(server: Server, moment: object) -> None:
+    job_id = server.submit(graph(name="timeless"))
+    server.wait(job_id)
+    whole = server.events(job_id)
+    _write(server, "UPDATE events SET ts = ? WHERE job_id = ? AND seq = 1", moment, job_id)
+    damaged = [{**whole[0], "ts": "1970-01-01T00:00:00.000Z"}, *whole[1:]]
+    assert server.events(job_id) == damaged
+    assert list(server.stream(job_id)) == damaged
+    assert server.client.get(f"/v1/exports/{job_id}/report").status_code == 200
+
+
+def test_a_report_that_is_damaged_is_said_to_be(server: Server) -> None:
+    job_id = server.submit(graph(name="unreported"))
+    server.wait(job_id)
+    _write(server, "UPDATE jobs SET output = json_set(output, '$.metrics.status', 'maybe') WHERE id = ?", job_id)
+    answer = server.client.get(f"/v1/exports/{job_id}/report")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (410, "ARTIFACT_MISSING")
+    assert server.client.get(f"/v1/exports/{job_id}/download").status_code == 200
 
 
 def test_a_semantic_export_has_vectors(server: Server) -> None:

@@ -292,6 +292,13 @@ def test_what_waits_too_long_is_told_apart_from_a_mistake(postgres_url: str) -> 
             async with database.read.connect() as connection:
                 await connection.execute(text("SELECT nothing FROM nowhere"))
         await database.close()
+        idle = Database(f"{postgres_url}?options=-c%20idle_in_transaction_session_timeout%3D100ms")
+        async with idle.read.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            await asyncio.sleep(1)
+            with pytest.raises(AWAY):
+                await connection.execute(text("SELECT 2"))
+        await idle.close()
 
     asyncio.run(inside())
 
@@ -371,5 +378,30 @@ def test_a_server_outlives_an_outage_of_its_database_and_says_so(tmp_path: Path,
         assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
         assert events[-1]["type"] == "job_completed"
         assert own_server.password not in server.log.read_text()
+    finally:
+        server.close()
+
+
+def test_a_database_that_takes_no_writes_for_a_while_costs_no_job(
+    tmp_path: Path, postgres_server: Postgres, postgres_url: str
+) -> None:
+    server = Server(tmp_path / "root", database_url=postgres_url, worker_slots=1)
+    read_only = f"ALTER DATABASE {postgres_url.rpartition('/')[2]} SET default_transaction_read_only"
+    try:
+        job_id = server.start().submit(large_graph("outage"))
+        assert server.wait(job_id, "job_started")["type"] == "job_started"
+        postgres_server.execute(f"{read_only} = on")
+        postgres_server.cut(postgres_url)
+        refused = server.post(graph())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "QUEUE_UNAVAILABLE")
+        assert "retry-after" in refused.headers
+        assert eventually(lambda: "events are late" in server.log.read_text())
+        assert server.job(job_id)["status"] == "running"
+        # Connections that are open stay as they are, like those to a server that is no longer the one to write to.
+        postgres_server.execute(f"{read_only} = off")
+        assert server.wait(job_id)["type"] == "job_completed"
+        numbers = [event["seq"] for event in server.events(job_id)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert server.wait(server.submit(graph()))["type"] == "job_completed"
     finally:
         server.close()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import sqlite3
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from live_server import KEY, Server, graph, large_graph
+from runpod_house import eventually
 
 
 def _error(answer: httpx.Response) -> dict[str, Any]:
@@ -178,6 +182,71 @@ def test_headers_of_a_request_are_checked(server: Server, headers: dict[str, str
         code = {415: "UNSUPPORTED_MEDIA_TYPE", 400: "INVALID_EXPORT_REQUEST"}[status]
         assert _error(answer)["code"] == code
         assert "field" in _error(answer)["details"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "filename*=UTF-8''a; filename*0=b",
+        "filename*=idna''abc%ff",
+        f"filename*{'1' * 5_000}*=x",
+        "filename*=utf-7''+2AA-",
+        "filename*=unicode_escape''%5cud800",
+        "filename*=undefined''a",
+        "filename*=%00''a",
+        f'filename=a; more="{";" * 5_000}"',
+    ],
+    ids=[
+        "two of them",
+        "not its encoding",
+        "a part too far",
+        "half a character",
+        "escaped half",
+        "none",
+        "no name",
+        "long",
+    ],
+)
+def test_a_file_name_that_is_none_is_refused(server: Server, parameters: str) -> None:
+    answer = server.post(graph(name="headers"), content_disposition=f"attachment; {parameters}")
+    assert answer.status_code == 400, answer.text
+    assert _error(answer)["details"]["field"] == "Content-Disposition"
+
+
+def test_what_went_wrong_first_is_told_where_the_database_goes_meanwhile(start_server: Any) -> None:
+    server: Server = start_server()
+    incoming = server.root / "staging" / "incoming"
+
+    def renamed(name: str, to: str) -> None:
+        with closing(sqlite3.connect(server.root / "jobs.sqlite", timeout=30)) as database, database:
+            database.execute(f"ALTER TABLE {name} RENAME TO {to}")
+
+    def body() -> Iterator[bytes]:
+        yield b"{"
+        eventually(lambda: list(incoming.iterdir()))  # the request was let in
+        renamed("jobs", "away")
+        yield b"}"
+
+    headers = {
+        "content-type": "application/json",
+        "content-digest": f"sha-256=:{base64.b64encode(bytes(32)).decode()}:",
+    }
+    answer = server.client.post("/v1/exports", content=body(), headers=headers)
+    renamed("away", "jobs")
+    assert answer.status_code == 400, answer.text
+    assert _error(answer)["details"]["field"] == "Content-Digest"
+    assert list(incoming.iterdir()) == []
+    assert server.wait(server.submit(graph()))["type"] == "job_completed"
+
+
+def test_nothing_stays_of_an_upload_that_is_cut_off(start_server: Any) -> None:
+    server: Server = start_server()
+    incoming = server.root / "staging" / "incoming"
+    head = f"POST /v1/exports HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head.encode() + b"Content-Length: 50000000\r\n\r\n" + b" " * 10_000_000)
+        eventually(lambda: [path for path in incoming.iterdir() if path.stat().st_size])
+    eventually(lambda: not list(incoming.iterdir()))
 
 
 def test_a_body_over_the_limit_is_refused_announced_or_not(start_server: Any) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,30 @@ def test_sqlite_and_files(tmp_path: Path) -> None:
 
     try:
         _lives_through(server, save, put_back, lambda job: shutil.rmtree(server.root / "artifacts" / job))
+    finally:
+        server.close()
+
+
+def test_a_job_whose_payload_is_gone_and_whose_manifest_is_damaged_ends_as_one_to_send_again(tmp_path: Path) -> None:
+    server = Server(tmp_path / "root", worker_slots=1)
+    try:
+        server.start()
+        job_id = server.submit(graph(name="damaged"))
+        _hash(server, job_id)
+        server.stop()
+        (manifest,) = (server.root / "artifacts" / job_id / "1").glob("*.manifest.json")
+        manifest.write_bytes(b"{\x00")
+        with closing(sqlite3.connect(server.root / "jobs.sqlite")) as database, database:
+            database.execute("delete from events where job_id = ? and seq > 1", (job_id,))
+            database.execute(
+                "update jobs set status = 'queued', stage = 'queued', progress = 0, attempt = 0, last_seq = 1,"
+                " output = null, manifest = null, owner = null, finished_at = null, expires_at = null where id = ?",
+                (job_id,),
+            )
+        server.start()
+        end = _ended(server, job_id)
+        assert (end["status"], end["error"]["code"]) == ("failed", "OBJECT_MISSING"), end
+        assert "send it again" in end["error"]["message"]
     finally:
         server.close()
 

@@ -14,7 +14,7 @@ import pytest
 from live_server import Server, graph, large_graph
 from processes import COMMAND, EXAMPLE
 from runpod_house import Bucket, RunpodServer, bucket_env, eventually, real_workers
-from runpod_local import Platform
+from runpod_local import Platform, wait_for
 from services import S3, s3_server
 from storage.faulty import Proxy, proxy
 
@@ -49,6 +49,10 @@ class House(NamedTuple):
     def files(self, job_id: str, *parts: str) -> list[str]:
         """Keys of a job."""
         return [key for key in self.bucket.keys(job_id) if all(part in key for part in parts)]
+
+    def wait_for_three_files(self, job_id: str) -> None:
+        """Until nothing is left of a completed job but its capsule, sidecar and manifest."""
+        wait_for(lambda: self.files(job_id), lambda found: len(found) == 3)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def test_a_client_gets_the_same_of_an_export_whichever_backend_ran_it(
 def test_a_finished_job_has_its_three_files_in_the_bucket_and_nothing_else(house: House) -> None:
     job = house.server.submit(graph(5, name="three"))
     assert house.server.wait(job)["type"] == "job_completed"
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     names = [key.rpartition("/")[2] for key in house.files(job)]
     capsule = house.server.job(job)["artifact"]["fileName"]
     assert names == [capsule, f"{capsule}.index.v1.sqlite", f"{capsule}.manifest.json"]
@@ -245,7 +249,7 @@ def test_a_store_that_fails_for_a_while_costs_an_attempt_and_not_the_job(house: 
     assert ended["status"] == "completed", ended["error"]
     report = house.server.client.get(f"/v1/exports/{job}/report").json()
     assert report["attempts"] > 1
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     assert all(key.startswith(f"artifacts/{job}/{report['attempts']}/") for key in house.files(job))
     started = [event for event in house.server.events(job) if event["type"] == "job_started"]
     assert len(started) == report["attempts"]
@@ -288,7 +292,7 @@ def test_a_worker_that_dies_at_work_costs_an_attempt_and_not_the_job(house: Hous
     house.platform.fault("worker-death", match=house.server.runpod_id(job))
     ended = house.server.ended(job)
     assert ended["status"] == "completed", ended["error"]
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     assert len({key.rsplit("/", 1)[0] for key in house.files(job)}) == 1
     assert [event["type"] for event in house.server.events(job)].count("job_completed") == 1
 
@@ -305,7 +309,7 @@ def test_a_job_that_is_delivered_to_two_workers_is_run_by_one(house: House) -> N
     assert ended["status"] == "completed", ended["error"]
     assert house.platform.struck()["delivered-twice"] == before + 1
     assert house.server.attempts(job) == 1
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     assert [event["type"] for event in house.server.events(job)].count("job_started") == 1
 
 
@@ -315,7 +319,7 @@ def test_a_job_that_is_delivered_again_after_its_end_keeps_its_files(house: Hous
     assert house.server.wait(job)["type"] == "job_completed"
     eventually(lambda: house.platform.health()["workers"]["running"] == 0)
     artifact = house.server.job(job)["artifact"]
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     capsule = house.server.client.get(artifact["downloadUrl"]).content
     assert hashlib.sha256(capsule).hexdigest() == artifact["sha256"]
 
@@ -335,7 +339,7 @@ def test_a_capsule_that_differs_from_its_manifest_is_not_a_success(house: House)
     assert any("SHA-256" in event["message"] for event in house.server.events(job))
     content = house.server.client.get(ended["artifact"]["downloadUrl"]).content
     assert hashlib.sha256(content).hexdigest() == ended["artifact"]["sha256"]
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     assert all(key.startswith(f"artifacts/{job}/2/") for key in house.files(job))
 
 
@@ -374,18 +378,21 @@ def test_a_server_killed_before_its_job_reached_the_platform_hands_it_over_after
     house.server.start()
     assert house.server.ended(job)["status"] == "completed"
     assert house.server.attempts(job) == 1
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
 
 
 def test_a_server_killed_before_it_heard_that_its_job_was_taken_hands_it_over_again_and_gets_one_result(
     house: House,
 ) -> None:
+    struck = house.platform.struck().get("http-500-after", 0)
     house.platform.fault("http-500-after", route="run")
     job = house.server.submit(graph(5, name="unheard"))
+    eventually(lambda: house.platform.struck().get("http-500-after", 0) > struck)
+    house.server.kill()  # at once: a server that dies as it completes a job leaves the claim to the sweep
     manifest = eventually(lambda: house.files(job, ".manifest.json"))
-    restart(house.server)
+    house.server.start()
     assert house.server.ended(job)["status"] == "completed"
-    eventually(lambda: len(house.files(job)) == 3)
+    house.wait_for_three_files(job)
     assert house.files(job, ".manifest.json") == manifest
     assert [event["type"] for event in house.server.events(job)].count("job_completed") == 1
 

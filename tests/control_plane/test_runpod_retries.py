@@ -109,6 +109,7 @@ def test_an_error_that_would_come_again_fails_the_job_at_once_and_is_told(house:
         "PAYLOAD_MISMATCH as asked",
         False,
     )
+    assert error["details"] == {"message": "of a class of its own", "self": 1}
     assert house.server.attempts(job) == 1
     assert len(house.notes(job)) == 1
     eventually(lambda: house.only_payload(job))
