@@ -98,6 +98,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     means = Means(settings, store, storage, layout, metrics)
     disk = Disk(settings, metrics)
     keys = Keys(settings)
+    origins = Origins.of(settings)
     canary = _canary(settings, keys, metrics)
     audit = AuditLog(store, metrics)
     several = bool(settings.keys or settings.keys_file)
@@ -120,12 +121,13 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     retention = Retention(settings, store, storage, layout, backend)
     scrub = Scrub(settings, store, storage, layout, metrics)
     engines = OpenEngines(settings.engines(), storage)
-    artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes, reading=holds.fetching)
+    artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes, reading=holds.fetching, room=disk.check)
     library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
-    places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules)
+    places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules, note=audit.note)
     mcp = mcp_route(
         Reader(places, library, budget=settings.mcp_response_budget_bytes, reading=holds.reading),
-        origins=Origins.of(settings),
+        metrics,
+        origins=origins,
         buckets=TokenBuckets(per_minute=settings.mcp_rate_limit_per_minute, burst=settings.mcp_rate_limit_burst),
     )
     probes = Probes(store, storage, layout, disk)
@@ -161,10 +163,11 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             hub,
             metrics,
             disk,
-            {"worker": lambda: backend.trouble, "disk": lambda: disk.trouble, "keys": lambda: keys.trouble},
+            health=health,
+            keys=keys,
         ),
         "exports": exports,
-        "search": ExportSearch(exports, library, holds),
+        "search": ExportSearch(exports, library, holds, note=audit.note),
         "intake": Intake(
             store,
             storage,
@@ -186,8 +189,9 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         await database.migrate()
         await store.end_damaged()
+        spared: dict[str, int] = {}
         try:
-            await retention.recovery.all()
+            spared = await retention.recovery.all()
         except ExportError as error:
             if not layout.shared:  # what is not recovered would be removed
                 raise
@@ -195,7 +199,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         removed = await asyncio.to_thread(
             layout.clear,
             in_flight=await store.in_flight(),
-            completed=await store.completed(),
+            completed={**spared, **await store.completed()},
             kept=await store.kept_payloads(),
         )
         log.info("server starts", replica=store.replica, backend=backend.name, stray_files_removed=removed)
@@ -241,7 +245,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         ],
         dependencies={name: _providing(part) for name, part in parts.items()}
         | {"caller": Provide(caller_of, sync_to_thread=False)},
-        middleware=[BearerAuth(keys, audit.note, metrics)],
+        middleware=[BearerAuth(settings, keys, origins, note=audit.note, metrics=metrics)],
         exception_handlers={Exception: to_response},
         before_send=[security_headers(settings.public_url), limit_headers, preflight_refusals, allowed_methods],
         cors_config=cors(settings.cors_origins),

@@ -50,7 +50,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     The parser of uvicorn bounds neither the head of a request nor the time for it. A head of more than
     ``MAX_HEAD_BYTES`` or ``MAX_HEADERS`` fields (the trailers of a body count too), or one that is not whole after
-    ``HEAD_SECONDS``, ends the connection.
+    ``HEAD_SECONDS``, ends the connection; so does whatever else comes after an answer and is no next request.
     """
 
     head_seconds = HEAD_SECONDS
@@ -108,8 +108,16 @@ class BoundedHttp(HttpToolsProtocol):
         if not self._refused:
             super().on_message_complete()
 
-    def _expect_head(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(self.head_seconds, self._too_late)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            # An empty line, or the rest of a body that was answered already, ends the time that an idle connection has
+            # and begins no request.
+            self._late.cancel()
+            self._late = self._expect_head(self.timeout_keep_alive)
+
+    def _expect_head(self, idle: float = 0.0) -> asyncio.TimerHandle:
+        return self.loop.call_later(idle + self.head_seconds, self._too_late)
 
     def _too_late(self) -> None:
         self._refused = True

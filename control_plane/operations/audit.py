@@ -7,10 +7,9 @@ at most a second later, and what one key does again and again becomes one entry 
 from __future__ import annotations
 
 import asyncio
-import base64
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -22,6 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.contract import AuditPage, AuditRecord
 from common.errors import InvalidRequest
+from control_plane.cursors import cursor_of, parse_cursor
+from control_plane.errors import JobNotFound
 from control_plane.jobs.audit import AuditEntry, AuditQuery
 from control_plane.jobs.records import iso
 from control_plane.jobs.store import JobStore, now_ms
@@ -37,6 +38,8 @@ MAX_KNOWN = 10_000
 """Entries that are known as said already; more are dropped and counted."""
 MAX_ADDRESSES = 100
 """Addresses whose wrong keys have entries of their own in a minute; those of all others are counted together."""
+MAX_MISSED = 20
+"""Exports that are not there whose ids are told, of each key in a minute; what else it makes up is counted together."""
 FLUSH_SECONDS = 0.5
 AGAIN_SECONDS = 60.0
 """For so long the same entry is only counted."""
@@ -58,6 +61,7 @@ class AuditLog:
         """Without their trace: the entry itself, until when it is counted, how often it came again. Oldest first."""
         self._addresses: set[str] = set()
         """Of those of wrong keys."""
+        self._missed: Counter[str] = Counter()
         self._dropped = 0
         self._away = False
 
@@ -68,12 +72,17 @@ class AuditLog:
                 entry = entry._replace(address=_OTHERS)
             else:
                 self._addresses.add(entry.address)
+        elif entry.job_id and entry.outcome == JobNotFound.code and entry._replace(trace="") not in self._known:
+            if self._missed[entry.key] >= MAX_MISSED:
+                entry = entry._replace(job_id=None)
+            else:
+                self._missed[entry.key] += 1
         same = entry._replace(trace="")
         if found := self._known.get(same):
             first, until, again = found
             self._known[same] = first, until, again + 1
         elif len(self._known) >= MAX_KNOWN:
-            self._addresses.discard(entry.address)
+            self._let_go(entry)
             self._drop()
         else:
             self._known[same] = entry, time.monotonic() + AGAIN_SECONDS, 0
@@ -115,8 +124,14 @@ class AuditLog:
             del self._known[same]
             if again:
                 self._put(entry._replace(outcome=f"{entry.outcome} x{again}"))
-            if entry.action == "key.refused":
-                self._addresses.discard(entry.address)
+            self._let_go(entry)
+
+    def _let_go(self, entry: AuditEntry) -> None:
+        """Another one may be told in its place."""
+        if entry.action == "key.refused":
+            self._addresses.discard(entry.address)
+        elif entry.job_id and entry.outcome == JobNotFound.code:
+            self._missed -= Counter([entry.key])  # and forgets a key that has none left
 
     async def _write(self) -> None:
         if self._dropped:
@@ -160,9 +175,10 @@ class AuditController(Controller):
     ) -> AuditPage:
         """``nextCursor`` begins the next page; null at the end."""
         limit = min(max(limit, 1), MAX_PAGE)
-        wanted = AuditQuery(client, action, _moment(since) if since else None, _place(cursor) if cursor else None)
+        before = parse_cursor(cursor, _CURSOR) if cursor else None
+        wanted = AuditQuery(client, action, _moment(since) if since else None, before and (before[0], int(before[1])))
         rows = await store.audit_page(wanted, limit + 1)
-        following = _cursor(rows[limit - 1]) if len(rows) > limit else None
+        following = cursor_of(rows[limit - 1].ts, rows[limit - 1].id) if len(rows) > limit else None
         return AuditPage(entries=[_shown(row) for row in rows[:limit]], next_cursor=following)
 
 
@@ -187,18 +203,3 @@ def _moment(text: str) -> int:
         return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError):
         raise InvalidRequest("since must be a time as ISO 8601 has it.", field="since") from None
-
-
-def _cursor(row: Row[Any]) -> str:
-    return base64.urlsafe_b64encode(f"{row.ts}:{row.id}".encode()).decode().rstrip("=")
-
-
-def _place(cursor: str) -> tuple[int, int]:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-    except ValueError:
-        text = ""
-    match = _CURSOR.fullmatch(text)
-    if match is None:
-        raise InvalidRequest("cursor is not one that this server gave.", field="cursor")
-    return int(match[1]), int(match[2])

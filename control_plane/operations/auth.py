@@ -20,17 +20,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from litestar import Request
-from litestar.datastructures import MutableScopeHeaders
+from litestar.datastructures import Headers, MutableScopeHeaders
 from litestar.enums import ScopeType
 from litestar.middleware import ASGIMiddleware
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
+from common.settings import Settings
 from control_plane.errors import ERROR_CODE, Forbidden, RateLimited, Unauthorized
 from control_plane.jobs.audit import Action, AuditEntry
 from control_plane.operations.keys import EVERYBODY, Caller, Key, Keys, expired
 from control_plane.operations.keys import Scope as KeyScope
-from control_plane.operations.limits import TokenBuckets, rate_headers
+from control_plane.operations.limits import TokenBuckets, rate_headers, too_many
 from control_plane.operations.metrics import Metrics
+from control_plane.operations.origins import Origins
 from control_plane.operations.tracing import REQUEST
 
 OPEN = "open"
@@ -60,18 +62,28 @@ class BearerAuth(ASGIMiddleware):
     exclude_opt_key = OPEN
     exclude_path_pattern = ("^/schema",)
 
-    def __init__(self, keys: Keys, note: Callable[[AuditEntry], None], metrics: Metrics) -> None:
-        """``note`` gets what belongs into the audit log."""
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keys,
+        origins: Origins,
+        *,
+        note: Callable[[AuditEntry], None],
+        metrics: Metrics,
+    ) -> None:
+        """``note`` gets what belongs into the audit log. Where no key is asked for, ``origins`` says which pages may
+        ask."""
         self._keys = keys
+        self._origins = origins
         self._note = note
         self._metrics = metrics
-        # Each key has its own rate.
-        self._requests = TokenBuckets(per_minute=1, burst=1)
+        self._requests = TokenBuckets(per_minute=settings.rate_limit_per_minute, burst=settings.rate_limit_burst)
         self._wrong = TokenBuckets(per_minute=WRONG_PER_MINUTE, burst=WRONG_PER_MINUTE)
         self._accepted: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        """Go on with the Caller in ``scope["auth"]``. Raises Unauthorized, Forbidden, RateLimited."""
+        """Go on with the Caller in ``scope["auth"]``. Raises Unauthorized, Forbidden, RateLimited, HostRefused,
+        OriginRefused."""
         assert scope["type"] == ScopeType.HTTP
         opt: Mapping[str, Any] = scope["route_handler"].opt
         caller = self._caller(scope)
@@ -90,6 +102,8 @@ class BearerAuth(ASGIMiddleware):
         address, trace = _address(scope), mark.trace if mark else ""
         given = _bearer(scope)
         if not self._keys.asked and (given is None or self._keys.find(given) is None):
+            headers = Headers.from_scope(scope)
+            self._origins.check(headers.get("host", ""), headers.get("origin"))
             return EVERYBODY._replace(address=address, trace=trace)
         if given is None:
             raise Unauthorized("This route wants the header Authorization: Bearer <key>.")
@@ -101,7 +115,7 @@ class BearerAuth(ASGIMiddleware):
             raise Unauthorized("This key has expired.")
         if scope["path"].startswith(LIMITED):
             self._count(scope, key)
-        return Caller(key.name, key.client, key.scopes, key.quota, address, trace)
+        return Caller(key.name, key.client, key.scopes, key.quota, key.rate, address, trace)
 
     def _check_guesses(self, key: Key | None, address: str, trace: str) -> None:
         """Raise for a wrong key: Unauthorized, and RateLimited once an address has tried too many. Then a right one is
@@ -133,14 +147,12 @@ class BearerAuth(ASGIMiddleware):
         scope["state"][_ALLOWANCE] = allowance
         if allowance.retry_after_seconds is not None:
             self._metrics.refused.labels("requests").inc()
-            raise RateLimited(
-                f"Too many requests: at most {key.rate.burst:,} at once and {key.rate.per_minute:,} a minute.",
-                retryAfterSeconds=allowance.retry_after_seconds,
-            )
+            raise too_many(allowance)
 
     def _noting(self, send: Send, scope: HTTPScope, caller: Caller, action: Action) -> Send:
-        """Note how it ended: what was read, and what failed. What changes a job writes its own entry with it."""
-        changes = action in ("export.create", "export.cancel", "export.retry")
+        """Note how it ended: what was read, and what failed. What changes a job writes its own entry with it, and a
+        search one for each export."""
+        noted = action in ("export.create", "export.cancel", "export.retry", "export.search")
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -148,7 +160,7 @@ class BearerAuth(ASGIMiddleware):
                 if status >= 400:
                     outcome = str(scope["state"].get(ERROR_CODE) or status)
                     self._note(caller.did(action, _job_id(scope), outcome))
-                elif not changes and status != 304 and scope["method"] != "HEAD":
+                elif not noted and status != 304 and scope["method"] != "HEAD":
                     self._note(caller.did(action, _job_id(scope)))
             await send(message)
 
@@ -181,9 +193,10 @@ def _address(scope: HTTPScope) -> str:
     FORWARDED_ALLOW_IPS names, 127.0.0.1 by default); a text of the client's making is none."""
     client = scope.get("client")
     try:
-        return str(ipaddress.ip_address(client[0])) if client else "unknown"
+        found = ipaddress.ip_address(client[0] if client else "")
     except ValueError:
         return "unknown"
+    return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 def _network(address: str) -> str:

@@ -265,20 +265,24 @@ class Canary:
 
     async def _fly(self, url: str) -> CanaryRun:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEMVID_", "OTEL_"))}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            "from control_plane.cli import main; main()",
-            *("canary", "--url", url, "--timeout", f"{self._seconds:g}", "--json"),
-            env={**kept, "MEMVID_EXPORT_API_KEY": self._key},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=MAX_ANSWER_BYTES,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
         began = time.monotonic()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                "from control_plane.cli import main; main()",
+                *("canary", "--url", url, "--timeout", f"{self._seconds:g}", "--json"),
+                env={**kept, "MEMVID_EXPORT_API_KEY": self._key},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                limit=MAX_ANSWER_BYTES,
+                start_new_session=True,
+            )
+        except (OSError, RuntimeError) as error:  # no file handle, process, memory, or thread that waits for it
+            seconds = round(time.monotonic() - began, 3)
+            return CanaryRun(outcome="failed", seconds=seconds, step="process", message=f"it did not start: {error}")
+        assert process.stdout is not None
         try:
             async with asyncio.timeout(self._seconds + GRACE_SECONDS):
                 said = await process.stdout.readline()

@@ -36,8 +36,8 @@ class Disk:
 
     @property
     def free(self) -> dict[str, int]:
-        """Free bytes by folder, as they were when the disks last said so."""
-        return dict(self._look())
+        """Free bytes by folder, as the disks said when they were last asked."""
+        return dict(self._free)
 
     @property
     def trouble(self) -> str | None:
@@ -58,7 +58,7 @@ class Disk:
             return
         self._metrics.refused.labels("disk").inc()
         raise QueueUnavailable(
-            "There is too little room on the server's disk for another export. Try again later.",
+            "There is too little room on the server's disk. Try again later.",
             freeBytes=least,
             floorBytes=self._floor,
             retryAfterSeconds=RETRY_SECONDS,

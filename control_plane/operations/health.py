@@ -26,6 +26,7 @@ from control_plane.jobs.records import iso
 from control_plane.jobs.store import JobStore, Waiting, now_ms
 from control_plane.operations.auth import ADMIN, NEEDS, OPEN
 from control_plane.operations.disk import Disk
+from control_plane.operations.keys import Keys
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.openapi import OpenOperation, error_specs
 
@@ -228,25 +229,22 @@ class Figures:
     """What ``/metrics`` shows beyond what was counted."""
 
     def __init__(
-        self,
-        store: JobStore,
-        hub: EventHub,
-        metrics: Metrics,
-        disk: Disk,
-        troubles: Mapping[str, Callable[[], str | None]],
+        self, store: JobStore, hub: EventHub, metrics: Metrics, disk: Disk, *, health: Health, keys: Keys
     ) -> None:
-        """``troubles`` say at once what is wrong with parts of the server."""
         self._store = store
         self._hub = hub
         self._metrics = metrics
         self._disk = disk
-        self._troubles = troubles
+        self._health = health
+        self._keys = keys
 
     async def text(self) -> bytes:
-        """The exposition text. A database that is away makes it shorter, not missing."""
-        free = await asyncio.to_thread(lambda: self._disk.free)
-        troubles = {part: trouble() for part, trouble in self._troubles.items()}
-        return self._metrics.text(await self._waiting(), streams=self._hub.listeners, free=free, troubles=troubles)
+        """The exposition text, after ``CHECK_SECONDS`` at most. Without the database it is shorter, not missing."""
+        waiting, ready = await asyncio.gather(self._waiting(), self._health.look())  # which asks the disks
+        troubles = {part: said != "ok" for part, said in ready.checks.items()} | {
+            "keys": self._keys.trouble is not None
+        }
+        return self._metrics.text(waiting, streams=self._hub.listeners, free=self._disk.free, troubles=troubles)
 
     async def _waiting(self) -> Waiting | None:
         try:

@@ -28,7 +28,7 @@ from common.errors import InvalidSettings
 from common.settings import Settings
 from control_plane.jobs.audit import Action, AuditEntry
 from control_plane.jobs.records import CANARY_CLIENT, NO_QUOTA, Quota
-from control_plane.operations.limits import Rate
+from control_plane.operations.limits import MAX_BURST, USUAL, Rate
 
 log = structlog.get_logger()
 
@@ -41,7 +41,9 @@ MAX_KEYS = 10_000
 LOOK_SECONDS = 1.0
 """Between two looks at the files: so long a revoked key may still be taken."""
 DAY_SECONDS = 86_400
-OWN_RATE = Rate(per_minute=60_000_000, burst=1_000_000)
+_PLAIN = re.compile("[a-z_]{1,24}")
+"""Names of fields that cannot be a key."""
+OWN_RATE = Rate(per_minute=60_000_000, burst=MAX_BURST)
 
 
 class Caller(NamedTuple):
@@ -54,6 +56,8 @@ class Caller(NamedTuple):
     scopes: frozenset[Scope]
     quota: Quota = NO_QUOTA
     """How many jobs it may make."""
+    rate: Rate = USUAL
+    """How often it may ask."""
     address: str = ""
     """Where the request came from."""
     trace: str = ""
@@ -109,7 +113,7 @@ _Name = Annotated[
 _Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}\Z", description="64 hex digits, the SHA-256 of the key")]
 _ScopeList = Annotated[list[Scope], Meta(min_length=1, description="a list of some of export, read, admin")]
 _PerMinute = Annotated[int, Meta(ge=1, le=60_000_000, description="a number of requests, 1 to 60000000")]
-_Burst = Annotated[int, Meta(ge=1, le=1_000_000, description="a number of requests, 1 to 1000000")]
+_Burst = Annotated[int, Meta(ge=1, le=MAX_BURST, description="a number of requests, 1 to 1000000")]
 _Jobs = Annotated[int, Meta(ge=1, le=1_000_000, description="a number of jobs, 1 to 1000000")]
 _Expires = Annotated[datetime, Meta(tz=True, description="a date and time with a zone, such as 2027-01-31T00:00:00Z")]
 _FIELDS: dict[str, Any] = {
@@ -201,9 +205,8 @@ class Keys:
             text = settings.api_key.get_secret_value()
             if started and settings.api_key_file is not None:
                 text = Settings.read_key_file(settings.api_key_file)
-            rate = Rate(settings.rate_limit_per_minute, settings.rate_limit_burst)
             digest = hashlib.sha256(text.encode()).digest()
-            keys.append(Key(DEFAULT_CLIENT, DEFAULT_CLIENT, SCOPES, digest, rate, NO_QUOTA, None))
+            keys.append(Key(DEFAULT_CLIENT, DEFAULT_CLIENT, SCOPES, digest, USUAL, NO_QUOTA, None))
         seen: dict[str | bytes, str] = {}
         for key in keys:
             for what, value in (("name", key.name), ("sha256", key.digest)):
@@ -261,7 +264,9 @@ def _parse(setting: str, text: str, settings: Settings) -> list[Key]:
 
 def _key(place: str, entry: dict[str, Any], settings: Settings) -> Key:
     if unknown := sorted(set(entry) - set(_FIELDS)):
-        raise InvalidSettings(f"{place}.{unknown[0][:40]} is unknown; there are {', '.join(_FIELDS)}", field=place)
+        # One that cannot be a key which somebody put into the wrong place is shown.
+        what = f"{place}.{unknown[0]}" if _PLAIN.fullmatch(unknown[0]) else f"a field of {place}"
+        raise InvalidSettings(f"{what} is unknown; there are {', '.join(_FIELDS)}", field=place)
     for name in _NEEDED:
         if name not in entry:
             raise InvalidSettings(f"{place}.{name} must be given", field=place)
@@ -271,14 +276,12 @@ def _key(place: str, entry: dict[str, Any], settings: Settings) -> Key:
     if "jobs_per_day" in given and settings.history_seconds < DAY_SECONDS:
         message = f"{place}.jobs_per_day counts a day: MEMVID_EXPORT_HISTORY_SECONDS must be {DAY_SECONDS} at least"
         raise InvalidSettings(message, field=place)
-    per_minute = given.get("requests_per_minute", settings.rate_limit_per_minute)
-    usual_burst = min(per_minute, 1_000_000) if "requests_per_minute" in given else settings.rate_limit_burst
     return Key(
         name=given["name"],
         client=given.get("client", given["name"]),
         scopes=frozenset(given["scopes"]),
         digest=bytes.fromhex(given["sha256"]),
-        rate=Rate(per_minute, given.get("burst", usual_burst)),
+        rate=Rate(given.get("requests_per_minute"), given.get("burst")),
         quota=Quota(given.get("active_jobs"), given.get("jobs_per_day")),
         expires=given.get("expires"),
     )

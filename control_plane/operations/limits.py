@@ -6,6 +6,8 @@ import math
 from collections import OrderedDict
 from typing import NamedTuple
 
+from control_plane.errors import RateLimited
+
 MAX_CLIENTS = 10_000
 """Buckets kept, about 1 MB; beyond, the one not asked for longest goes, and its client starts with a full one."""
 
@@ -24,10 +26,15 @@ class Allowance(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """A bucket holds ``burst`` requests, and gets ``per_minute`` more in a minute."""
+    """A key's own: a bucket holds ``burst`` requests, and gets ``per_minute`` more in a minute. None: the usual, which
+    for ``burst`` is one minute's requests where ``per_minute`` is given."""
 
-    per_minute: int
-    burst: int
+    per_minute: int | None = None
+    burst: int | None = None
+
+
+USUAL = Rate()
+MAX_BURST = 1_000_000
 
 
 class TokenBuckets:
@@ -38,18 +45,20 @@ class TokenBuckets:
 
     def __init__(self, *, per_minute: int, burst: int, clients: int = MAX_CLIENTS) -> None:
         """The rate of clients that have none of their own."""
-        self._rate = Rate(per_minute, burst)
+        self._per_minute = per_minute
+        self._burst = burst
         self._clients = clients
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
     def empty(self, client: str, now: float) -> bool:
         """Whether ``take`` would refuse."""
-        seconds = 60 / self._rate.per_minute
-        return max(self._full_at.get(client, now), now) + seconds - now > self._rate.burst * seconds + 1e-9 * now
+        seconds = 60 / self._per_minute
+        return max(self._full_at.get(client, now), now) + seconds - now > self._burst * seconds + 1e-9 * now
 
-    def take(self, client: str, now: float, rate: Rate | None = None) -> Allowance:
+    def take(self, client: str, now: float, own: Rate = USUAL) -> Allowance:
         """One request of a client at a time, in seconds of any steady clock; a refused one takes nothing."""
-        per_minute, burst = rate or self._rate
+        per_minute = own.per_minute or self._per_minute
+        burst = own.burst or (min(per_minute, MAX_BURST) if own.per_minute else self._burst)
         seconds = 60 / per_minute
         full_at = max(self._full_at.get(client, now), now)
         after = full_at + seconds
@@ -77,3 +86,11 @@ def rate_headers(allowance: Allowance) -> dict[str, str]:
         "X-RateLimit-Remaining": str(allowance.remaining),
         "X-RateLimit-Reset": str(allowance.reset_seconds),
     }
+
+
+def too_many(allowance: Allowance) -> RateLimited:
+    """The refusal of a request that found its bucket empty."""
+    return RateLimited(
+        f"Too many requests: at most {allowance.limit:,} at once, and then steadily; try again later.",
+        retryAfterSeconds=allowance.retry_after_seconds,
+    )

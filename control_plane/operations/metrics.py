@@ -164,10 +164,10 @@ class Metrics:
                 counter.labels(report.provider, report.model).inc(value)
 
     def text(
-        self, waiting: Waiting | None, *, streams: int, free: Mapping[str, int], troubles: Mapping[str, str | None]
+        self, waiting: Waiting | None, *, streams: int, free: Mapping[str, int], troubles: Mapping[str, bool]
     ) -> bytes:
         """The exposition text. ``waiting`` None: the database does not say; ``free`` are bytes by folder, ``troubles``
-        what parts of the server say is wrong with them."""
+        whether something is wrong with a part of the server."""
         counts = {} if waiting is None else waiting.counts
         for status in get_args(Status):
             self._jobs.labels(status).set(math.nan if waiting is None else counts.get(status, 0))
@@ -177,6 +177,6 @@ class Metrics:
         self._streams.set(streams)
         for folder, size in free.items():
             self._free.labels(folder).set(size)
-        for part, trouble in {**troubles, "database": None if waiting else "away"}.items():
-            self._trouble.labels(part).set(trouble is not None)
+        for part, trouble in troubles.items():
+            self._trouble.labels(part).set(trouble)
         return generate_latest(self._registry)

@@ -21,8 +21,8 @@ class OpenOperation(Operation):
         self.security = []
 
 
-REFUSALS = ("UNAUTHORIZED", "FORBIDDEN", "RATE_LIMITED")
-"""What any route under ``/v1`` may answer to a key."""
+REFUSALS = ("UNAUTHORIZED", "FORBIDDEN", "ORIGIN_REFUSED", "HOST_REFUSED", "RATE_LIMITED")
+"""What any route under ``/v1`` may answer to whoever asks."""
 
 
 def error_specs(*codes: str) -> dict[int, ResponseSpec]:

@@ -19,6 +19,7 @@ from common.contract import Progress
 from common.errors import CapsuleUnreadable, ExportError
 from common.settings import Settings
 from common.storage import Storage
+from control_plane.jobs.database import AWAY
 from control_plane.jobs.layout import Layout
 from control_plane.jobs.records import NewEvent, NewJob
 from control_plane.jobs.store import JobStore, now_ms
@@ -38,27 +39,33 @@ class Recovery:
         self._storage = storage
         self._layout = layout
 
-    async def all(self) -> int:
-        """Look at all that is stored; answers how many were recovered. Raises ExportError where it cannot be listed."""
+    async def all(self) -> dict[str, int]:
+        """Look at all that is stored, and answer as ``of`` does. Raises ExportError where it cannot be listed."""
         found = await asyncio.to_thread(self._storage.found, self._layout.artifact_prefix)
         return await self.of(each.ref for each in found)
 
-    async def of(self, refs: Iterable[str]) -> int:
-        """Recover the exports whose manifests are among these refs; answers how many."""
+    async def of(self, refs: Iterable[str]) -> dict[str, int]:
+        """Recover the exports whose manifests are among these refs; answers the jobs, with their attempts, that could
+        not be looked at or noted: their files are no strays until the retention is over. Raises SQLAlchemyError where
+        the database is away."""
         attempts: dict[str, int] = {}
         for ref in refs:
             job_id, attempt = self._place(ref)
             if job_id:
                 attempts[job_id] = max(attempt, attempts.get(job_id, 0))
-        recovered = 0
+        recovered, left = 0, {}
         for job_id in sorted(await self._store.unknown(attempts)):
             try:
                 recovered += await self._recover(job_id, attempts[job_id])
-            except ExportError as error:
-                log.warning("an export cannot be recovered now", job_id=job_id, code=error.code, reason=error.message)
+            except AWAY:
+                raise
+            except Exception as error:  # what one odd export holds keeps no other from its record
+                log.error("an export cannot be recovered", job_id=job_id, exc_info=error)
+                if await asyncio.to_thread(self._is_kept, self._layout.output_prefix(job_id, attempts[job_id])):
+                    left[job_id] = attempts[job_id]
         if recovered:
             log.warning("exports were recovered that the job store did not know", count=recovered, client=CLIENT)
-        return recovered
+        return left
 
     def _place(self, ref: str) -> tuple[str, int]:
         """Job id and attempt of a manifest's ref; an empty id for any other."""
@@ -109,10 +116,18 @@ class Recovery:
             log.warning("export recovered", job_id=job_id, attempt=attempt, frames=manifest.frames)
         return made
 
+    def _is_kept(self, prefix: str) -> bool:
+        """Whether the retention of what lies there is not over, as far as the storage says."""
+        try:
+            return any(found.age < self._retention_seconds for found in self._storage.found(prefix))
+        except ExportError:
+            return True
+
     def _look(self, prefix: str, job_id: str) -> tuple[Published | None, float]:
         """What lies there, and its age in seconds."""
         ages = [found.age for found in self._storage.found(prefix) if found.ref.endswith(MANIFEST_ENDING)]
         try:
             return published(self._storage, prefix, job_id), min(ages, default=0.0)
-        except CapsuleUnreadable:
+        except CapsuleUnreadable as error:
+            log.warning("an export is not recovered", job_id=job_id, code=error.code, reason=error.message)
             return None, 0.0

@@ -110,11 +110,14 @@ class Artifacts:
         capacity_bytes: int,
         *,
         reading: Callable[[JobRecord], AbstractContextManager[object]] = nullcontext,
+        room: Callable[[int], None] = lambda _size: None,
     ) -> None:
         """``folder`` is for the copies alone, which together have at most ``capacity_bytes``; ``reading`` keeps the
-        files of an export in the store for as long as its context lasts."""
+        files of an export in the store for as long as its context lasts, ``room`` raises where the disk has none for so
+        many bytes."""
         self._storage = storage
         self._reading = reading
+        self._room = room
         self._folder = folder
         self._capacity = capacity_bytes
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
@@ -184,6 +187,7 @@ class Artifacts:
                 files = copy.sidecar if what == "sidecar" else copy.parts
                 size = sum(file.size for file in files)
                 self._make_room(copy, size)
+                self._room(size)
                 copy.size += size
                 self.count(copy, 1)
                 fetching = copy.fetching[what] = self._fetcher.submit(self._fetch, copy, what, files)

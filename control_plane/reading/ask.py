@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 from common.embedding.port import Embedded, Embedder, Model, Purpose
 from common.errors import CapsuleUnreadable, DeviceFailed, EmbeddingFailed, InvalidRequest, ProviderRejected
 from common.sidecar.open import Scope, Sidecar
+from control_plane.errors import QueueUnavailable
 from control_plane.reading.library import OpenCapsule
 from control_plane.reading.search import Hit, Mode, Searched, Vectors, search
 
@@ -38,7 +39,8 @@ class Found(NamedTuple):
     semantic_used: bool
     warnings: list[str]
     """``SEMANTIC_MODEL_MISSING``: a capsule's model may not, or cannot, be asked here. ``SEMANTIC_UNAVAILABLE``: its
-    engine gave no vector, or its vectors are damaged. What words find is there in both cases."""
+    engine gave no vector, its vectors are damaged, or the disk has no room for them. What words find is there in both
+    cases."""
 
 
 class Prepared(NamedTuple):
@@ -67,7 +69,7 @@ def prepared(capsules: Sequence[tuple[str, OpenCapsule]], mode: Mode) -> Prepare
                     message = f"mode: {error.message}; lexical and hybrid need no engine"
                     raise InvalidRequest(message, field="mode", allowed=["lexical", "hybrid"]) from error
                 warnings["SEMANTIC_MODEL_MISSING"] = None
-            except (*AWAY, CapsuleUnreadable):  # damaged vectors: the words are in the sidecar
+            except (*AWAY, CapsuleUnreadable, QueueUnavailable):  # the words are in the sidecar, which is here
                 if mode == "semantic":
                     raise
                 warnings["SEMANTIC_UNAVAILABLE"] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from common.embedding.static import StaticEmbedder
 from common.errors import CapsuleUnreadable, GateFailed, InvalidRequest
 from common.sidecar.open import Sidecar
 from common.sidecar.rebuild import capsule_sha256, rebuild
+from common.storage.file import sha256_of
 from control_plane.reading.search import Vectors
 
 META_URI = "mv2://meta/manifest"
@@ -69,7 +69,7 @@ def _manifest(capsule: Path) -> Manifest | None:
             continue  # of another capsule in the same folder
         if any(part.file_name == capsule.name for part in manifest.parts):
             for name in (manifest.sidecar_file_name, *(part.file_name for part in manifest.parts)):
-                if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+                if not is_plain(name) or len(name.encode()) > MAX_NAME_BYTES:
                     raise CapsuleUnreadable(f"The manifest {path.name} names a file that is not beside it")
             return manifest
         if path == own:
@@ -77,12 +77,16 @@ def _manifest(capsule: Path) -> Manifest | None:
     return None
 
 
+def is_plain(name: str) -> bool:
+    """Whether what a manifest names can only lie beside it."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 @contextmanager
 def opened_sidecar(files: Files) -> Iterator[Sidecar]:
     """The capsule's sidecar; one that is missing, damaged or of other bytes is rebuilt from the capsule, for this
     reading alone. Raises CapsuleUnreadable."""
-    expected = files.manifest.capsule_sha256 if files.manifest else capsule_sha256(files.parts)
-    sidecar = _current(files, expected)
+    sidecar = current_sidecar(files, files.manifest)
     if sidecar:
         try:
             with closing(sidecar):
@@ -98,18 +102,47 @@ def opened_sidecar(files: Files) -> Iterator[Sidecar]:
             yield sidecar
 
 
-def _current(files: Files, capsule: str) -> Sidecar | None:
-    path = files.sidecar
-    if path is None:
+def current_sidecar(files: Files, published: Manifest | None) -> Sidecar | None:
+    """The sidecar beside a capsule, as it was ``published``; None where it is missing, damaged, of another version, of
+    other bytes or of another capsule: then it is rebuilt."""
+    try:
+        sidecar = Sidecar.open(files.sidecar_path)
+    except CapsuleUnreadable:
         return None
     try:
-        sidecar = Sidecar.open(path)
-    except CapsuleUnreadable:
-        return None  # the caller rebuilds it
-    if sidecar.capsule_sha256 == capsule:
-        return sidecar
+        if sidecar.capsule_sha256 == _expected(files) and _is_whole(sidecar, published):
+            return sidecar
+    except BaseException:
+        sidecar.close()
+        raise
     sidecar.close()
     return None
+
+
+def belongs(sidecar: Path, manifest: Manifest | None) -> bool:
+    """Whether it may lie beside the capsule: what was published is replaced by the same bytes only, which another
+    version's sidecar has not."""
+    return manifest is None or sha256_of(sidecar) == manifest.sidecar_sha256
+
+
+def _is_whole(sidecar: Sidecar, published: Manifest | None) -> bool:
+    """Whether it is as it was built: by its hash, or where nobody knows that, by a look at every row. A byte that
+    changed in a table is an answer that is wrong."""
+    if published is not None:
+        return belongs(sidecar.path, published)
+    try:
+        sidecar.check()
+    except CapsuleUnreadable:
+        return False
+    return True
+
+
+def _expected(files: Files) -> str:
+    manifest = files.manifest
+    sizes = [path.stat().st_size if path.is_file() else None for path in files.parts]
+    if manifest and all(size in (None, part.size_bytes) for part, size in zip(manifest.parts, sizes, strict=True)):
+        return manifest.capsule_sha256  # a part that is not here yet was not changed here either
+    return capsule_sha256(files.parts)
 
 
 def vectors(files: Files, sidecar: Sidecar, engine: Callable[[Choice], Embedder]) -> Vectors | None:
@@ -244,8 +277,7 @@ def verify(capsule: Path) -> Iterator[Check]:
 def _same_hash(name: str, path: Path, expected: str) -> Check:
     if not path.is_file():
         return Check(name=name, ok=False, detail="the file is missing")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     same = found == expected
     return Check(name=name, ok=same, detail=f"sha256 {found}" if same else f"sha256 {found}, expected {expected}")
 
@@ -280,7 +312,7 @@ def read_through_memvid(path: Path, *, exact: bool) -> Check:
             vectors=0 if found is None else len(found[0]),
             reader="sdk",
             frame_probes=[
-                FrameProbe(uri=f.uri, title=f.title, track=f.track, tags=f.tags, text=f.text) for f in frames
+                FrameProbe(uri=f.uri, title=f.title, track=f.track or None, tags=f.tags, text=f.text) for f in frames
             ],
             word_probes=[],
             vector_probes=probes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -24,11 +23,12 @@ from common.embedding.port import Embedder
 from common.errors import CapsuleUnreadable, EmbeddingFailed, StorageFailed
 from common.frames.model import Frame
 from common.sidecar.open import Sidecar
-from common.sidecar.rebuild import capsule_sha256, rebuild
+from common.sidecar.rebuild import rebuild
+from common.storage.file import sha256_of
 from control_plane.errors import IndexBuildInProgress, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.reading.artifacts import Artifacts, Held
-from control_plane.reading.inspect import Files, vectors
+from control_plane.reading.inspect import Files, belongs, current_sidecar, vectors
 from control_plane.reading.search import Vectors
 
 PATIENCE = 2.0
@@ -100,11 +100,8 @@ class _Opened:
         self._vectors_lock = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         _check_published(files, held.published)
-        path, expected = files.sidecar_path, _expected(files)
-        sidecar = _current(path, expected)
-        if sidecar is not None and not _is_whole(sidecar, held.published or files.manifest):
-            sidecar.close()  # a byte that changed in a table is an answer that is wrong
-            sidecar = None
+        path = files.sidecar_path
+        sidecar = current_sidecar(files, held.published or files.manifest)
         if sidecar is None:
             held.wait(None)
             with rebuilding:  # takes a lot of memory
@@ -122,7 +119,7 @@ class _Opened:
         own = Path(folder.name) / path.name
         try:
             rebuild(self._files.parts, own)
-            beside = os.access(path.parent, os.W_OK) and _belongs(own, self._files.manifest)
+            beside = os.access(path.parent, os.W_OK) and belongs(own, self._files.manifest)
             if beside:
                 _put(own, path)
         except BaseException:
@@ -247,37 +244,8 @@ def _check_part(path: Path, part: int, published: Manifest | None) -> None:
     """Raise CapsuleUnreadable where a part of a job's capsule is not what was published; reads all of it."""
     if published is None:
         return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != published.parts[part].sha256:
-            raise CapsuleUnreadable(f"{path.name} is not what was published (SHA-256)")
-
-
-def _expected(files: Files) -> str:
-    manifest = files.manifest
-    sizes = [path.stat().st_size if path.is_file() else None for path in files.parts]
-    if manifest and all(size in (None, part.size_bytes) for part, size in zip(manifest.parts, sizes, strict=True)):
-        return manifest.capsule_sha256  # a part that is not here yet was not changed here either
-    return capsule_sha256(files.parts)
-
-
-def _belongs(sidecar: Path, manifest: Manifest | None) -> bool:
-    """Whether it may lie beside the capsule: what was published is replaced by the same bytes only, which another
-    version's sidecar has not."""
-    if manifest is None:
-        return True
-    with sidecar.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == manifest.sidecar_sha256
-
-
-def _is_whole(sidecar: Sidecar, manifest: Manifest | None) -> bool:
-    """Whether it is as it was built: by its hash, or where nobody knows that, by a look at every row."""
-    if manifest is not None:
-        return _belongs(sidecar.path, manifest)
-    try:
-        sidecar.check()
-    except CapsuleUnreadable:
-        return False
-    return True
+    if sha256_of(path) != published.parts[part].sha256:
+        raise CapsuleUnreadable(f"{path.name} is not what was published (SHA-256)")
 
 
 def _put(sidecar: Path, path: Path) -> None:
@@ -288,17 +256,6 @@ def _put(sidecar: Path, path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageFailed(f"Cannot write the sidecar {path.name}: {error.strerror}") from error
-
-
-def _current(path: Path, expected: str) -> Sidecar | None:
-    try:
-        sidecar = Sidecar.open(path)
-    except CapsuleUnreadable:
-        return None  # missing, damaged or of another version: it is rebuilt
-    if sidecar.capsule_sha256 == expected:
-        return sidecar
-    sidecar.close()
-    return None
 
 
 class _Entry:

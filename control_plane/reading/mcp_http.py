@@ -9,6 +9,7 @@ errors of tools have (``{code: RATE_LIMITED, message, traceId, retryable}``) sta
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -24,11 +25,13 @@ from litestar.types import HTTPScope, Message, Receive, Scope, Send
 from mcp.server.context import ServerRequestContext
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
-from common.errors import ExportError, PayloadTooLarge, UnsupportedMediaType
+from common.contract import MALFORMED
+from common.errors import ExportError, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from control_plane.errors import MethodNotAllowed, NotAcceptable, RateLimited, body_of, headers_of, status_of
 from control_plane.operations.auth import NEEDS, READ
 from control_plane.operations.keys import Caller
-from control_plane.operations.limits import TokenBuckets, rate_headers
+from control_plane.operations.limits import TokenBuckets, rate_headers, too_many
+from control_plane.operations.metrics import Metrics
 from control_plane.operations.origins import Origins
 from control_plane.operations.tracing import current
 from control_plane.reading import mcp_direct
@@ -36,6 +39,8 @@ from control_plane.reading.mcp import mcp_server
 from control_plane.reading.reader import Reader, error_body
 
 MAX_REQUEST_BYTES = 1 << 20
+BODY_SECONDS = 30.0
+"""For the whole body of a message."""
 _WRONG_ID = msgspec.json.encode(
     {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "id must be a string or a whole number"}}
 )
@@ -50,10 +55,12 @@ class McpRoute(NamedTuple):
     lifespan: Callable[[Litestar], AbstractAsyncContextManager[None]]
 
 
-def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenBuckets | None = None) -> McpRoute:
+def mcp_route(
+    reader: Reader, metrics: Metrics, *, origins: Origins | None = None, buckets: TokenBuckets | None = None
+) -> McpRoute:
     """The read tools that ``reader`` answers at ``/mcp``; the application's bearer check stands before it.
 
-    Pages of ``origins`` may ask, as often as ``buckets`` allow for one key.
+    Pages of ``origins`` may ask, as often as ``buckets`` allow for one key that has no rate of its own.
     """
     origins = origins or Origins(any_host=False)
     buckets = buckets or TokenBuckets(per_minute=240_000, burst=8_000)
@@ -67,7 +74,8 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
         if scope["type"] != ScopeType.HTTP:
             await send({"type": "websocket.close", "code": 1008, "reason": None})
             return
-        allowance = buckets.take(_client(scope), time.monotonic())
+        caller: Caller = scope["auth"]
+        allowance = buckets.take(f"key {caller.key}", time.monotonic(), caller.rate)
         send = _with_headers(send, rate_headers(allowance))
         try:
             _check(scope, origins)
@@ -78,10 +86,8 @@ def mcp_route(reader: Reader, *, origins: Origins | None = None, buckets: TokenB
         if body is None:
             return
         if allowance.retry_after_seconds is not None:
-            refusal = RateLimited(
-                f"Too many requests: at most {allowance.limit:,} at once, and then steadily; try again later.",
-                retryAfterSeconds=allowance.retry_after_seconds,
-            )
+            metrics.refused.labels("mcp_requests").inc()
+            refusal = too_many(allowance)
             await _answer(send, status_of(refusal), _json_rpc(refusal, body), headers_of(refusal))
             return
         if _has_wrong_id(body):  # the package takes such a request for a notification
@@ -122,17 +128,22 @@ def _too_large() -> PayloadTooLarge:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None where the client went away. Raises PayloadTooLarge."""
+    """The whole body; None where the client went away. Raises PayloadTooLarge, InvalidRequest for one that takes too
+    long."""
     body = bytearray()
     more = True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message["body"]
-        if len(body) > MAX_REQUEST_BYTES:
-            raise _too_large()
-        more = message.get("more_body", False)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                body += message["body"]
+                if len(body) > MAX_REQUEST_BYTES:
+                    raise _too_large()
+                more = message.get("more_body", False)
+    except TimeoutError as error:
+        raise InvalidRequest(f"The body is not there after {BODY_SECONDS:.0f} seconds.", field="body") from error
     return bytes(body)
 
 
@@ -157,11 +168,6 @@ def _caller(context: ServerRequestContext[Any]) -> Caller:
     return caller
 
 
-def _client(scope: Scope) -> str:
-    """Whom a request counts for: the key, by the name that the bearer check gave it."""
-    return f"key {scope['auth'].key}"
-
-
 def _refusal_headers(error: ExportError) -> dict[str, str]:
     return {**headers_of(error), **({"Allow": "POST"} if isinstance(error, MethodNotAllowed) else {})}
 
@@ -169,7 +175,7 @@ def _refusal_headers(error: ExportError) -> dict[str, str]:
 def _json_rpc(error: RateLimited, request: bytes) -> bytes:
     try:
         id_ = msgspec.json.decode(request, type=_Request).id
-    except (msgspec.MsgspecError, RecursionError):
+    except MALFORMED:
         id_ = None
     data = msgspec.json.decode(error_body(error, current().trace))
     return msgspec.json.encode(
@@ -190,7 +196,7 @@ def _has_wrong_id(request: bytes) -> bool:
         msgspec.json.decode(request, type=_Message)
     except msgspec.ValidationError as error:
         return str(error).endswith("at `$.id`")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except MALFORMED:
         pass  # the package says what is wrong with it
     return False
 

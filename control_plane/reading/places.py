@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
 
 from common.errors import InvalidRequest
+from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
 from control_plane.reading.tools import Locator, NotFound
@@ -51,11 +53,12 @@ class Places(Protocol):
 class ExportPlaces:
     """The completed exports, the newest by default, and the capsules under a folder."""
 
-    def __init__(self, jobs: Jobs, root: Path, *, external: bool) -> None:
-        """Capsules outside ``root`` are found only where ``external``."""
+    def __init__(self, jobs: Jobs, root: Path, *, external: bool, note: Callable[[AuditEntry], None]) -> None:
+        """Capsules outside ``root`` are found only where ``external``; ``note`` hears whose exports are read."""
         self._jobs = jobs
         self._root = root
         self._external = external
+        self._note = note
         self._found: dict[tuple[str | None, str | None], tuple[JobRecord, int, float]] = {}
 
     async def find(self, locator: Locator | None, caller: Caller) -> Path | JobRecord:
@@ -73,12 +76,12 @@ class ExportPlaces:
         asked = (caller.only, job_id)  # what was found for one client is not looked at for another
         changes, now = self._jobs.changes, time.monotonic()
         found, then, until = self._found.get(asked, (None, -1, 0.0))
-        if found is not None and then == changes and now < until:
-            return found
-        found = await self._find(job_id, caller)
-        while len(self._found) >= MAX_KNOWN:
-            del self._found[next(iter(self._found))]
-        self._found[asked] = found, changes, now + KNOWN_SECONDS
+        if found is None or then != changes or now >= until:
+            found = await self._find(job_id, caller)
+            while len(self._found) >= MAX_KNOWN:
+                del self._found[next(iter(self._found))]
+            self._found[asked] = found, changes, now + KNOWN_SECONDS
+        self._note(caller.did("export.search", found.id))
         return found
 
     async def _find(self, job_id: str | None, caller: Caller) -> JobRecord:

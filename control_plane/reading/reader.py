@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
-from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Retry, StorageFailed
+from common.errors import CapsuleUnreadable, ExportError, InvalidRequest, Retry
 from control_plane.errors import IndexBuildInProgress, JobExpired, RateLimited, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.operations.keys import Caller
@@ -30,7 +30,7 @@ SCHEMA_VERSION = "gitnexus.mcp.v1"
 AT_ONCE_SECONDS = 0.02
 """How long an answer may take on the event loop."""
 _LONG = frozenset({"text_search", "call_trace", "impact_analysis", "query_explain"})
-"""Tools that go to a thread at once: they ask an engine, or walk."""
+"""Tools that go to a thread at once: they ask an engine, walk, or take a long text apart."""
 _PAGING = frozenset({"locator", "also", "cursor", "limit", "max_chars"})
 _TIMING_BYTES = 8
 """That the time may grow by meanwhile."""
@@ -324,5 +324,4 @@ _CODES: dict[type[ExportError], str] = {
     ResultTruncated: "RESULT_TRUNCATED",
     TimedOut: "TIMEOUT",
     RateLimited: "RATE_LIMITED",
-    StorageFailed: "INTERNAL_ERROR",
 }

@@ -393,8 +393,7 @@ class _Trace:
             for path in self._walk(
                 [start], length, lambda at, left: (at == goal) == (left == 0) and away.get(at, left + 1) <= left
             ):
-                if path[-1] == goal:
-                    paths.append(path)
+                paths.append(path)
                 if len(paths) == self._limit:
                     self.limited = True
                     return paths

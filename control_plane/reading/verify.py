@@ -8,6 +8,7 @@ What is held in memory is the listing, about 0.3 KB a file, and one piece of 1 M
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,10 +20,10 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from common.contract import Manifest, Wire
-from common.errors import CapsuleUnreadable, InvalidRequest, ObjectMissing, PayloadMismatch
+from common.errors import CapsuleUnreadable, InvalidRequest, ObjectMissing, PayloadMismatch, StorageFailed
 from common.settings import WorkerSettings
 from common.storage import FileStorage, Found, S3Config, Storage, StorageConfig, open_storage
-from control_plane.reading.inspect import read_through_memvid
+from control_plane.reading.inspect import is_plain, read_through_memvid
 from handler.job import MANIFEST_ENDING, MAX_MANIFEST_BYTES, files_of, read_manifest, ref_of
 
 CAPSULE_ENDING = ".mv2"
@@ -79,7 +80,8 @@ def single(place: str) -> Path | None:
 
 def verify_all(place: str, settings: WorkerSettings, amount: Amount) -> Iterator[Verified]:
     """Look at every capsule below a folder (a path or a ``file://`` ref) or a prefix ``s3://bucket/prefix/``; one
-    capsule of a bucket is a place too. Raises CapsuleUnreadable where there is none, InvalidRequest for other places.
+    capsule of a bucket is a place too. What is removed meanwhile, as an export that expires is, is left out. Raises
+    CapsuleUnreadable where there is none, InvalidRequest and InvalidRef for other places, AccessDenied, StorageFailed.
     """
     storage, prefix, only = _opened(place, settings)
     try:
@@ -129,7 +131,11 @@ def _folder_of(
         named |= {name, capsule, capsule + SIDECAR_ENDING}
         try:
             manifest = _manifest(storage, names[name])
-        except CapsuleUnreadable as error:
+        except (CapsuleUnreadable, ObjectMissing, StorageFailed) as error:
+            if storage.size(names[name].ref) is None:
+                continue
+            if not isinstance(error, CapsuleUnreadable):
+                raise
             if only in (None, capsule):
                 problems = [f"{name}: {error.message}"]
                 yield Verified(
@@ -143,13 +149,18 @@ def _folder_of(
             continue
         named |= {file for file, _, _ in files_of(manifest)}
         if only is None or only in {part.file_name for part in manifest.parts}:
-            yield _compared(storage, folder, names, manifest, amount)
+            verified = _compared(storage, folder, names, manifest, amount)
+            # A manifest that has gone too says that all of it was removed.
+            if verified.state == "whole" or storage.size(names[name].ref) is not None:
+                yield verified
     for name, found in sorted(names.items()):
         if name in named or only not in (None, name):
             continue
+        beside = name.endswith(SIDECAR_ENDING) and name.removesuffix(SIDECAR_ENDING) in names
         if name.endswith(CAPSULE_ENDING):
-            yield _read(storage, found, name, amount)
-        elif not (name.endswith(SIDECAR_ENDING) and name.removesuffix(SIDECAR_ENDING) in names):
+            with contextlib.suppress(ObjectMissing):
+                yield _read(storage, found, name, amount)
+        elif not beside and storage.size(found.ref) is not None:  # else it went with an export that has expired
             yield Verified(ref=found.ref, state="stray", manifest=False, files=1, size_bytes=found.size)
 
 
@@ -158,7 +169,7 @@ def _manifest(storage: Storage, found: Found) -> Manifest:
         raise CapsuleUnreadable(f"a manifest of {found.size:,} bytes")
     manifest = read_manifest(storage, found.ref)
     for name, _, _ in files_of(manifest):
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        if not is_plain(name):
             raise CapsuleUnreadable("it names a file that is not beside it")
     return manifest
 
@@ -196,17 +207,18 @@ def _compared(storage: Storage, folder: str, names: dict[str, Found], manifest: 
 
 
 def _read(storage: Storage, found: Found, name: str, amount: Amount) -> Verified:
-    """A capsule without a manifest, through memvid."""
+    """A capsule without a manifest, through memvid. Raises ObjectMissing where it was removed meanwhile."""
     tell = amount(name)
     problems = []
     with tempfile.TemporaryDirectory(prefix="memvid-export-") as scratch:
         try:
             path = storage.local(found.ref, Path(scratch), size=found.size)
-            if path.suffix != CAPSULE_ENDING:  # memvid reads files of that name only
-                path = path.rename(path.with_name(f"{path.name}{CAPSULE_ENDING}"))
+            if path.suffix != CAPSULE_ENDING:  # memvid reads files of such names only, and a bare ".mv2" is none
+                path, named = Path(scratch) / f"capsule{CAPSULE_ENDING}", path
+                path.symlink_to(named)
             check = read_through_memvid(path, exact=True)
             problems = [] if check.ok else [check.detail]
-        except (CapsuleUnreadable, ObjectMissing, PayloadMismatch) as error:
+        except (CapsuleUnreadable, PayloadMismatch) as error:
             problems = [error.message]
     tell(found.size, found.size)
     state: Literal["whole", "damaged"] = "damaged" if problems else "whole"

@@ -7,24 +7,26 @@ from typing import Any
 
 import pytest
 
-from control_plane.errors import QueueUnavailable, RateLimited, headers_of
-from control_plane.exports.admission import FALLBACK_RETRY_SECONDS, MAX_RETRY_SECONDS, Admission, retry_after
+from control_plane.errors import RETRY_AFTER_SECONDS, QueueUnavailable, RateLimited, headers_of
+from control_plane.exports.admission import MAX_RETRY_SECONDS, Admission, retry_after
 from control_plane.operations.profiles import Profile
+
+TEN: dict[str, Any] = {"running": 2, "took": 20.0}
 
 
 class Queue:
     """Figures of one profile's queue, in memory; every other profile has an empty one."""
 
-    def __init__(self, *, depth: int = 0, age: float = 0.0, ended: int = 0) -> None:
+    def __init__(self, *, depth: int = 0, age: float = 0.0, running: int = 0, took: float | None = None) -> None:
         self._figures = (depth, age)
-        self._ended = ended
+        self._pace = (running, took)
 
     async def queued(self, profile: str | None) -> tuple[int, float]:
         return self._figures if profile in ("bulk", None) else (0, 0.0)
 
-    async def ended_since(self, profile: str | None, seconds: float) -> int:
+    async def pace(self, profile: str | None, seconds: float) -> tuple[int, float | None]:
         assert seconds == 600
-        return self._ended if profile in ("bulk", None) else 0
+        return self._pace if profile in ("bulk", None) else (0, None)
 
 
 def profile(name: str = "bulk") -> Profile:
@@ -55,12 +57,12 @@ def test_a_full_queue_of_one_profile_leaves_the_others_open() -> None:
 @pytest.mark.parametrize(
     ("figures", "details"),
     [
-        # 60 ended in 600 s: one in 10 s; one, then eleven must end before there is room.
-        ({"depth": 10, "ended": 60}, {"depth": 10, "limit": 10, "retryAfterSeconds": 10}),
-        ({"depth": 20, "ended": 60}, {"depth": 20, "limit": 10, "retryAfterSeconds": 110}),
+        # Two at a time, 20 s each: one ends in 10 s; one, then eleven must end before there is room.
+        ({"depth": 10, **TEN}, {"depth": 10, "limit": 10, "retryAfterSeconds": 10}),
+        ({"depth": 20, **TEN}, {"depth": 20, "limit": 10, "retryAfterSeconds": 110}),
         # The older half of eight jobs has waited too long: four must end.
-        ({"depth": 8, "age": 240.0, "ended": 60}, {"ageSeconds": 240.0, "limit": 120, "retryAfterSeconds": 40}),
-        ({"depth": 1, "age": 121.0, "ended": 60}, {"ageSeconds": 121.0, "limit": 120, "retryAfterSeconds": 10}),
+        ({"depth": 8, "age": 240.0, **TEN}, {"ageSeconds": 240.0, "limit": 120, "retryAfterSeconds": 40}),
+        ({"depth": 1, "age": 121.0, **TEN}, {"ageSeconds": 121.0, "limit": 120, "retryAfterSeconds": 10}),
     ],
 )
 def test_a_refusal_says_what_is_full_and_when_there_will_be_room(
@@ -72,18 +74,21 @@ def test_a_refusal_says_what_is_full_and_when_there_will_be_room(
 
 
 @pytest.mark.parametrize(
-    ("must_end", "ended", "seconds"),
+    ("must_end", "running", "took", "seconds"),
     [
-        (1, 0, FALLBACK_RETRY_SECONDS),
-        (500, 0, FALLBACK_RETRY_SECONDS),
-        (1, 100_000, 1),
-        (7, 1_000, 5),
-        (1, 1, MAX_RETRY_SECONDS),
-        (10_000, 3, MAX_RETRY_SECONDS),
+        (1, 0, None, RETRY_AFTER_SECONDS),
+        (500, 3, None, RETRY_AFTER_SECONDS),
+        (1, 2, 0.1, 1),
+        (7, 3, 2.0, 5),
+        (7, 0, 2.0, 14),
+        (1, 1, 601.0, MAX_RETRY_SECONDS),
+        (10_000, 3, 1.0, MAX_RETRY_SECONDS),
     ],
 )
-def test_the_time_stays_between_a_second_and_ten_minutes(must_end: int, ended: int, seconds: int) -> None:
-    assert retry_after(must_end, ended) == seconds
+def test_the_time_stays_between_a_second_and_ten_minutes(
+    must_end: int, running: int, took: float | None, seconds: int
+) -> None:
+    assert retry_after(must_end, running, took) == seconds
 
 
 def test_errors_that_name_no_time_keep_the_usual_one() -> None:
@@ -91,7 +96,7 @@ def test_errors_that_name_no_time_keep_the_usual_one() -> None:
 
 
 def test_a_body_is_not_read_while_no_profile_takes_a_job() -> None:
-    queue = Queue(depth=10, ended=60)
+    queue = Queue(depth=10, running=2, took=20.0)
     asyncio.run(admission(queue, "bulk", "interactive").check_any())
     with pytest.raises(QueueUnavailable) as caught:
         asyncio.run(admission(queue).check_any())
@@ -100,5 +105,5 @@ def test_a_body_is_not_read_while_no_profile_takes_a_job() -> None:
 
 def test_a_body_is_not_read_while_the_queue_of_all_profiles_is_full() -> None:
     with pytest.raises(QueueUnavailable) as caught:
-        asyncio.run(admission(Queue(depth=9, ended=60), "bulk", "interactive", capacity=8).check_any())
+        asyncio.run(admission(Queue(depth=9, running=2, took=20.0), "bulk", "interactive", capacity=8).check_any())
     assert caught.value.details == {"depth": 9, "limit": 8, "retryAfterSeconds": 20}

@@ -125,6 +125,52 @@ def test_a_flood_of_wrong_keys_is_a_few_entries_with_their_count(tmp_path: Path)
         assert "guess-" not in house.server.log.read_text()
 
 
+def test_ids_that_a_client_makes_up_leave_the_log_to_others(tmp_path: Path) -> None:
+    with keyed(tmp_path) as house:
+        job_id = house.submit("red", graph(name="mine"))
+        house.finish("red", job_id)
+        with house.as_("blue") as blue, house.as_("red") as red:
+            for n in range(25):  # too long to be ids: they are none, and take no place of those
+                assert blue.get(f"/v1/exports/{'x' * 40}{n}/download").status_code == 404
+            for n in range(60):
+                assert blue.get(f"/v1/exports/none-{n}/download").status_code == 404
+            assert red.get(f"/v1/exports/{job_id}/download").status_code == 200
+        house.server.stop()  # what is counted is written at the end
+        house.server.start()
+        missed = _entries(house, action="export.download", client="blue")
+        assert {entry["outcome"] for entry in missed} == {"JOB_NOT_FOUND"}
+        assert sum(entry["count"] for entry in missed) == 85
+        assert {entry["jobId"] for entry in missed} == {None, *(f"none-{n}" for n in range(20))}
+        [read] = _entries(house, action="export.download", client="red")
+        assert (read["outcome"], read["jobId"]) == ("ok", job_id)
+
+
+def test_whose_code_was_searched_is_noted_over_http_and_over_mcp(house: Keyed) -> None:
+    job_id = house.submit("red", graph(name="searched"))
+    house.finish("red", job_id)
+    call = {"name": "text_search", "arguments": {"query": "call", "locator": {"jobId": job_id}}}
+    with house.as_("red-read") as reader, house.as_("operator") as operator:
+        assert reader.get(f"/v1/exports/{job_id}/search", params={"q": "call"}).status_code == 200
+        headers = {"accept": "application/json, text/event-stream"}
+        said = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+        assert operator.post("/mcp", json=said, headers=headers).json()["result"]["isError"] is False
+
+    def of(key: str) -> list[dict[str, Any]]:
+        found = _until(lambda: _entries(house, action="export.search"))
+        return [entry for entry in found if entry["jobId"] == job_id and entry["key"] == key]
+
+    for key in ("red-read", "operator"):
+        [entry] = _until(lambda key=key: of(key))  # type: ignore[misc]
+        assert (entry["outcome"], entry["address"]) == ("ok", "127.0.0.1")
+
+
+def test_an_address_that_a_proxy_wraps_is_told_as_it_is(house: Keyed) -> None:
+    forwarded = {"authorization": "Bearer nobody", "x-forwarded-for": "::ffff:192.0.2.7"}
+    assert httpx.get(f"{house.server.url}/v1/exports", headers=forwarded).status_code == 401
+    refused = _until(lambda: [e for e in _entries(house, action="key.refused") if e["address"] != "127.0.0.1"])
+    assert [entry["address"] for entry in refused] == ["192.0.2.7"]
+
+
 def test_keys_that_were_read_again_are_noted(tmp_path: Path) -> None:
     with keyed(tmp_path) as house:
         house.file.write_text(house.file.read_text() + "\n")

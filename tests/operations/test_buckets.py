@@ -6,7 +6,7 @@ import pytest
 
 from common.settings import Settings
 from control_plane.errors import HostRefused, OriginRefused
-from control_plane.operations.limits import TokenBuckets
+from control_plane.operations.limits import MAX_BURST, USUAL, Rate, TokenBuckets
 from control_plane.operations.origins import Origins
 
 LOCAL = {"MEMVID_EXPORT_BIND_ADDR": "127.0.0.1:8080"}
@@ -22,6 +22,19 @@ def test_a_bucket_is_emptied_and_fills_steadily() -> None:
     assert buckets.take("a", 101.02).retry_after_seconds == 1
     full = buckets.take("a", 1_000)
     assert (full.remaining, full.reset_seconds, full.retry_after_seconds) == (2, 1, None)
+
+
+def test_a_key_says_as_much_of_its_rate_as_it_likes() -> None:
+    def limits(own: Rate) -> tuple[int, int]:
+        buckets = TokenBuckets(per_minute=60, burst=20)
+        first = buckets.take("a", 0, own)
+        return first.limit, first.reset_seconds
+
+    assert limits(USUAL) == (20, 1)
+    assert limits(Rate(burst=3)) == (3, 1)
+    assert limits(Rate(per_minute=30)) == (30, 2)
+    assert limits(Rate(per_minute=30, burst=5)) == (5, 2)
+    assert limits(Rate(per_minute=60_000_000)) == (MAX_BURST, 1)
 
 
 def test_in_any_hour_no_more_is_answered_than_the_rate_and_one_burst() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,25 @@ def test_a_server_finds_itself_and_tells_how_its_canaries_go(tmp_path: Path) -> 
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def test_a_server_short_of_file_handles_for_a_canary_sends_the_next_one(tmp_path: Path) -> None:
+    server = Server(tmp_path / "root", worker_slots=1, canary_seconds=1)
+    try:
+        server.start()
+        _seen(lambda: "canary came through" in server.log.read_text())
+        used = {int(path.name) for path in Path(f"/proc/{server.pid}/fd").iterdir()}
+        free = min(set(range(len(used) + 1)) - used)
+        soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (free, hard))
+        told = _seen(lambda: re.search(r".*it did not start.*canary did not come through.*", server.log.read_text()))
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert re.search(r"step\W+process", told[0])
+        _seen(lambda: "canary came through" in server.log.read_text()[told.end() :])
+        _seen(lambda: _note(server.client, r"ok \d+ s ago, took [0-9.]+ s"))
+        assert server.client.get("/readyz").json()["checks"]["tasks"] == "ok"
+    finally:
+        server.close()
 
 
 def _note(client: httpx.Client, wanted: str) -> re.Match[str] | None:

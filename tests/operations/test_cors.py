@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from keyring import TEAMS, Keyed, entry, keyed
 from live_server import graph
+from processes import COMMAND, free_port, running
 
 ORIGIN = "https://client.example"
 ALWAYS = {
@@ -96,6 +99,23 @@ def test_an_allowed_page_may_send_its_trace_and_others_nothing(house: Keyed) -> 
     with house.as_("red") as red:
         answer = red.get("/v1/exports", headers={"origin": "https://other.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_server_without_a_key_answers_no_page_of_another_name(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    env = {**os.environ, "MEMVID_EXPORT_ROOT": str(tmp_path / "root"), "MEMVID_EXPORT_BIND_ADDR": url[7:]}
+    with (
+        running([COMMAND, "serve", "--dev"], tmp_path / "server.log", env, f"{url}/readyz"),
+        httpx.Client(base_url=url) as client,
+    ):
+        assert client.get("/v1/exports").status_code == 200
+        assert client.get("/v1/exports", headers={"origin": url}).status_code == 200
+        for path in ("/v1/exports", "/v1/stats", "/v1/exports/none/download"):
+            rebound = client.get(path, headers={"host": "evil.example", "origin": "http://evil.example"})
+            assert (rebound.status_code, rebound.json()["error"]["code"]) == (421, "HOST_REFUSED")
+        other = client.post("/v1/exports", json=graph(), headers={"origin": "http://evil.example"})
+        assert (other.status_code, other.json()["error"]["code"]) == (403, "ORIGIN_REFUSED")
+        assert client.get("/v1/exports").json()["jobs"] == []
 
 
 def test_plain_http_is_not_told_to_become_https(start_server_keyed: Keyed) -> None:

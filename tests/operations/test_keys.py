@@ -139,6 +139,15 @@ def test_the_rate_of_a_key_is_told_and_held(tmp_path: Path) -> None:
         assert not any(name.startswith("x-ratelimit") for name in slow.get("/healthz").headers)
         figures = httpx.get(f"{house.server.url}/metrics").text
         assert 'memvid_export_refused_total{limit="requests"} 1.0' in figures
+        headers = {"accept": "application/json"}
+        asked = [
+            slow.post("/mcp", json={"jsonrpc": "2.0", "id": n, "method": "tools/list"}, headers=headers)
+            for n in range(4)
+        ]
+        assert [answer.status_code for answer in asked] == [200, 200, 200, 429]
+        assert asked[-1].json()["error"]["data"]["code"] == "RATE_LIMITED"
+        figures = httpx.get(f"{house.server.url}/metrics").text
+        assert 'memvid_export_refused_total{limit="mcp_requests"} 1.0' in figures
 
 
 def test_wrong_keys_are_soon_refused_unlooked_at_and_known_ones_go_on(tmp_path: Path) -> None:
@@ -288,6 +297,7 @@ GOOD = entry("good", "read")
         (GOOD.replace("read", "write"), "keys[0].scopes must be a list of some of export, read, admin"),
         (entry("good"), "keys[0].scopes must be a list"),
         (GOOD + "scope = 1", "keys[0].scope is unknown"),
+        (GOOD + f"mvx_{'A' * 43} = 1", "a field of MEMVID_EXPORT_KEYS_FILE: keys[0] is unknown"),
         (GOOD + "burst = 0", "keys[0].burst must be a number of requests"),
         (GOOD + "requests_per_minute = true", "keys[0].requests_per_minute must be a number"),
         (GOOD + "active_jobs = 1.5", "keys[0].active_jobs must be a number of jobs"),

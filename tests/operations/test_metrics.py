@@ -128,11 +128,11 @@ def test_storage_errors_count_by_operation_and_code(tmp_path: Path) -> None:
 
 
 def test_figures_are_there_while_the_database_is_not() -> None:
-    shown = Metrics().text(None, streams=3, free={"root": 7}, troubles={"worker": "none is up"}).decode()
+    shown = Metrics().text(None, streams=3, free={"root": 7}, troubles={"worker": True, "disk": False}).decode()
     assert "memvid_export_event_streams 3.0" in shown
     assert "memvid_export_queue_depth NaN" in shown
-    assert 'memvid_export_trouble{part="database"} 1.0' in shown
     assert 'memvid_export_trouble{part="worker"} 1.0' in shown
+    assert 'memvid_export_trouble{part="disk"} 0.0' in shown
 
 
 def test_dead_letters_and_the_oldest_wait_come_from_the_store(tmp_path: Path) -> None:

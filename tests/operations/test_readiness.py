@@ -86,7 +86,11 @@ def test_a_database_that_is_locked_is_named_and_all_is_well_when_it_is_back(tmp_
         other = sqlite3.connect(tmp_path / "root" / "jobs.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         assert set(eventually(lambda: wrong(server))) == {"database"}
-        assert 'trouble{part="worker"} 0.0' in server.client.get("/metrics").text
+        shown = server.client.get("/metrics").text
+        assert 'memvid_export_trouble{part="database"} 1.0' in shown
+        troubled = {line for line in shown.splitlines() if line.startswith("memvid_export_trouble{")}
+        assert len(troubled) == len(CHECKS | {"keys"})
+        assert sum(line.endswith(" 1.0") for line in troubled) == 1
         other.execute("ROLLBACK")
         other.close()
         eventually(lambda: not wrong(server))

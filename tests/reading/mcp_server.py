@@ -132,8 +132,11 @@ class McpServer:
         artifacts = artifacts or Artifacts(FileStorage([]), root / "copies", 1)
         self._engines = OpenEngines(engines)
         library = Library(artifacts, self._engines.get, capacity=cache_capacity)
-        places = ExportPlaces(exports, root, external=allow_external_capsules)
-        route = mcp_route(Reader(places, library, budget=response_budget_bytes), origins=origins, buckets=buckets)
+        settings, metrics = Settings.read({"MEMVID_EXPORT_API_KEY": KEY}), Metrics()
+        places = ExportPlaces(exports, root, external=allow_external_capsules, note=lambda _entry: None)
+        route = mcp_route(
+            Reader(places, library, budget=response_budget_bytes), metrics, origins=origins, buckets=buckets
+        )
 
         @asynccontextmanager
         async def closing(_app: Litestar) -> AsyncIterator[None]:
@@ -145,7 +148,7 @@ class McpServer:
             [route.handler],
             lifespan=[closing, route.lifespan],
             middleware=[
-                BearerAuth(Keys(Settings.read({"MEMVID_EXPORT_API_KEY": KEY})), lambda _entry: None, Metrics())
+                BearerAuth(settings, Keys(settings), Origins.of(settings), note=lambda _entry: None, metrics=metrics)
             ],
             logging_config=None,
             exception_handlers={Exception: to_response},
@@ -196,8 +199,14 @@ class McpServer:
         return asyncio.run(run())
 
     def ask_all(self, calls: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The envelopes of answers, none of which may be an error."""
+        """The envelopes of answers, none of which may be an error; an index that opens slowly is waited for."""
         answers = self.call_all(calls)
+        for _ in range(20):
+            places = [n for n, answer in enumerate(answers) if _is_opening(answer)]
+            if not places:
+                break
+            for n, answer in zip(places, self.call_all([calls[n] for n in places]), strict=True):
+                answers[n] = answer
         for answer, call in zip(answers, calls, strict=True):
             assert not answer.is_error, (call, answer.structured_content)
         return [answer.structured_content for answer in answers]
@@ -220,6 +229,10 @@ class McpServer:
                 return (await client.list_tools()).tools
 
         return asyncio.run(run())
+
+
+def _is_opening(answer: Any) -> bool:
+    return bool(answer.is_error) and answer.structured_content.get("code") == "INDEX_BUILD_IN_PROGRESS"
 
 
 def raw_graph(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

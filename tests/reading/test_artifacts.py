@@ -23,7 +23,7 @@ from common.graph.read import read_graph
 from common.pipeline import export
 from common.storage import FileStorage, S3Config
 from common.storage.s3 import S3Storage
-from control_plane.errors import IndexBuildInProgress, TimedOut
+from control_plane.errors import IndexBuildInProgress, QueueUnavailable, TimedOut
 from control_plane.jobs.records import JobRecord
 from control_plane.reading.artifacts import Artifacts
 from control_plane.reading.library import FRESH_SECONDS
@@ -328,6 +328,36 @@ def test_an_export_above_the_bound_is_refused_with_both_figures(place: Place) ->
     with pytest.raises(CapsuleUnreadable, match=f"{whole:,} bytes; at most {small:,}"):
         hold(artifacts, job, whole=True)
     hold(artifacts, job)
+
+
+def test_what_the_disk_has_no_room_for_is_not_fetched(place: Place) -> None:
+    (job,) = place.publish("job")
+    asked: list[int] = []
+
+    def full(size: int) -> None:
+        asked.append(size)
+        raise QueueUnavailable("There is too little room on the server's disk.")
+
+    artifacts = Artifacts(place.store, place.folder, 1 << 30, room=full)
+    with pytest.raises(QueueUnavailable, match="too little room"):
+        hold(artifacts, job)
+    assert asked == [place.published.small]
+    assert place.copies() == set()
+    hold(place.artifacts(), job)
+
+
+def test_words_find_what_the_disk_has_no_room_to_search_by_meaning(place: Place, tmp_path: Path) -> None:
+    place.publish("job")
+
+    def small(size: int) -> None:
+        if size > place.published.small:
+            raise QueueUnavailable("There is too little room on the server's disk.")
+
+    artifacts = Artifacts(place.store, place.folder, 1 << 30, room=small)
+    with McpServer(tmp_path, place.exports, artifacts) as server:
+        answer = server.ask("text_search", query="who keeps the progress from falling back")
+    assert answer["confidence"]["warnings"] == ["SEMANTIC_UNAVAILABLE"]
+    assert answer["result"]["semanticUsed"] is False
 
 
 def test_leftovers_of_an_earlier_process_are_removed(place: Place) -> None:

@@ -382,6 +382,13 @@ def test_one_request_too_many_is_refused_in_a_form_that_clients_read(strict: Mcp
     assert (body["error"]["data"]["code"], body["error"]["data"]["retryable"]) == ("RATE_LIMITED", True)
 
 
+def test_one_request_too_many_is_refused_whatever_it_says(strict: McpServer) -> None:
+    for _ in range(6):
+        assert httpx.post(strict.url, headers=HEADERS, json=PING).status_code == 200
+    answer = httpx.post(strict.url, headers=HEADERS, content=b'{"jsonrpc": "2.0", "id": "\xff", "method": "ping"}')
+    assert (answer.status_code, answer.json()["id"]) == (429, None)
+
+
 def test_the_official_client_is_told_that_it_asks_too_often(strict: McpServer) -> None:
     async def ask_on(client: Client) -> None:
         for _ in range(10):

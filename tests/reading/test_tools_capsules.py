@@ -50,7 +50,7 @@ def reader(root: Path, tmp_path: Path) -> Iterator[Reader]:
     with closing(OpenEngines(Engines())) as engines:
         artifacts = Artifacts(FileStorage([]), tmp_path / "copies", 1)
         library = Library(artifacts, engines.get, capacity=2)
-        yield Reader(ExportPlaces(Exports(), root, external=False), library, budget=65_536)
+        yield Reader(ExportPlaces(Exports(), root, external=False, note=[].append), library, budget=65_536)
         library.close()
         artifacts.close()
 
@@ -333,7 +333,7 @@ def test_a_model_that_opens_slowly_leaves_the_question_to_the_words(root: Path, 
         )
     artifacts = Artifacts(FileStorage([]), root / "copies", 1)
     library = Library(artifacts, engine, capacity=2)
-    reader = Reader(ExportPlaces(Exports(), root, external=False), library, budget=65_536)
+    reader = Reader(ExportPlaces(Exports(), root, external=False, note=[].append), library, budget=65_536)
     asked = {"path": result.capsule_paths[0].name, "query": "zebra progress unheard of"}
     try:
         meanwhile = asyncio.run(ask(reader, "text_search", **asked))

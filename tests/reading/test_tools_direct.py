@@ -121,7 +121,7 @@ def test_a_plain_message_is_answered_as_the_package_answers_it(
     engines = OpenEngines(Engines())
     artifacts = Artifacts(FileStorage([]), tmp_path / "copies", 1)
     library = Library(artifacts, engines.get, capacity=1)
-    reader = Reader(ExportPlaces(exports, tmp_path, external=False), library, budget=65_536)
+    reader = Reader(ExportPlaces(exports, tmp_path, external=False, note=[].append), library, budget=65_536)
     manager = StreamableHTTPSessionManager(
         protocol(reader, lambda _context: EVERYBODY), stateless=True, json_response=True
     )

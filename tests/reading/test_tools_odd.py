@@ -49,7 +49,7 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
     with closing(OpenEngines(Engines())) as engines:
         artifacts = Artifacts(FileStorage([]), tmp_path / "copies", 1)
         library = Library(artifacts, engines.get, capacity=1)
-        reader = Reader(ExportPlaces(Exports(), tmp_path, external=False), library, budget=10_000_000)
+        reader = Reader(ExportPlaces(Exports(), tmp_path, external=False, note=[].append), library, budget=10_000_000)
 
         def answer(tool: str, **arguments: Any) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(

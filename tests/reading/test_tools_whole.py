@@ -76,7 +76,7 @@ def readers(capsules: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     with closing(OpenEngines(Engines())) as engines:
         artifacts = Artifacts(FileStorage([]), tmp_path_factory.mktemp("copies"), 1)
         library = Library(artifacts, engines.get, capacity=4)
-        places = ExportPlaces(exports, capsules[GRAPHS[0]].parents[1], external=False)
+        places = ExportPlaces(exports, capsules[GRAPHS[0]].parents[1], external=False, note=[].append)
         yield [Reader(places, library, budget=budget) for budget in (65_536, SMALL, LARGE)]
         library.close()
         artifacts.close()
