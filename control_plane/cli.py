@@ -25,6 +25,7 @@ from uuid import UUID
 import msgspec
 import typer
 
+from common.contract import MALFORMED
 from common.errors import CanaryFailed, Canceled, ExportError, InvalidRequest, InvalidSettings
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: 
     read_seconds = time.perf_counter() - started
     request.options.semantic_enabled |= options.semantic
     request.options.profile = options.profile or request.options.profile
-    name = capsule_file_name(request.source.base_name, _now(os.environ))
+    now = _now(os.environ)
+    name = capsule_file_name(request.source.base_name, now)
     if name in options.made:
         message = f"{defaults.original_file_name}: its capsule would replace that of an earlier graph, {name}"
         raise InvalidRequest(f"{message}; export it into another folder", field="source.baseName")
@@ -240,7 +242,7 @@ def _export(source: BinaryIO | Path, defaults: Source, options: _Options, show: 
         gate=options.gate,
         on_progress=stages,
         should_stop=lambda: None,
-        generated_at=_now(os.environ),
+        generated_at=now,
     )
     report = result.report
     report.timings.read = read_seconds
@@ -257,9 +259,13 @@ def _now(env: Mapping[str, str]) -> str:
     """The time of this export, ISO 8601 in UTC. ``SOURCE_DATE_EPOCH`` (seconds, reproducible-builds.org) fixes it: the
     same graph then gives the same bytes on any day."""
     fixed = env.get("SOURCE_DATE_EPOCH", "")
-    if fixed and not fixed.isdigit():
-        raise InvalidSettings("SOURCE_DATE_EPOCH must be a whole number of seconds", field="SOURCE_DATE_EPOCH")
-    now = datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now(UTC)
+    wrong = InvalidSettings("SOURCE_DATE_EPOCH must be a whole number of seconds", field="SOURCE_DATE_EPOCH")
+    if fixed and not fixed.isdecimal():
+        raise wrong
+    try:
+        now = datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now(UTC)
+    except (ValueError, OverflowError, OSError) as error:  # a year that no date has
+        raise wrong from error
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -379,7 +385,7 @@ def _job_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         msgspec.json.decode(text, type=dict)
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except (OSError, *MALFORMED) as error:
         raise InvalidRequest(f"{path}: {error}", field="--test-input") from error
     return text
 
@@ -621,6 +627,8 @@ def _key(env: Mapping[str, str]) -> str | None:
         return Path(file).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise InvalidSettings(f"MEMVID_EXPORT_API_KEY_FILE cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidSettings("MEMVID_EXPORT_API_KEY_FILE cannot be read: it is not UTF-8") from error
 
 
 @app.command()
@@ -834,7 +842,7 @@ def _queries(path: Path) -> Iterator[tuple[str | int, str]]:
                     if len(line) > MAX_LINE_BYTES:
                         raise msgspec.ValidationError(f"it has more than {MAX_LINE_BYTES:,} bytes")
                     found = msgspec.json.decode(line, type=_Query)
-                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                except MALFORMED as error:
                     raise InvalidRequest(f"{path.name}, line {number}: {error}", field=f"line {number}") from error
                 yield found.query_id, found.text
     except OSError as error:

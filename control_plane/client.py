@@ -6,7 +6,6 @@ a peer that is away, cuts an answer or answers nonsense is a storage error that 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import os
@@ -17,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -46,7 +45,9 @@ from common.errors import (
     StorageFailed,
     UnsupportedMediaType,
 )
+from control_plane.digests import digest_of, sha256_in
 
+T = TypeVar("T")
 TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
 
 _CHUNK = 1 << 18
@@ -213,43 +214,44 @@ class ExportClient:
         with tempfile.TemporaryFile() if compress else graph.open("rb") as body:
             if compress:
                 _compress(graph, body)
-            digest = _sha256_of(body)
+            body.seek(0)
+            sha256 = hashlib.file_digest(body, "sha256").hexdigest()
             headers = {
                 "Content-Type": "application/x-ndjson" if ".ndjson" in graph.name else "application/json",
                 "Content-Encoding": encoding,
-                "Content-Digest": f"sha-256=:{base64.b64encode(digest.digest()).decode()}:",
+                "Content-Digest": digest_of(sha256),
                 "Content-Disposition": f"attachment; filename*=UTF-8''{quote(os.fsencode(graph.name))}",
                 "Content-Length": str(body.tell()),
                 "Idempotency-Key": str(uuid.uuid4()),
             }
             total = graph.stat().st_size
             answer = self._send("POST", "/v1/exports", headers=headers, content=lambda: _upload(body, total, on_bytes))
-        if answer.headers.get("X-Payload-SHA256", digest.hexdigest()) != digest.hexdigest():
+        if answer.headers.get("X-Payload-SHA256", sha256) != sha256:
             raise StorageFailed(f"{self._url} says that it got other bytes than were sent", url=self._url)
-        return msgspec.json.decode(answer.content, type=JobCreated)
+        return self._read(answer, JobCreated)
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
-        return msgspec.json.decode(self._send("GET", f"/v1/exports/{job_id}").content, type=Job)
+        return self._read(self._send("GET", f"/v1/exports/{job_id}"), Job)
 
     def report(self, job_id: str) -> Report:
         """The report of a finished job."""
-        return msgspec.json.decode(self._send("GET", f"/v1/exports/{job_id}/report").content, type=Report)
+        return self._read(self._send("GET", f"/v1/exports/{job_id}/report"), Report)
 
     def cancel(self, job_id: str) -> Job:
         """Ask the server to stop a job; a finished one answers its state."""
-        return msgspec.json.decode(self._send("DELETE", f"/v1/exports/{job_id}").content, type=Job)
+        return self._read(self._send("DELETE", f"/v1/exports/{job_id}"), Job)
 
     def retry(self, job_id: str) -> JobCreated:
         """Start a failed job again; answers the new job, which is the same one however often this is asked."""
-        return msgspec.json.decode(self._send("POST", f"/v1/exports/{job_id}/retry").content, type=JobCreated)
+        return self._read(self._send("POST", f"/v1/exports/{job_id}/retry"), JobCreated)
 
     def failed(self) -> Iterator[Job]:
         """All jobs that have failed, newest first."""
         cursor: str | None = ""
         while cursor is not None:
             params = {"status": "failed", "limit": 200} | ({"cursor": cursor} if cursor else {})
-            page = msgspec.json.decode(self._send("GET", "/v1/exports", params=params).content, type=JobPage)
+            page = self._read(self._send("GET", "/v1/exports", params=params), JobPage)
             yield from page.jobs
             cursor = page.next_cursor
 
@@ -257,7 +259,7 @@ class ExportClient:
         """The best five nodes of an export that fit a question."""
         params = {"q": query, "mode": mode, "limit": 5}
         answer = self._send("GET", f"/v1/exports/{job_id}/search", params=params)
-        return msgspec.json.decode(answer.content, type=SearchAnswer)
+        return self._read(answer, SearchAnswer)
 
     def ask(self, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """The envelope of a read tool's answer. Raises StorageFailed with the tool's error, ``details['answered']`` its
@@ -295,7 +297,7 @@ class ExportClient:
                 pass  # a stream may break at any time: the pages below say what is really there
             while True:
                 answer = self._send("GET", f"/v1/exports/{job_id}/events", params={"sinceSeq": seen})
-                page = msgspec.json.decode(answer.content, type=EventPage)
+                page = self._read(answer, EventPage)
                 events = [event for event in page.events if event.seq > seen]
                 for event in events:
                     seen = event.seq
@@ -317,8 +319,8 @@ class ExportClient:
         """
         url = f"/v1/exports/{job_id}"
         answer = self._send("GET", f"{url}/manifest")
-        _check_digest(answer.headers, hashlib.sha256(answer.content).digest(), "manifest")
-        manifest = msgspec.json.decode(answer.content, type=Manifest)
+        _check_digest(answer.headers, hashlib.sha256(answer.content).hexdigest(), "manifest")
+        manifest = self._read(answer, Manifest)
         wanted = [(f"{url}/download?part={n}", part) for n, part in enumerate(manifest.parts, 1)]
         paths = []
         for address, part in wanted:
@@ -345,12 +347,14 @@ class ExportClient:
                         with self._http.stream("GET", url, headers=headers) as answer:
                             if answer.is_error:
                                 answer.read()
-                                self._refuse(answer)
+                                failures += 1
+                                self._wait_or_refuse(answer, failures)
+                                continue
                             if got and answer.status_code != httpx.codes.PARTIAL_CONTENT:
                                 raise StorageFailed(f"{path.name} changed on the server while it was fetched")
                             if not got:
                                 etag = answer.headers.get("ETag", "")
-                                _check_digest(answer.headers, bytes.fromhex(sha256), path.name)
+                                _check_digest(answer.headers, sha256, path.name)
                             for chunk in answer.iter_raw(_CHUNK):
                                 file.write(chunk)
                                 digest.update(chunk)
@@ -392,14 +396,17 @@ class ExportClient:
                 failures += 1
                 self._pause(failures, error)
                 continue
-            if answer.status_code in _RETRYABLE and failures + 1 < self._tries:
-                failures += 1
-                wait = answer.headers.get("Retry-After", "")
-                time.sleep(min(_TRIES.longest_wait, float(wait)) if wait.isdigit() else _TRIES.wait(failures))
-                continue
-            if answer.is_error:
-                self._refuse(answer)
-            return answer
+            if not answer.is_error:
+                return answer
+            failures += 1
+            self._wait_or_refuse(answer, failures)
+
+    def _wait_or_refuse(self, answer: httpx.Response, failures: int) -> None:
+        """Wait until the same may be asked again; raise what the answer says where that is of no use."""
+        if answer.status_code not in _RETRYABLE or failures >= self._tries:
+            self._refuse(answer)
+        wait = answer.headers.get("Retry-After", "")
+        time.sleep(min(_TRIES.longest_wait, float(wait)) if wait.isdigit() else _TRIES.wait(failures))
 
     def _pause(self, failures: int, error: httpx.TransportError) -> None:
         if failures >= self._tries:
@@ -420,6 +427,12 @@ class ExportClient:
                     yield msgspec.json.decode("\n".join(data), type=Event)
                     data.clear()
 
+    def _read(self, answer: httpx.Response, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(answer.content, type=kind)
+        except MALFORMED as error:
+            raise StorageFailed(f"{self._url} answered what is no {kind.__name__}: {error}", url=self._url) from error
+
     def _refuse(self, answer: httpx.Response) -> NoReturn:
         try:
             said = msgspec.json.decode(answer.content, type=ErrorBody).error
@@ -432,17 +445,9 @@ class ExportClient:
         }
         if said.code == "UNAUTHORIZED":
             raise InvalidRequest(f"{said.message} (set MEMVID_EXPORT_API_KEY)", **details)
-        kind = classes.get(said.code) or (InvalidRequest if answer.is_client_error else StorageFailed)
+        ours = answer.is_client_error and answer.status_code not in _RETRYABLE
+        kind = classes.get(said.code) or (InvalidRequest if ours else StorageFailed)
         raise kind(f"{said.message} ({said.code})", **details, answered=said.code)
-
-
-def _sha256_of(body: BinaryIO) -> hashlib._Hash:
-    """Of all of it; the file is then at its end."""
-    digest = hashlib.sha256()
-    body.seek(0)
-    while chunk := body.read(_CHUNK):
-        digest.update(chunk)
-    return digest
 
 
 def _compress(graph: Path, to: BinaryIO) -> None:
@@ -475,10 +480,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _check_digest(headers: httpx.Headers, found: bytes, what: str) -> None:
-    """Compare with ``Content-Digest`` (RFC 9530: ``sha-256=:<base64>:``). Raises StorageFailed."""
-    for entry in headers.get("Content-Digest", "").split(","):
-        name, _, value = entry.strip().partition("=")
-        if name == "sha-256" and base64.b64decode(value.strip(":")) == found:
-            return
-    raise StorageFailed(f"{what} is not what the server announces: Content-Digest differs or is missing")
+def _check_digest(headers: httpx.Headers, found: str, what: str) -> None:
+    """Compare a SHA-256 (hex) with ``Content-Digest``. Raises StorageFailed."""
+    if sha256_in(headers.get("Content-Digest", "")) != found:
+        raise StorageFailed(f"{what} is not what the server announces: Content-Digest differs or is missing")

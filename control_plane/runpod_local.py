@@ -58,9 +58,10 @@ def local_platform(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
         text=True,
     )
     assert process.stderr is not None
+    passing = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
     try:
         url = _listening(process.stderr)
-        threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True).start()
+        passing.start()
         driven = {
             **env,
             "MEMVID_EXPORT_BACKEND_MODE": "runpod_queue",
@@ -79,6 +80,9 @@ def local_platform(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if passing.ident is not None:
+            passing.join(STOP_SECONDS)
+        process.stderr.close()
 
 
 def _listening(log: IO[str]) -> str:

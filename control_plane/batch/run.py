@@ -101,14 +101,26 @@ class Batch:
         self._began = asyncio.get_running_loop().time()
         try:
             async with asyncio.TaskGroup() as group:
+                over = asyncio.Event()
+                group.create_task(self._journal.keep(over))
+                await self._run_all(over)
+        except BaseExceptionGroup as several:
+            first: BaseException = several
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from several
+        finally:
+            await asyncio.gather(self._journal.write(), *(slot.close() for slot in self._slots))
+
+    async def _run_all(self, over: asyncio.Event) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
                 for _ in range(FETCHES):
                     self._loops.append(group.create_task(self._fetch_all()))
                 for slot in self._slots:
                     self._loops.append(group.create_task(self._work(slot, group)))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from several
         finally:
-            await asyncio.gather(*(slot.close() for slot in self._slots))
+            over.set()
 
     def stop(self) -> None:
         """Run no more graphs and end those that run; what is done already is still put where it belongs."""
@@ -125,12 +137,14 @@ class Batch:
                 self._room.release()
                 return
             graph = self._waiting.popleft()
+            before = self._journal.get(graph.name)
             try:
                 payload = await self._fetch(graph, self._folder / graph.name)
             except ExportError as error:
-                await self._end(graph, self._failure(graph, error))
+                # What is known of a payload stays known: the next batch skips it if it is unchanged.
+                keep = before is None or not before.payload_sha256
+                await self._end(graph, self._failure(graph, error), keep=keep)
                 continue
-            before = self._journal.get(graph.name)
             if known := self._known(before, payload):
                 await self._end(graph, known, keep=False)
                 continue
@@ -187,7 +201,6 @@ class Batch:
                 if slot.strikes:
                     await asyncio.sleep(PAUSE_SECONDS)
             else:
-                await self._keeps.acquire()
                 group.create_task(self._keep(work, slot, keep))
 
     async def _take(self, slot: Slot) -> Work | None:
@@ -202,13 +215,14 @@ class Batch:
         return None
 
     async def _keep(self, work: Work, slot: Slot, keep: Callable[[], Kept]) -> None:
-        try:
-            kept = await asyncio.to_thread(keep)
-        except ExportError as error:
-            await self._again(work, slot, error, counted=True)
-            return
-        finally:
-            self._keeps.release()
+        async with self._keeps:
+            try:
+                kept = await asyncio.to_thread(keep)
+            except ExportError as error:
+                await self._again(work, slot, error, counted=True)
+                return
+        # Before the record that knows them is replaced.
+        left = await asyncio.to_thread(self._remove_old, work.before, kept) if work.before else []
         report = kept.report
         record = Record(
             name=work.graph.name,
@@ -218,6 +232,7 @@ class Batch:
             options_sha256=self._plan.sha256,
             folder=kept.folder,
             files=kept.files,
+            left=left,
             frames=report.capsule.frames,
             vectors=report.capsule.vectors,
             texts=report.embedding.texts,
@@ -229,16 +244,20 @@ class Batch:
             device=slot.device,
             ended_at=_now(),
         )
+        if left:
+            self._board.note(f"{work.graph.name}: {len(left)} files of an earlier export could not be removed")
         await self._end(work.graph, record)
-        if work.before is not None:
-            await asyncio.to_thread(self._remove_old, work.before, record)
 
-    def _remove_old(self, before: Record, record: Record) -> None:
-        """Files of the last export that the new one has not replaced."""
-        kept = {ref_of(record.folder, name) for name in record.files}
-        for ref in (ref_of(before.folder, name) for name in before.files):
-            if ref not in kept:
+    def _remove_old(self, before: Record, kept: Kept) -> list[str]:
+        """Remove files of earlier exports that the new one has not replaced; answers those that could not be."""
+        new = {ref_of(kept.folder, name) for name in kept.files}
+        left = []
+        for ref in sorted({*before.left, *(ref_of(before.folder, name) for name in before.files)} - new):
+            try:
                 self._destination.delete(self._prefix + ref)
+            except ExportError:
+                left.append(ref)
+        return left
 
     async def _again(self, work: Work, slot: Slot, error: ExportError, *, counted: bool) -> None:
         """Back to the others, as the next one; or failed for good."""
@@ -265,6 +284,7 @@ class Batch:
             options_sha256=self._plan.sha256,
             folder=before.folder if before else "",  # what an earlier export left is still there
             files=before.files if before else {},
+            left=before.left if before else [],
             seconds=_since(work.began) if work else 0.0,
             attempts=work.attempts if work else 0,
             device=device,
@@ -283,7 +303,7 @@ class Batch:
 
     async def _end(self, graph: Graph, record: Record, *, keep: bool = True) -> None:
         if keep:
-            await self._journal.add(record)
+            self._journal.add(record)
         self._records.append(record)
         self._board.ended(graph, record)
         await asyncio.to_thread(shutil.rmtree, self._folder / graph.name, ignore_errors=True)

@@ -110,14 +110,16 @@ class RunpodSlot:
     async def _follow(self, job: JobInput, tell: Callable[[Progress], None]) -> Published:
         """Hand over a job and look until its attempt has published. Raises what it ended in, PlatformUnavailable."""
         at, loop = self._at, asyncio.get_running_loop()
-        runpod_id = (await self._asked(lambda: at.api.run(msgspec.to_builtins(job), at.policy, None))).id
+        runpod_id: str | None = None
         end = loop.time() + (at.ttl_ms + 2 * at.execution_timeout_ms) / 1000 + GRACE_SECONDS
         pause, looked = FIRST_LOOK_SECONDS, loop.time()
         try:
+            handed = (await self._asked(lambda: at.api.run(msgspec.to_builtins(job), at.policy, None))).id
+            runpod_id = handed
             while True:
                 await asyncio.sleep(min(pause, at.poll_seconds))
                 pause *= 1.5
-                answer = await self._asked(lambda: at.api.status(runpod_id))
+                answer = await self._asked(lambda: at.api.status(handed))
                 late = loop.time() > end
                 if answer is not None and answer.status not in ENDED and not late:
                     if answer.status in RUNNING and (step := _last_step(answer.output)) is not None:
@@ -129,14 +131,15 @@ class RunpodSlot:
                         return found
                     continue
                 if late:
-                    await at.api.cancel(runpod_id)
+                    await at.api.cancel(handed)
                 found = await asyncio.to_thread(self._over, job.output_prefix, answer, late=late)
                 if found is not None:
                     return found
         except asyncio.CancelledError:
-            with contextlib.suppress(ExportError, TimeoutError):  # with its claim closed the run stops by itself
-                async with asyncio.timeout(CANCEL_SECONDS):
-                    await at.api.cancel(runpod_id)
+            if runpod_id is not None:
+                with contextlib.suppress(ExportError, TimeoutError):  # with its claim closed the run stops by itself
+                    async with asyncio.timeout(CANCEL_SECONDS):
+                        await at.api.cancel(runpod_id)
             await asyncio.to_thread(claim.close, at.storage, job.output_prefix, force=True)
             raise
 
@@ -144,11 +147,14 @@ class RunpodSlot:
         """The platform's answer; while it is away it is asked again, for at most ``AWAY_SECONDS``."""
         while True:
             try:
-                return await ask()
+                answer = await ask()
             except PlatformUnavailable:
                 if self._at.api.away_seconds > AWAY_SECONDS:
                     self.strikes += 1
                     raise
+            else:
+                self.strikes = 0
+                return answer
 
     def _over(self, prefix: str, answer: JobStatus | None, *, late: bool) -> Published | None:
         """What an attempt has published of which the platform says that it is over; None while a run of it is alive

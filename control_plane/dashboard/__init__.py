@@ -9,6 +9,7 @@ from typing import Any
 from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 
+from control_plane.errors import NotFound
 from control_plane.operations.auth import OPEN
 
 _FILES = Path(__file__).parent / "static"
@@ -50,7 +51,7 @@ def _file(name: str, request: Request[Any, Any, Any]) -> Response[bytes]:
 
 def _answer(name: str, request: Request[Any, Any, Any]) -> Response[bytes]:
     if name not in _TYPES:
-        return Response(b"Not found\n", status_code=404, media_type="text/plain", headers=_HEADERS)
+        raise NotFound("There is no such route.")
     content = (_FILES / name).read_bytes()
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     if request.headers.get("if-none-match") == etag:

@@ -7,10 +7,12 @@ import asyncio
 import gzip
 import http.server
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +24,22 @@ import zstandard
 from processes import answering, command, on_a_terminal
 from runpod_local import local_runpod, wait_for
 from services import S3, s3
+from storage.faulty import proxy
 
 from common.contract import Progress, Report, Source
 from common.embedding.choice import Choice
 from common.errors import DeviceFailed, ExportError, WorkerLost
-from common.storage import StorageConfig, open_storage
+from common.storage import Storage, StorageConfig, open_storage
+from common.storage.file import FileStorage
+from control_plane.backends.runpod_api import RunpodApi
 from control_plane.batch.board import Board
 from control_plane.batch.journal import Journal
 from control_plane.batch.run import Batch, Summary
+from control_plane.batch.runpod import Endpoint, RunpodSlot
 from control_plane.batch.slots import Kept, Plan, Work
 from control_plane.batch.sources import Graph, Payload
+from control_plane.errors import PlatformUnavailable
+from control_plane.operations.metrics import Metrics
 
 __all__ = ["s3"]
 
@@ -236,7 +244,7 @@ def slow(tmp_path: Path) -> Path:
     return folder
 
 
-SLOW = ("a", "b", "c")
+SLOW = ("a", "b", "c", "d")
 
 
 def test_after_kill_9_of_the_whole_command_the_next_run_goes_on(slow: Path, tmp_path: Path) -> None:
@@ -256,6 +264,20 @@ def test_after_kill_9_of_the_whole_command_the_next_run_goes_on(slow: Path, tmp_
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert all(len(list((out / name).glob("*.manifest.json"))) == 1 for name in SLOW)
     assert not (out / ".batch").exists()
+
+
+def test_a_graph_whose_record_was_lost_with_the_last_second_is_made_again(graphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    batch(graphs, "--out", out, *LIGHT)
+    lines = (out / "batch.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "batch.jsonl").write_bytes(b"".join(line for line in lines if json.loads(line)["name"] != "plain"))
+    assert statuses(batch(graphs, "--out", out, *LIGHT)) == {
+        "plain": "completed",
+        "deep-packed": "skipped",
+        "deep-er-lines": "skipped",
+    }
+    assert len(list((out / "plain").iterdir())) == 3
+    assert set(journal(out)) == {"plain", "deep-packed", "deep-er-lines"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -301,6 +323,21 @@ def test_what_is_no_file_fails_alone_and_is_not_waited_for(graphs: Path, tmp_pat
     summary = batch(graphs, "--out", tmp_path / "out", *LIGHT, code=3)
     assert {status for name, status in statuses(summary).items() if name != "pipe"} == {"completed"}
     assert statuses(summary)["pipe"] == "failed"
+
+
+def test_a_graph_that_cannot_be_fetched_for_once_is_not_run_again_while_it_is_unchanged(
+    graphs: Path, tmp_path: Path
+) -> None:
+    out, plain = tmp_path / "out", graphs / "plain.export.json"
+    batch(graphs, "--out", out, *LIGHT)
+    content = plain.read_bytes()
+    plain.unlink()
+    os.mkfifo(plain)
+    away = batch(graphs, "--out", out, *LIGHT, code=3)
+    assert statuses(away)["plain"] == "failed"
+    plain.unlink()
+    plain.write_bytes(content)
+    assert set(statuses(batch(graphs, "--out", out, *LIGHT)).values()) == {"skipped"}
 
 
 def test_names_are_unique_and_safe_whatever_the_files_are_called(tmp_path: Path) -> None:
@@ -375,6 +412,12 @@ class Bucket:
 
     def sizes(self) -> dict[str, int]:
         return {it.ref.removeprefix(self.url): it.size for it in self._storage.found(self.url)}
+
+    def tags(self, prefix: str) -> dict[str, str]:
+        return {it.ref: it.tag for it in self._storage.found(self.url + prefix)}
+
+    def read(self, key: str) -> bytes:
+        return b"".join(self._storage.read(self.url + key, 0, self.sizes()[key]))
 
     def write(self, key: str, data: bytes) -> None:
         self._storage.write(self.url + key, data)
@@ -494,12 +537,18 @@ def test_a_batch_over_runpod_stages_runs_and_checks_and_goes_on_after_kill_9(
         assert first["errors"][0]["code"] == "INVALID_EXPORT_REQUEST"
         (large,) = (it for it in first["perGraph"] if it["name"] == "large")
         assert large["folder"].endswith("-1/"), "the second batch has taken over the job of the first"
+        tags = out.tags("large/")
+        lines = out.read("batch.jsonl").splitlines(keepends=True)
+        out.write("batch.jsonl", b"".join(line for line in lines if json.loads(line)["name"] != "large"))
+        lost = batch(graphs, "--out", out.url, "--runpod", *LIGHT[2:], env=env, code=3)
         again = batch(graphs, "--out", out.url, "--runpod", *LIGHT[2:], env=env, code=3)
     assert (again["skipped"], again["completed"], again["failed"]) == (4, 0, 1)
     whole = {f"{it['folder']}{name}": size for it in again["perGraph"] for name, size in it["files"].items()}
     left = {key: size for key, size in out.sizes().items() if key not in whole}
     assert {key for key in left if not key.startswith("bad/")} == {"batch.jsonl"}
     assert whole.items() <= out.sizes().items()
+    assert lost["completed"] == 1
+    assert out.tags("large/") == tags, "what was lost with the last second of records is found, and not run again"
 
 
 def test_a_wrong_key_of_runpod_ends_the_batch_before_anything_is_staged(s3: S3, graphs: Path, tmp_path: Path) -> None:
@@ -520,30 +569,51 @@ def test_a_wrong_key_of_runpod_ends_the_batch_before_anything_is_staged(s3: S3, 
     assert out.sizes() == {}
 
 
+def test_payloads_that_cannot_be_removed_at_the_end_cost_no_summary(s3: S3, graphs: Path) -> None:
+    out = Bucket(s3, "uncleared")
+    batch(graphs, "--out", out.url, *LIGHT, env=out.env)
+    with local_runpod(workers="0:0") as platform, proxy(s3.endpoint) as faulty:
+        env = {
+            **out.env,
+            "AWS_ENDPOINT_URL_S3": faulty.url,
+            "RUNPOD_API_BASE": platform.api_base,
+            "RUNPOD_ENDPOINT_ID": platform.endpoint,
+            "RUNPOD_API_KEY": platform.key,
+        }
+        faulty.fault("403", "GET", ".batch", times=99)
+        summary = batch(graphs, "--out", out.url, "--runpod", "--no-semantic", env=env)
+    assert any(".batch" in seen.path for seen in faulty.seen)
+    assert (summary["skipped"], summary["failed"]) == (3, 0)
+
+
 # --- slots that fail --------------------------------------------------------------------------------
 
 
 class Few:
     """A source of so many graphs."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, sha256: str = "0" * 64) -> None:
         self._count = count
+        self._sha256 = sha256
 
     def graphs(self) -> list[Graph]:
         return [Graph(f"g{n}", f"g{n}", 100 - n, Source(), str(n)) for n in range(self._count)]
 
     def fetch(self, graph: Graph, folder: Path, limit: int) -> Payload:
-        return Payload(folder / graph.name, 1, "0" * 64)
+        return Payload(folder / graph.name, 1, self._sha256)
 
 
 class Place:
     """A slot that does nothing, or only fails."""
 
-    def __init__(self, label: str, fail: ExportError | None = None, *, up: bool = True) -> None:
+    def __init__(
+        self, label: str, fail: ExportError | None = None, *, up: bool = True, files: tuple[str, ...] = ()
+    ) -> None:
         self.label = self.device = label
         self.strikes = 0
         self._fail = fail
         self._up = up
+        self._files = dict.fromkeys(files, 1)
         self.asked: list[str] = []
 
     async def ready(self) -> None:
@@ -557,31 +627,39 @@ class Place:
         if self._fail is not None:
             self.strikes += isinstance(self._fail, DeviceFailed)
             raise self._fail
-        return lambda: Kept(f"{work.graph.name}/", {}, Report())
+        return lambda: Kept(f"{work.graph.name}/", self._files, Report())
 
     async def close(self) -> None:
         """Nothing to end."""
 
 
-def run(tmp_path: Path, *places: Place, graphs: int = 12) -> tuple[Summary, ExportError | None]:
+PLAN = Plan({}, Choice(), "2026-11-21T10:00:00.000Z", "0" * 64)
+
+
+def batch_of(source: Few, tmp_path: Path, *places: Place, storage: Storage | None = None) -> Batch:
+    storage = storage or open_storage(StorageConfig(roots=[str(tmp_path)]))
+    prefix = tmp_path.as_uri() + "/"
+    return Batch(
+        source,
+        source.graphs(),
+        places,
+        plan=PLAN,
+        journal=Journal(storage, prefix),
+        destination=storage,
+        prefix=prefix,
+        there={},
+        folder=tmp_path / "payloads",
+        max_payload_bytes=1,
+        retry_failed=False,
+        board=Board(source.graphs()),
+    )
+
+
+def run(
+    tmp_path: Path, *places: Place, source: Few | None = None, storage: Storage | None = None
+) -> tuple[Summary, ExportError | None]:
     async def go() -> tuple[Summary, ExportError | None]:
-        source = Few(graphs)
-        storage = open_storage(StorageConfig(roots=[str(tmp_path)]))
-        prefix = tmp_path.as_uri() + "/"
-        job = Batch(
-            source,
-            source.graphs(),
-            places,
-            plan=Plan({}, Choice(), "2026-11-21T10:00:00.000Z", "0" * 64),
-            journal=Journal(storage, prefix),
-            destination=storage,
-            prefix=prefix,
-            there={},
-            folder=tmp_path / "payloads",
-            max_payload_bytes=1,
-            retry_failed=False,
-            board=Board(source.graphs()),
-        )
+        job = batch_of(source or Few(12), tmp_path, *places, storage=storage)
         try:
             await job.run()
         except ExportError as error:
@@ -621,5 +699,129 @@ def test_an_error_that_no_second_try_helps_against_has_none(tmp_path: Path) -> N
 
     for error, tries in ((EmbeddingRefused("too dear"), 1), (EmbeddingFailed("500"), 2)):
         place = Place("gpu 1", error)
-        summary, _ = run(tmp_path / error.code, place, graphs=3)
+        summary, _ = run(tmp_path / error.code, place, source=Few(3))
         assert (summary.failed, len(place.asked)) == (3, 3 * tries)
+
+
+class Counting(FileStorage):
+    """Files of a folder, and how often one was written."""
+
+    writes = 0
+
+    def write(self, ref: str, data: bytes, *, only_new: bool = False) -> bool:
+        self.writes += 1
+        return super().write(ref, data, only_new=only_new)
+
+
+def test_many_small_graphs_share_the_writes_of_the_journal(tmp_path: Path) -> None:
+    storage = Counting([tmp_path])
+    summary, error = run(tmp_path, Place("gpu 1"), source=Few(100), storage=storage)
+    assert error is None
+    assert summary.completed == len(journal(tmp_path)) == 100
+    assert storage.writes < 50
+
+
+def test_a_batch_whose_journal_cannot_be_written_ends_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "batch.jsonl").mkdir()
+    _, error = run(tmp_path, Place("gpu 1"))
+    assert error is not None
+    assert error.code == "STORAGE_FAILED"
+
+
+class Held(Place):
+    """A slot whose files are put only when they may be."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(label)
+        self.done: list[str] = []
+        self.may = threading.Event()
+
+    async def run(self, work: Work, tell: Callable[[Progress], None]) -> Callable[[], Kept]:
+        keep = await super().run(work, tell)
+        self.done.append(work.graph.name)
+
+        def later() -> Kept:
+            assert self.may.wait(60)
+            return keep()
+
+        return later
+
+
+def test_what_is_done_when_a_batch_is_stopped_is_put_where_it_belongs(tmp_path: Path) -> None:
+    async def go() -> Summary:
+        place = Held("gpu 1")
+        job = batch_of(Few(12), tmp_path, place)
+        running = asyncio.create_task(job.run())
+        while len(place.done) < 2:
+            await asyncio.sleep(0.001)
+        job.stop()
+        place.may.set()
+        await running
+        return job.summary()
+
+    summary = asyncio.run(go())
+    assert [it.name for it in summary.per_graph] == ["g0", "g1"]
+    assert (summary.completed, summary.left, summary.interrupted) == (2, 10, True)
+    assert set(journal(tmp_path)) == {"g0", "g1"}
+
+
+def test_a_file_of_an_earlier_export_that_cannot_be_removed_is_removed_by_a_later_one(tmp_path: Path) -> None:
+    old = tmp_path / "g0" / "old.mv2"
+    run(tmp_path, Place("gpu 1", files=("old.mv2",)), source=Few(1))
+    old.mkdir(parents=True)  # what is no file cannot be removed as one
+    summary, error = run(tmp_path, Place("gpu 1", files=("new.mv2",)), source=Few(1, "1" * 64))
+    assert error is None
+    assert (summary.completed, summary.per_graph[0].left) == (1, ["g0/old.mv2"])
+
+    old.rmdir()
+    old.write_bytes(b"old")
+    summary, _ = run(tmp_path, Place("gpu 1", files=("newer.mv2",)), source=Few(1, "2" * 64))
+    assert summary.per_graph[0].left == []
+    assert not old.exists()
+
+
+class Impatient(RunpodApi):
+    """Takes every request without an answer for a platform that has been away for long."""
+
+    @property
+    def away_seconds(self) -> float:
+        return math.inf
+
+
+def test_outages_of_runpod_with_good_answers_between_them_retire_no_slot(tmp_path: Path) -> None:
+    away = iter([True, False] * 4)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if next(away):
+                self.send_error(503)
+            else:
+                self._say("IN_QUEUE")
+
+        def do_GET(self) -> None:
+            self._say("COMPLETED")
+
+        def _say(self, status: str) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"id": "one", "status": status}).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    async def go(url: str) -> list[int]:
+        storage = open_storage(StorageConfig(roots=[str(tmp_path)]))
+        api = Impatient(url, "endpoint", "key", Metrics())
+        slot = RunpodSlot(1, Endpoint(api, storage, tmp_path.as_uri() + "/", PLAN, 1_000, 1_000, 0.01))
+        (tmp_path / "payload").write_bytes(b"1")
+        (graph,) = Few(1).graphs()
+        strikes = []
+        for ends in [PlatformUnavailable, WorkerLost] * 4:
+            with pytest.raises(ends):
+                await slot.run(Work(graph, Payload(tmp_path / "payload", 1, "0" * 64), None), lambda _: None)
+            strikes.append(slot.strikes)
+        await api.close()
+        return strikes
+
+    with answering(Handler) as url:
+        assert asyncio.run(go(url)) == [1, 0] * 4

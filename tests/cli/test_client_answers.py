@@ -231,6 +231,7 @@ def fetch(there: Peer, out: Path) -> list[str]:
         (refused(418, "A_NEW_CODE"), InvalidRequest, "no (A_NEW_CODE)"),
         (refused(500, "INTERNAL"), StorageFailed, "no (INTERNAL)"),
         (refused(503, "QUEUE_UNAVAILABLE"), StorageFailed, "no (QUEUE_UNAVAILABLE)"),
+        (refused(429, "RATE_LIMITED"), StorageFailed, "no (RATE_LIMITED)"),
     ],
 )
 def test_a_refusal_is_told_in_the_servers_words_as_what_it_is(said: Said, kind: type[ExportError], words: str) -> None:
@@ -238,7 +239,7 @@ def test_a_refusal_is_told_in_the_servers_words_as_what_it_is(said: Said, kind: 
         with pytest.raises(kind) as caught:
             client.job("j")
         assert words in caught.value.message
-        assert len(there.asked) == (2 if said.status == 503 else 1)
+        assert len(there.asked) == (2 if said.status in (429, 503) else 1)
         assert there.asked[0][1]["Authorization"] == "Bearer k"
 
 
@@ -335,6 +336,19 @@ def test_a_download_that_is_cut_goes_on_where_it_stopped(tmp_path: Path) -> None
     assert (tmp_path / "c.mv2").read_bytes() == CAPSULE
 
 
+def test_a_download_that_is_refused_for_now_is_asked_for_again(tmp_path: Path) -> None:
+    tag = {"Content-Digest": digest(CAPSULE), "ETag": '"v1"'}
+    later = [Said(status, b"later", {"Retry-After": "0"}) for status in (429, 503)]
+    parts = [*later, Said(200, CAPSULE, tag, cut=CHUNK + 400), *later, Said(206, CAPSULE[CHUNK:], tag)]
+    with peer(files(download=parts, sidecar=[*later, files()["GET /v1/exports/j/sidecar"][0]])) as there:
+        with ExportClient(there.url, None, tries=3) as client:
+            client.fetch("j", tmp_path, lambda _name: lambda _got, _size: None)
+        ranges = [headers.get("Range") for line, headers, _ in there.asked if "download" in line]
+    assert ranges == [None, None, None, *[f"bytes={CHUNK}-"] * 3]
+    assert (tmp_path / "c.mv2").read_bytes() == CAPSULE
+    assert (tmp_path / "c.mv2.index.v1.sqlite").read_bytes() == SIDECAR
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -354,6 +368,7 @@ def test_a_download_that_is_cut_goes_on_where_it_stopped(tmp_path: Path) -> None
             "changed on the server while it was fetched",
         ),
         ({"download": [refused(500, "INTERNAL")]}, "no (INTERNAL)"),
+        ({"download": [refused(429, "RATE_LIMITED")]}, "no (RATE_LIMITED)"),
         ({"download": [Said(200, CAPSULE, {"Content-Digest": digest(CAPSULE)}, cut=0)]}, "No export server answers"),
     ],
 )

@@ -75,6 +75,13 @@ def test_the_same_graph_at_the_same_time_gives_the_same_bytes(tmp_path: Path) ->
     assert len(hashes) == 1
 
 
+@pytest.mark.parametrize("seconds", ["²", "9" * 20, "-1"])
+def test_a_time_that_is_none_ends_with_2_and_names_the_variable(seconds: str, tmp_path: Path) -> None:
+    done = command("export", SMALL, "--out", tmp_path, env={"SOURCE_DATE_EPOCH": seconds})
+    assert done.returncode == 2, done.stderr
+    assert b"SOURCE_DATE_EPOCH must be" in done.stderr
+
+
 def test_several_graphs_are_exported_one_after_the_other(tmp_path: Path) -> None:
     for name in ("one.ndjson.gz", "two.graph.ndjson.gz"):
         shutil.copy(EXAMPLE, tmp_path / name)

@@ -99,6 +99,15 @@ def test_a_single_capsule_is_not_named_in_its_hits(one: Path) -> None:
     assert all(set(hit) == {"id", "uri", "kind", "title", "score", "why"} for hit in _hits(one, "reader"))
 
 
+def test_a_sidecar_whose_bytes_were_changed_answers_nothing(two: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(two.parent, tmp_path / "copy")) / two.name
+    sidecar = next(copy.parent.glob("*.sqlite"))
+    before = sidecar.read_bytes()
+    sidecar.write_bytes(before.replace(b"twoReader", b"oddReader"))
+    assert sidecar.read_bytes() != before
+    assert _hits(copy, "reader") == _hits(two, "reader")
+
+
 def test_filters_keep_what_they_name(one: Path, two: Path) -> None:
     assert _titles(one, "reader writer", "--label", "Class") == {"Class: oneReader", "Class: oneWriter"}
     both = _titles(one, "reader writer", "--label", "Class", "--label", "Method")
@@ -190,6 +199,7 @@ def test_queries_of_a_file_are_answered_under_the_same_filters(one: Path, two: P
         b'{"query_id": true, "text": "x"}',
         b'{"query_id": "x", "text": 5}',
         b'{"query_id": "x", "text": "\xff"}',
+        b'{"query_id": "x", "more": ' + b"[" * 100_000,
         b'{"query_id": "x", "text": "' + b"y" * (1 << 20) + b'"}',
     ],
 )

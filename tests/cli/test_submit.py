@@ -75,6 +75,13 @@ def test_the_key_can_come_from_a_file(server: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_file_that_holds_no_text_is_no_key(server: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    done = command("submit", EXAMPLE, "--url", server, env={"MEMVID_EXPORT_API_KEY_FILE": str(tmp_path / "key")})
+    assert done.returncode == 2
+    assert b"MEMVID_EXPORT_API_KEY_FILE cannot be read" in done.stderr
+
+
 @pytest.mark.parametrize(("key", "words"), [("wrong", b"MEMVID_EXPORT_API_KEY"), (KEY, b"nodes")])
 def test_what_the_server_refuses_ends_with_2(server: str, key: str, words: bytes, tmp_path: Path) -> None:
     wrong = tmp_path / "empty.json"

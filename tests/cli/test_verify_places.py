@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
 from botocore.config import Config
-from processes import command
+from processes import COMMAND, command
 from services import S3, s3
+
+from common.settings import Settings
+from control_plane.reading.verify import verify_all
 
 __all__ = ["s3"]
 
@@ -89,6 +96,55 @@ def test_a_bucket_is_read_without_copies(tmp_path: Path, s3: S3, made: dict[str,
     one = command("verify", f"{s3.url}/places/whole/1/{_capsule(made)}", env=env)
     assert one.returncode == 0, one.stderr
     assert command("verify", f"{s3.url}/nothing/", env=env).returncode == 2
+
+
+UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(UNPRIVILEGED and not shutil.which("setpriv")), reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read_is_verified(tmp_path: Path, made: dict[str, bytes]) -> None:
+    place = tmp_path / "backup"
+    place.mkdir()
+    for name, data in made.items():
+        (place / name).write_bytes(data)
+    place.chmod(0o555)
+    done = subprocess.run([*UNPRIVILEGED, COMMAND, "verify", place, "--json"], capture_output=True, check=False)
+    place.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["state"] == "whole"
+    place.chmod(0)
+    done = subprocess.run([*UNPRIVILEGED, COMMAND, "verify", place, "--json"], capture_output=True, check=False)
+    place.chmod(0o755)
+    assert done.returncode == 3
+    assert b"Permission denied" in done.stderr
+
+
+def test_what_expires_while_a_folder_is_verified_is_left_out(tmp_path: Path, made: dict[str, bytes]) -> None:
+    for job in ("1", "2", "3", "4", "5"):
+        (tmp_path / job).mkdir()
+        for name, data in made.items():
+            (tmp_path / job / name).write_bytes(data)
+    manifest = f"{_capsule(made)}.manifest.json"
+    (tmp_path / "4" / manifest).unlink()
+
+    def lose(job: str, *kept: str) -> None:
+        for name in made:
+            if name not in kept:
+                (tmp_path / job / name).unlink(missing_ok=True)
+
+    # While the first is read, the third, the fourth, the fifth; the second has gone before its turn.
+    meanwhile = iter([lambda: lose("2"), lambda: lose("3"), lambda: None, lambda: lose("5", manifest)])
+
+    def amount(_name: str) -> Callable[[int, int], None]:
+        lose_now = next(meanwhile)
+        return lambda _got, _total: lose_now()
+
+    verified = verify_all(str(tmp_path), Settings.read({}, dev=True), amount)
+    found = [next(verified)]
+    (tmp_path / "4" / _capsule(made)).unlink()
+    found += verified
+    states = {one.ref.removeprefix(tmp_path.as_uri() + "/").partition("/")[0]: one.state for one in found}
+    assert states == {"1": "whole", "5": "damaged"}
 
 
 @pytest.mark.parametrize("place", ["https://host/x.mv2", "nowhere", "file:///nowhere/", "s3://"])

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -359,7 +361,25 @@ def test_the_page_forbids_everything_that_is_not_its_own(server: str) -> None:
 
 @pytest.mark.parametrize("name", ["../__init__.py", "..%2f__init__.py", "nothing.js", "%2e%2e/__init__.py"])
 def test_only_the_page_s_own_files_are_served(server: str, name: str) -> None:
-    assert httpx.get(f"{server}/dashboard/{name}").status_code == 404
+    answer = httpx.get(f"{server}/dashboard/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "NOT_FOUND")
+
+
+def test_an_export_whose_files_are_damaged_says_so_and_offers_none(page: Page, tmp_path: Path) -> None:
+    with serving(tmp_path / "exports", key=KEY) as url:
+        job_id = made(url, town("spoiled"))
+        with closing(sqlite3.connect(tmp_path / "exports" / "jobs.sqlite", timeout=30)) as database, database:
+            database.execute("UPDATE jobs SET damage = 'its SHA-256 differs'")
+        seen = Seen(page)
+        enter(page, url)
+        row = page.locator(f'[data-job="{job_id}"]')
+        expect(row.locator(".message")).to_contain_text("its SHA-256 differs")
+        for name in ("Download capsule", "Index", "Manifest"):
+            expect(row.get_by_role("button", name=name)).to_be_hidden()
+        expect(row.get_by_role("link", name="Search")).to_be_hidden()
+        row.get_by_role("button", name="Report").click()
+        expect(row.get_by_text("Where the time went")).to_be_visible()
+        assert seen.errors == []
 
 
 def test_a_failed_export_is_tried_again_by_keyboard(page: Page, tmp_path: Path) -> None:

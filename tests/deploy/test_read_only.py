@@ -40,7 +40,11 @@ def _may_mount() -> bool:
 @pytest.mark.skipif(not _may_mount(), reason="file systems are mounted read-only by root alone")
 def test_an_export_needs_its_root_and_tmp_and_nothing_else_to_write_to(tmp_path: Path) -> None:
     port = free_port()
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MEMVID_", "PYTHON", "XDG_"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MEMVID_", "PYTHON", "XDG_", "COVERAGE_"))
+    }
     env |= {
         "MEMVID_EXPORT_API_KEY": "key",
         "MEMVID_EXPORT_BIND_ADDR": f"127.0.0.1:{port}",

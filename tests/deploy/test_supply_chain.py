@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_licence_is_allowed_by_the_list_alone(expression: str, allowed: bool) 
 
 
 def test_the_page_of_licences_lists_what_is_locked() -> None:
-    assert supply_chain.page_packages() == {package[:3] for package in PACKAGES}, "run scripts/audit --write"
+    assert set(supply_chain.on_page()) == {package[:3] for package in PACKAGES}, "run scripts/audit --write"
 
 
 def test_the_bill_of_materials_is_cyclonedx_and_whole() -> None:
@@ -79,6 +80,28 @@ def test_what_could_not_be_asked_is_said_and_is_no_success(tmp_path: Path) -> No
     assert "NOT CHECKED: advisories, Python" in done.stdout
     assert "NOT CHECKED: advisories, Rust" in done.stdout
     assert json.loads((tmp_path / "bill.json").read_text())["bomFormat"] == "CycloneDX"
+
+
+@pytest.mark.parametrize("arguments", [["--write"], []], ids=["written", "checked"])
+def test_a_crate_from_a_repository_is_named_as_locked_without_a_hash(arguments: list[str], tmp_path: Path) -> None:
+    for name in ("scripts/supply_chain.py", "scripts/npm/package-lock.json", "pyproject.toml", "uv.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    for folder in ("docs", "native"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(REPOSITORY / "docs/licences.md", tmp_path / "docs")
+    lock = (REPOSITORY / "native/Cargo.lock").read_text()
+    entry = '[[package]]\nname = "forked"\nversion = "0.1.0"\nsource = "git+https://github.com/some/forked#0a"\n'
+    (tmp_path / "native/Cargo.lock").write_text(f"{lock}\n{entry}")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "scripts/supply_chain.py", *arguments],
+        env={"PATH": "/usr/bin:/bin", "HTTPS_PROXY": "http://127.0.0.1:9", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FINDING: cargo forked 0.1.0 is locked without a hash" in done.stdout
 
 
 def test_locks_name_the_public_registries_alone() -> None:

@@ -178,6 +178,8 @@ def test_unknown_jobs_endpoints_and_paths_are_not_found(idle: Platform) -> None:
     [
         (b"{", "bad request"),
         (b"[]", "bad request"),
+        (b'{"input": {}, "webhook": "\xff"}', "bad request"),
+        (b'{"input": ' + b"[" * 100_000, "bad request"),
         (b'{"inputs": {}}', "input"),
         (b'{"input": null}', "input"),
         (b'{"input": {}, "policy": {"executionTimeout": 4999}}', "executionTimeout"),

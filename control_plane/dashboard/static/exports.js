@@ -178,9 +178,9 @@ function paint(entry) {
   if (retriedBy) facts.push("was started again as a new export");
   if (retryOf) facts.push("does a failed one again");
   say(part(row, "facts"), facts.join(" · "));
-  const ready = job.status === "completed";
+  const ready = Boolean(job.artifact); // an export whose files are damaged is completed, and has none
   for (const [name, visible] of Object.entries({
-    download: ready, sidecar: ready, manifest: ready, report: ready, timeline: true, cancel: active(entry),
+    download: ready, sidecar: ready, manifest: ready, report: job.status === "completed", timeline: true, cancel: active(entry),
     retry: Boolean(retryUntil),
   })) {
     row.querySelector(`[data-do="${name}"]`).hidden = !visible;
