@@ -132,7 +132,7 @@ def licences(packages: list[Package]) -> dict[Package, str]:
     cargo = _cargo()
     npm = json.loads((ROOT / "scripts" / "npm" / "package-lock.json").read_text())["packages"]
     by_name = {place.rpartition("node_modules/")[2]: entry.get("license", "") for place, entry in npm.items()}
-    page = on_page()
+    page = {key[:2]: said for key, said in on_page().items()}
     found = {}
     for package in packages:
         if package.kind == "pypi":
@@ -225,9 +225,9 @@ def page_of(found: dict[Package, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def on_page() -> dict[tuple[str, str], str]:
-    """The licences that the page has, by kind and name."""
-    found: dict[tuple[str, str], str] = {}
+def on_page() -> dict[tuple[str, str, str], str]:
+    """The licences that the page has, by kind, name and version."""
+    found: dict[tuple[str, str, str], str] = {}
     kinds = iter(("pypi", "cargo", "npm"))
     kind = ""
     for line in PAGE.read_text().splitlines() if PAGE.is_file() else []:
@@ -235,20 +235,8 @@ def on_page() -> dict[tuple[str, str], str]:
             kind = next(kinds)
         elif row := re.fullmatch(r"\| (.+?) \| (.+ .+) \|", line):
             for package in row[2].split(", "):
-                found[kind, package.partition(" ")[0]] = row[1]
-    return found
-
-
-def page_packages() -> set[tuple[str, str, str]]:
-    """(kind, name, version) of all that the page lists."""
-    found = set()
-    kinds = iter(("pypi", "cargo", "npm"))
-    kind = ""
-    for line in PAGE.read_text().splitlines():
-        if line == "| licence | packages |":
-            kind = next(kinds)
-        elif row := re.fullmatch(r"\| .+? \| (.+ .+) \|", line):
-            found |= {(kind, *package.split(" ", 1)) for package in row[1].split(", ")}
+                name, _, version = package.partition(" ")
+                found[kind, name, version] = row[1]
     return found
 
 
@@ -320,7 +308,7 @@ def sbom(found: dict[Package, str]) -> dict[str, Any]:
             component["licenses"] = [{"expression": expression}]
         elif expression:
             component["licenses"] = [{"license": {"name": expression}}]
-        if package.kind == "cargo":
+        if package.kind == "cargo" and package.hashes:  # one from a repository has none
             component["hashes"] = [{"alg": "SHA-256", "content": package.hashes[0]}]
         components.append(component)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -355,6 +343,8 @@ def main() -> int:
         if not is_allowed(package, expression)
     ]
     print(f"hashes and licences: {len(findings)} findings in {len(packages)} packages")
+    for finding in findings:
+        print(f"FINDING: {finding}")
     if given.write:
         PAGE.write_text(page_of(found))
         print(f"written: {PAGE.relative_to(ROOT)}")
@@ -363,7 +353,7 @@ def main() -> int:
     given.sbom.write_text(json.dumps(sbom(found), indent=1) + "\n")
     print(f"bill of materials: {given.sbom}, {len(packages)} components")
     known, unasked = advisories(packages)
-    for finding in [*findings, *known]:
+    for finding in known:
         print(f"FINDING: {finding}")
     for reason in unasked:
         print(f"NOT CHECKED: advisories, {reason}")

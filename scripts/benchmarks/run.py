@@ -347,7 +347,7 @@ def _over_http(client: httpx.Client, graph: Posted, *, rounds: int) -> list[Row]
         time.sleep(1)
     small = graph.name == "runpod-python"
     frames = f"{reports[0]['capsule']['frames']:,} frames{', static vectors' if graph.semantic else ''}"
-    size = max(report["capsule"]["sizeBytes"] for report in reports) / 1e6
+    size, beside = (max(report[kind]["sizeBytes"] for report in reports) / 1e6 for kind in ("capsule", "sidecar"))
     peak = max(report["peakMemoryBytes"] for report in reports) / 1e6
     value = statistics.median(ready)
     rows = [
@@ -360,6 +360,7 @@ def _over_http(client: httpx.Client, graph: Posted, *, rounds: int) -> list[Row]
         ),
         row("  POST to 202", statistics.median(accepted), "s", at_most=0.3),
         row("  capsule", size, "MB", at_most=7 if small else None),
+        row("  sidecar", beside, "MB"),
         row("  peak memory of the worker", peak, "MB"),
     ]
     if small:

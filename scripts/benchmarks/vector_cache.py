@@ -66,7 +66,7 @@ def places(folder: Path) -> Iterator[dict[str, tuple[Engines, Storage | None]]]:
 
 def rates(folder: Path, count: int) -> dict[str, Rates]:
     """Random vectors put, flushed, and read by another instance in the same order."""
-    space = space_of(msgspec.structs.replace(StaticEmbedder.model, dimension=384), "document")
+    space = space_of(msgspec.structs.replace(StaticEmbedder.model, dimension=384))
     values = np.random.default_rng(5).standard_normal((count, 384)).astype(np.float32)
     keys = space.keys([f"text {number}" for number in range(count)])
     records = [seal(key, row.tobytes(), 0) for key, row in zip(keys, values, strict=True)]

@@ -241,7 +241,7 @@ def doors(folder: Path) -> dict[str, Callable[[bytes], None]]:
         (own / "asked.mv2").write_bytes(capsule_bytes)
         (own / "asked.mv2.index.v1.sqlite").write_bytes(data)
         library = Library(Artifacts(FileStorage([]), own / "copies", 1), engines.get, capacity=1)
-        reader = Reader(ExportPlaces(Nothing(), own, external=False), library, budget=100_000)
+        reader = Reader(ExportPlaces(Nothing(), own, external=False, note=[].append), library, budget=100_000)
         where = {"locator": {"capsulePath": "asked.mv2"}}
         node = "Function:src/tiny.py:call_0"
         try:
