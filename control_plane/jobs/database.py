@@ -21,6 +21,8 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from control_plane.jobs import sqlite
+
 SQLITE_READERS = 4
 POSTGRES_READERS = 8
 POSTGRES_WRITERS = 8
@@ -113,7 +115,7 @@ class Database:
             pool_timeout=POOL_SECONDS,
             pool_pre_ping=self.postgres,
             hide_parameters=True,  # errors are logged, and the secrets of webhooks are among them
-            connect_args=postgres_arguments(self.url) if self.postgres else {},
+            connect_args=postgres_arguments(self.url) if self.postgres else {"async_creator_fn": sqlite.connect},
         )
         event.listen(engine.sync_engine, "connect", self._connected)
         if self.postgres:

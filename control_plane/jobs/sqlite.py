@@ -1,0 +1,99 @@
+"""The driver of SQLite: aiosqlite with one visit to the connection's thread for each statement.
+
+aiosqlite itself takes four (cursor, execute, fetch, close), and one to roll back what only read. Each is a turn of a
+busy event loop, and they were most of the time that a small answer took.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import aiosqlite
+
+
+class _Done(NamedTuple):
+    """What a statement has left when its cursor is closed."""
+
+    rows: list[Any]
+    description: Any
+    rowcount: int
+    lastrowid: int | None
+
+
+def connect(database: str, **options: Any) -> SqliteConnection:
+    """A connection to be awaited; the arguments are those of ``sqlite3.connect``."""
+    return SqliteConnection(lambda: sqlite3.connect(database, **options))
+
+
+class SqliteConnection(aiosqlite.Connection):
+    """As SQLAlchemy's dialect ``sqlite+aiosqlite`` wants it."""
+
+    def __init__(self, connector: Any) -> None:
+        super().__init__(connector, iter_chunk_size=0)
+        self._thread.daemon = True
+        self._unknown = False
+        """A statement was not waited for, so nobody knows whether a transaction is open or will be."""
+
+    def cursor(self) -> Any:
+        """A cursor for one statement."""
+        return _Cursor(self)
+
+    async def run(self, many: bool, sql: str, parameters: Any) -> _Done:
+        """Run a statement and fetch all its rows."""
+        self._unknown = True
+        visit: Any = self._execute  # which has no types
+        done: _Done = await visit(_run, self._conn, many, sql, parameters)
+        self._unknown = False
+        return done
+
+    async def rollback(self) -> None:
+        """Roll back, where there may be anything to."""
+        if self._unknown or self.in_transaction:
+            await super().rollback()
+            self._unknown = False
+
+
+def _run(connection: sqlite3.Connection, many: bool, sql: str, parameters: Any) -> _Done:
+    with closing(connection.cursor()) as cursor:
+        (cursor.executemany if many else cursor.execute)(sql, parameters)
+        rows = cursor.fetchall() if cursor.description else []
+        return _Done(rows, cursor.description, cursor.rowcount, cursor.lastrowid)
+
+
+class _Cursor:
+    arraysize = 1
+
+    def __init__(self, connection: SqliteConnection) -> None:
+        self._connection = connection
+        self._done = _Done([], None, -1, None)
+
+    async def __aenter__(self) -> _Cursor:
+        return self
+
+    async def execute(self, sql: str, parameters: Any = ()) -> _Cursor:
+        self._done = await self._connection.run(False, sql, parameters)
+        return self
+
+    async def executemany(self, sql: str, parameters: Any) -> _Cursor:
+        self._done = await self._connection.run(True, sql, parameters)
+        return self
+
+    async def fetchall(self) -> list[Any]:
+        return self._done.rows
+
+    async def close(self) -> None:
+        """It is closed already."""
+
+    @property
+    def description(self) -> Any:
+        return self._done.description
+
+    @property
+    def rowcount(self) -> int:
+        return self._done.rowcount
+
+    @property
+    def lastrowid(self) -> int | None:
+        return self._done.lastrowid
