@@ -109,13 +109,14 @@ def _refused(message: str, **details: object) -> InvalidRequest:
 
 
 def _download(name: str) -> Path:
+    import httpx2
     from huggingface_hub import snapshot_download
 
     repository, _, commit = name.partition("@")
     skipped = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
     try:
         return Path(snapshot_download(repository, revision=commit, ignore_patterns=skipped))
-    except Exception as error:  # those of the HTTP library under it come out of it too
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet's
         raise _refused(f"the Hugging Face hub did not give {name}: {type(error).__name__}") from error
 
 

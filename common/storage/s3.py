@@ -215,14 +215,20 @@ class S3Storage:
             if _code(error) != "NoSuchUpload":
                 raise
             # Either the answer to a first try got lost, or somebody aborted the upload.
-            try:
-                head = self._client.head_object(**address)
-            except ClientError as missing:
-                if _status(missing) != 404:
-                    raise
-                head = {"ContentLength": None, "Metadata": {}}
-            if (head["ContentLength"], head["Metadata"].get("sha256")) != (stored.size, stored.sha256):
+            if not self._lies_there(address, stored):
                 raise StorageFailed(f"the upload of {stored.ref} was aborted by another") from error
+
+    def _lies_there(self, address: Mapping[str, str], stored: Stored) -> bool:
+        """Whether the object at an address is the one that was to be stored."""
+        from botocore.exceptions import ClientError
+
+        try:
+            head = self._client.head_object(**address)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            return False
+        return (head["ContentLength"], head["Metadata"].get("sha256")) == (stored.size, stored.sha256)
 
     def _abort(self, address: Mapping[str, str], upload: str) -> None:
         from botocore.exceptions import ClientError

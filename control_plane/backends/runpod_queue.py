@@ -416,8 +416,11 @@ class RunpodQueue:
     async def _refresh(self, tracked: _Tracked) -> bool:
         """See what became of a job that somebody else has changed; False if this attempt is over."""
         now = await self._store.get(tracked.job.id)
-        same = now is not None and (now.attempt, now.runpod_id) == (tracked.job.attempt, tracked.job.runpod_id)
-        if now is None or not same or now.status not in ("queued", "running"):
+        if (
+            now is None
+            or (now.attempt, now.runpod_id) != (tracked.job.attempt, tracked.job.runpod_id)
+            or now.status not in ("queued", "running")
+        ):
             self._untrack(tracked)
             return False
         tracked.job = now

@@ -109,17 +109,25 @@ class RunpodSlot:
 
     async def _follow(self, job: JobInput, tell: Callable[[Progress], None]) -> Published:
         """Hand over a job and look until its attempt has published. Raises what it ended in, PlatformUnavailable."""
+        at = self._at
+        patience = (at.ttl_ms + 2 * at.execution_timeout_ms) / 1000 + GRACE_SECONDS
+        end = asyncio.get_running_loop().time() + patience
+        try:
+            handed = await self._asked(lambda: at.api.run(msgspec.to_builtins(job), at.policy, None))
+            return await self._look(handed.id, job.output_prefix, tell, end)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(claim.close, at.storage, job.output_prefix, force=True)
+            raise
+
+    async def _look(self, runpod_id: str, prefix: str, tell: Callable[[Progress], None], end: float) -> Published:
+        """Look until an attempt has published; at ``end``, by the loop's clock, it is given up."""
         at, loop = self._at, asyncio.get_running_loop()
-        runpod_id: str | None = None
-        end = loop.time() + (at.ttl_ms + 2 * at.execution_timeout_ms) / 1000 + GRACE_SECONDS
         pause, looked = FIRST_LOOK_SECONDS, loop.time()
         try:
-            handed = (await self._asked(lambda: at.api.run(msgspec.to_builtins(job), at.policy, None))).id
-            runpod_id = handed
             while True:
                 await asyncio.sleep(min(pause, at.poll_seconds))
                 pause *= 1.5
-                answer = await self._asked(lambda: at.api.status(handed))
+                answer = await self._asked(lambda: at.api.status(runpod_id))
                 late = loop.time() > end
                 if answer is not None and answer.status not in ENDED and not late:
                     if answer.status in RUNNING and (step := _last_step(answer.output)) is not None:
@@ -127,20 +135,18 @@ class RunpodSlot:
                     if loop.time() - looked < STORAGE_SECONDS:
                         continue
                     looked = loop.time()
-                    if (found := await asyncio.to_thread(self._found, job.output_prefix)) is not None:
+                    if (found := await asyncio.to_thread(self._found, prefix)) is not None:
                         return found
                     continue
                 if late:
-                    await at.api.cancel(handed)
-                found = await asyncio.to_thread(self._over, job.output_prefix, answer, late=late)
+                    await at.api.cancel(runpod_id)
+                found = await asyncio.to_thread(self._over, prefix, answer, late=late)
                 if found is not None:
                     return found
         except asyncio.CancelledError:
-            if runpod_id is not None:
-                with contextlib.suppress(ExportError, TimeoutError):  # with its claim closed the run stops by itself
-                    async with asyncio.timeout(CANCEL_SECONDS):
-                        await at.api.cancel(runpod_id)
-            await asyncio.to_thread(claim.close, at.storage, job.output_prefix, force=True)
+            with contextlib.suppress(ExportError, TimeoutError):  # with its claim closed the run stops by itself
+                async with asyncio.timeout(CANCEL_SECONDS):
+                    await at.api.cancel(runpod_id)
             raise
 
     async def _asked(self, ask: Callable[[], Awaitable[T]]) -> T:

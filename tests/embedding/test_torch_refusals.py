@@ -154,6 +154,22 @@ def test_a_model_that_the_hub_does_not_have_is_refused_by_its_name(tmp_path: Pat
     assert said.startswith(f"embedding_model the Hugging Face hub did not give {name}: ")
 
 
+def test_a_model_of_a_hub_that_drops_the_connection_is_refused_by_its_name(tmp_path: Path) -> None:
+    name = "org/name@" + "0" * 40
+
+    def answer(handler: BaseHTTPRequestHandler, seen: Seen) -> None:
+        if seen.path.startswith("/api/models/"):
+            say(handler, 200, json.dumps([{"type": "file", "path": "config.json", "size": 2, "oid": "0"}]).encode())
+        elif seen.path.startswith("/org/name/resolve/"):
+            handler.close_connection = True
+        else:
+            say(handler, 404)
+
+    with store(answer) as hub:
+        said = _fetch(name, hub.url, tmp_path)
+    assert said == f"embedding_model the Hugging Face hub did not give {name}: RemoteProtocolError"
+
+
 def test_a_model_whose_attention_does_more_than_ours_runs_padded(tmp_path: Path) -> None:
     """Gemma's caps its scores, which attention over packs does not."""
     import transformers

@@ -192,10 +192,11 @@ def test_an_upload_that_may_not_be_completed_is_denied_and_leaves_nothing(
 
 
 class Forgetful:
-    """Answers of a store that takes an upload's parts, and knows nothing of the upload when it is to be completed."""
+    """Answers of a store that takes an upload's parts, and knows nothing of the upload when it is to be completed;
+    ``there`` is the SHA-256 of an object that lies in its place."""
 
-    def __init__(self, size: int, sha256: str) -> None:
-        self._there = {"Content-Length": str(size), "ETag": '"there"', "x-amz-meta-sha256": sha256}
+    def __init__(self, there: str | None) -> None:
+        self._there = there
 
     def __call__(self, handler: BaseHTTPRequestHandler, seen: Seen) -> None:
         if seen.method == "POST" and seen.path.endswith("?uploads"):
@@ -204,18 +205,25 @@ class Forgetful:
         elif seen.method == "PUT":
             say(handler, 200, ETag='"part"')
         elif seen.method == "HEAD":
-            handler.send_response_only(200)
-            for name, value in self._there.items():
-                handler.send_header(name, value)
-            handler.end_headers()
+            self._head(handler)
         else:
             _error(404, "NoSuchUpload")(handler, seen)
 
+    def _head(self, handler: BaseHTTPRequestHandler) -> None:
+        if self._there is None:
+            say(handler, 404)
+            return
+        handler.send_response_only(200)
+        for name, value in {"Content-Length": str(LARGE), "ETag": '"there"', "x-amz-meta-sha256": self._there}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
 
-def test_an_upload_that_another_aborts_fails_although_an_older_object_lies_there(
-    s3: S3, told: Callable[[Answer], Store], prefix: str, source: Path
+
+@pytest.mark.parametrize("there", ["0" * 64, None], ids=["an older object", "nothing"])
+def test_an_upload_that_another_aborts_fails_whether_or_not_an_older_object_lies_there(
+    s3: S3, told: Callable[[Answer], Store], prefix: str, source: Path, there: str | None
 ) -> None:
-    running = told(Forgetful(LARGE, "0" * 64))
+    running = told(Forgetful(there))
     with pytest.raises(StorageFailed, match=f"^the upload of {prefix}x was aborted by another$") as failed:
         open_storage(s3.config()).put(source, prefix + "x")
     assert failed.value.retryable
@@ -226,7 +234,7 @@ def test_an_upload_that_is_complete_when_it_is_to_be_completed_again_is_stored(
     s3: S3, told: Callable[[Answer], Store], prefix: str, source: Path
 ) -> None:
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    running = told(Forgetful(LARGE, sha256))
+    running = told(Forgetful(sha256))
     assert open_storage(s3.config()).put(source, prefix + "x") == (prefix + "x", LARGE, sha256)
     assert [seen.method for seen in running.seen].count("DELETE") == 0
 
