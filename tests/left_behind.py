@@ -8,12 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def child_pids() -> list[int]:
-    """Running and dead children of this process."""
+def child_pids(of: int | str = "self") -> list[int]:
+    """Running and dead children of a process, of all its threads; none of a process that has gone."""
     found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError):  # the thread ended meanwhile
-            found += map(int, (task / "children").read_text().split())
+    for children in Path(f"/proc/{of}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread ended meanwhile
+            found += map(int, children.read_text().split())
     return sorted(found)
 
 

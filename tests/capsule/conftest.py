@@ -38,6 +38,20 @@ def example_frames(real_graphs: dict[str, Path]) -> list[Frame]:
 
 
 @pytest.fixture
+def scripted_memvid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a shell script where the ``memvid`` command is found first: ``bin`` below the test's folder."""
+
+    def put(script: str) -> None:
+        command = tmp_path / "bin" / "memvid"
+        command.parent.mkdir()
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+
+    return put
+
+
+@pytest.fixture
 def memvid() -> Iterator[Callable[[Path], Any]]:
     """Opens capsules with memvid-sdk, and closes them."""
     import memvid_sdk

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -299,11 +300,9 @@ def test_a_cancel_ends_the_memvid_command(tmp_path: Path) -> None:
 
 
 def test_a_memvid_command_that_says_nothing_of_a_capsule_has_not_verified_it(
-    example_frames: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example_frames: list[Frame], tmp_path: Path, scripted_memvid: Callable[[str], None]
 ) -> None:
-    (tmp_path / "memvid").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "memvid").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    scripted_memvid("exit 0")
     plan = plan_of_all(tmp_path / "c.mv2", CliWriter(), example_frames[:3], None)
     with Gate() as gate, pytest.raises(GateFailed) as failed:
         gate.check(plan, never)
@@ -316,12 +315,10 @@ def test_without_the_memvid_command_the_writer_is_not_there(monkeypatch: pytest.
         CliWriter()
 
 
-def test_a_failing_memvid_command_is_a_writer_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = tmp_path / "bin" / "memvid"
-    command.parent.mkdir()
-    command.write_text("#!/bin/sh\necho 'no licence' >&2\nexit 3\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+def test_a_failing_memvid_command_is_a_writer_that_failed(
+    tmp_path: Path, scripted_memvid: Callable[[str], None]
+) -> None:
+    scripted_memvid("echo 'no licence' >&2\nexit 3")
     with nothing_left(), pytest.raises(WriterFailed, match="no licence"):
         CliWriter().open(tmp_path / "c.mv2", timestamp=TIMESTAMP, model=None, dimension=None, expected_frames=1)
     with nothing_left(), Gate() as gate, pytest.raises(WriterFailed, match="no licence"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import subprocess
 import sys
@@ -63,12 +62,10 @@ def test_what_is_not_installed_is_named(module: str, code: str, told: str) -> No
     assert without(module, code).endswith(told)
 
 
-def test_the_memvid_command_is_not_asked_for_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = tmp_path / "bin" / "memvid"
-    command.parent.mkdir()
-    command.write_text("#!/bin/sh\ntouch ran\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+def test_the_memvid_command_is_not_asked_for_vectors(
+    tmp_path: Path, scripted_memvid: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_memvid("touch ran")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WriterFailed, match="takes no vectors of ours"):
         CliWriter().open(tmp_path / "c.mv2", timestamp=1, model="m", dimension=4, expected_frames=1)

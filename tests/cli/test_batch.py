@@ -24,19 +24,17 @@ import zstandard
 from processes import answering, command, on_a_terminal
 from runpod_local import local_runpod, wait_for
 from services import S3, s3
+from small_batch import PLAN, batch_of
 from storage.faulty import proxy
 
 from common.contract import Progress, Report, Source
-from common.embedding.choice import Choice
 from common.errors import DeviceFailed, ExportError, WorkerLost
 from common.storage import Storage, StorageConfig, open_storage
 from common.storage.file import FileStorage
 from control_plane.backends.runpod_api import RunpodApi
-from control_plane.batch.board import Board
-from control_plane.batch.journal import Journal
-from control_plane.batch.run import Batch, Summary
+from control_plane.batch.run import Summary
 from control_plane.batch.runpod import Endpoint, RunpodSlot
-from control_plane.batch.slots import Kept, Plan, Work
+from control_plane.batch.slots import Kept, Work
 from control_plane.batch.sources import Graph, Payload
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
@@ -631,28 +629,6 @@ class Place:
 
     async def close(self) -> None:
         """Nothing to end."""
-
-
-PLAN = Plan({}, Choice(), "2026-11-21T10:00:00.000Z", "0" * 64)
-
-
-def batch_of(source: Few, tmp_path: Path, *places: Place, storage: Storage | None = None) -> Batch:
-    storage = storage or open_storage(StorageConfig(roots=[str(tmp_path)]))
-    prefix = tmp_path.as_uri() + "/"
-    return Batch(
-        source,
-        source.graphs(),
-        places,
-        plan=PLAN,
-        journal=Journal(storage, prefix),
-        destination=storage,
-        prefix=prefix,
-        there={},
-        folder=tmp_path / "payloads",
-        max_payload_bytes=1,
-        retry_failed=False,
-        board=Board(source.graphs()),
-    )
 
 
 def run(

@@ -20,14 +20,14 @@ import pytest
 from operations.storehouse import exported
 from processes import answering
 from services import S3, s3
+from small_batch import PLAN
 
 from common.contract import Manifest, Progress, Source, WorkerProgress
-from common.embedding.choice import Choice
 from common.errors import DeadlineExceeded, EmbeddingRefused, ExportError, GateFailed, WorkerLost
 from common.storage import FileStorage, Storage, open_storage
 from control_plane.backends.runpod_api import RunpodApi
 from control_plane.batch.runpod import MAX_ATTEMPTS, STAGED, Endpoint, RunpodSlot
-from control_plane.batch.slots import Kept, Plan, Work
+from control_plane.batch.slots import Kept, Work
 from control_plane.batch.sources import Graph, Payload
 from control_plane.operations.metrics import Metrics
 from handler import claim
@@ -35,7 +35,6 @@ from handler.protocol import job_error
 
 __all__ = ["exported", "s3"]
 
-PLAN = Plan({"semanticEnabled": False}, Choice(), "2026-11-21T10:00:00.000Z", "0" * 64)
 RUNNING = {"status": "IN_PROGRESS"}
 DONE = {"status": "COMPLETED"}
 Look = dict[str, Any] | Callable[[], dict[str, Any]] | None

@@ -13,24 +13,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from left_behind import child_pids
 from live_server import graph
 from processes import on_a_terminal
+from small_batch import PLAN, batch_of
 
 from common.contract import ErrorInfo, Progress, Report, Source
-from common.embedding.choice import Choice
 from common.errors import Canceled, ExportError, GateFailed, InvalidRequest, PayloadTooLarge, StorageFailed, WorkerLost
 from common.graph.model import GraphLimits
 from common.storage import FileStorage, Found, StorageConfig
 from control_plane.batch.__main__ import main
-from control_plane.batch.board import SHOWN, Board, table_of
+from control_plane.batch.board import SHOWN, table_of
 from control_plane.batch.journal import JOURNAL_NAME, MAX_JOURNAL_BYTES, Journal, Record
 from control_plane.batch.local import LocalSlot
-from control_plane.batch.run import Batch, Summary
-from control_plane.batch.slots import Kept, Plan, Slot, Work
+from control_plane.batch.run import Summary
+from control_plane.batch.slots import Kept, Slot, Work
 from control_plane.batch.sources import MAX_GRAPHS, FolderSource, Graph, Payload, S3Source
 from handler.protocol import ChildConfig
 
-PLAN = Plan({"semanticEnabled": False}, Choice(), "2026-11-21T10:00:00.000Z", "0" * 64)
 BATCH = [sys.executable, "-m", "control_plane.batch"]
 
 
@@ -152,24 +152,9 @@ def _next(left: list[ExportError | None]) -> None:
 def run(root: Path, slot: Slot) -> Summary:
     """The summary of a batch of one graph."""
     root.mkdir(exist_ok=True)
-    storage, prefix = FileStorage([root]), root.as_uri() + "/"
-    source = One()
 
     async def inside() -> Summary:
-        batch = Batch(
-            source,
-            source.graphs(),
-            [slot],
-            plan=PLAN,
-            journal=Journal(storage, prefix),
-            destination=storage,
-            prefix=prefix,
-            there={},
-            folder=root / "payloads",
-            max_payload_bytes=1_000,
-            retry_failed=False,
-            board=Board(source.graphs()),
-        )
+        batch = batch_of(One(), root, slot)
         await batch.run()
         return batch.summary()
 
@@ -230,9 +215,7 @@ async def local(root: Path, parent: int) -> AsyncIterator[tuple[LocalSlot, Work]
 
 
 def _children() -> list[int]:
-    own = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    pids = [int(pid) for text in own for pid in text.split()]
-    return [pid for pid in pids if b"handler.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in child_pids() if b"handler.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_child_that_died_between_two_graphs_is_replaced_before_the_next(tmp_path: Path) -> None:

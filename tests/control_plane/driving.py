@@ -6,23 +6,21 @@ import asyncio
 import hashlib
 import json
 import os
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import beside
 import msgspec
 from live_server import graph
 from processes import answering
+from worker_run import run_here
 
-from common.capsule.gate import Gate
 from common.contract import JobInput, JobOutput
-from common.embedding.choice import Choice
-from common.embedding.static import StaticEmbedder
 from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import open_storage
@@ -38,7 +36,6 @@ from control_plane.jobs.store import JobStore
 from control_plane.operations.disk import Disk
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.profiles import Profiles
-from handler.job import run_job
 from handler.pool import WorkerPool
 from handler.protocol import ChildConfig
 
@@ -110,20 +107,9 @@ class Workshop:
             "attempt": attempt,
             **more,
         }
-        with Gate() as gate:
-            return run_job(
-                JobInput(job_id=job.id, **given),
-                storage=self.storage,
-                scratch=self.layout.scratch / f"published-{job.id}",
-                limits=GraphLimits(),
-                writer=None,
-                choose=lambda _: Choice(),
-                embedder=lambda _: StaticEmbedder(),
-                gate=gate,
-                emit=lambda _: None,
-                should_stop=lambda: None,
-                generated_at=iso(job.created_at),
-            )
+        scratch = self.layout.scratch / f"published-{job.id}"
+        created = iso(job.created_at)
+        return run_here(JobInput(job_id=job.id, **given), self.storage, scratch, generated_at=created)
 
     async def job(self, job_id: str) -> JobRecord:
         """The job as it is now."""
@@ -153,12 +139,7 @@ class Workshop:
 
     async def change(self, statement: str, *values: object) -> None:
         """Change the database from outside, while transactions of this process go on."""
-
-        def execute() -> None:
-            with closing(sqlite3.connect(self.settings.root / "jobs.sqlite", timeout=10)) as database, database:
-                database.execute(statement, values)
-
-        await asyncio.to_thread(execute)
+        await beside.change(self.settings.root / "jobs.sqlite", statement, *values)
 
     @asynccontextmanager
     async def no_database(self) -> AsyncIterator[None]:
@@ -191,6 +172,19 @@ async def workshop(root: Path, **env: str) -> AsyncIterator[Workshop]:
         await made.pool.close()
         await made.database.close()
         os.close(made.lock)
+
+
+Scenario = Callable[[Workshop], Awaitable[None]]
+
+
+def run(root: Path, scenario: Scenario, **env: str) -> None:
+    """Play a scenario in a workshop."""
+
+    async def inside() -> None:
+        async with workshop(root, **env) as shop:
+            await scenario(shop)
+
+    asyncio.run(inside())
 
 
 class Endpoint:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from left_behind import child_pids
 from live_server import ENDED, TERMINAL, Server, graph
 
 SERVER_KILLED, SERVER_STOPPED, WORKER_KILLED = "server SIGKILL", "server SIGTERM", "worker SIGKILL"
@@ -109,9 +110,7 @@ class Campaign:
                     seen[event["seq"]] = event
 
     def _kill_a_worker(self) -> None:
-        pid = self._server.pid
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        if children:
+        if children := child_pids(self._server.pid):
             os.kill(self._chance.choice(children), signal.SIGKILL)
 
     def _look(self, outcome: Outcome, keys: Sequence[str], *, everything: bool) -> None:

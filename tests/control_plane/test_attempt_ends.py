@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from driving import Workshop, until, workshop
+from driving import Workshop, run, until
 from live_server import graph
 from sqlalchemy.exc import SQLAlchemyError
 from structlog.testing import capture_logs
@@ -20,17 +19,8 @@ from control_plane.jobs.records import CANARY_CLIENT, JobRecord, NewEvent
 from handler import claim
 from handler.job import published
 
-Scenario = Callable[[Workshop], Awaitable[None]]
 GONE = ObjectMissing("the payload is not there")
 CANCELED = NewEvent("job_canceled", Progress(stage="canceled", progress=0, stage_progress=100, message="Canceled"))
-
-
-def run(root: Path, scenario: Scenario, **env: str) -> None:
-    async def inside() -> None:
-        async with workshop(root, **env) as shop:
-            await scenario(shop)
-
-    asyncio.run(inside())
 
 
 async def at_work(shop: Workshop) -> JobRecord:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from left_behind import child_pids
 from live_server import Server, graph, large_graph
 
 
@@ -28,13 +29,9 @@ def _workers(server: Server) -> set[int]:
     waiting = [server.pid]
     while waiting:
         pid = waiting.pop()
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                children = {int(child) for child in task.read_text().split()}
-            except FileNotFoundError:
-                continue
-            found |= children
-            waiting += children
+        children = child_pids(pid)
+        found.update(children)
+        waiting += children
     return found
 
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from driving import Workshop, workshop
+from driving import Workshop, run
 
 from common.contract import Progress
 from control_plane.jobs.hub import KEPT, EventHub
 from control_plane.jobs.records import NewEvent
 from control_plane.jobs.store import JobStore
-
-Scenario = Callable[[Workshop], Awaitable[None]]
-
-
-def run(root: Path, scenario: Scenario) -> None:
-    async def inside() -> None:
-        async with workshop(root) as shop:
-            await scenario(shop)
-
-    asyncio.run(inside())
 
 
 @pytest.mark.parametrize(

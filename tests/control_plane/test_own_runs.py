@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from driving import Workshop, until, workshop
+from driving import Workshop, run, until
 from live_server import graph
 from structlog.testing import capture_logs
 
@@ -17,16 +16,7 @@ from common.contract import Progress
 from control_plane.backends.checker import PayloadChecker
 from control_plane.jobs.records import NewEvent
 
-Scenario = Callable[[Workshop], Awaitable[None]]
 CANCELED = NewEvent("job_canceled", Progress(stage="canceled", progress=0, stage_progress=100, message="Canceled"))
-
-
-def run(root: Path, scenario: Scenario, **env: str) -> None:
-    async def inside() -> None:
-        async with workshop(root, **env) as shop:
-            await scenario(shop)
-
-    asyncio.run(inside())
 
 
 # --- what an earlier server left ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from left_behind import child_pids
 from live_server import Server, large_graph
 from runpod_house import bucket_env, eventually
 from services import s3_server
@@ -66,7 +67,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 def _workers(server: Server) -> dict[int, int]:
     """Processes of the server's workers, and the processor time that each has used."""
     found = {}
-    for pid in map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()):
+    for pid in child_pids(server.pid):
         if b"handler.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             found[pid] = int(fields[11]) + int(fields[12])

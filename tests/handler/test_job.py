@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from worker_run import run_here
 
-from common.capsule.gate import Gate
 from common.contract import JobInput, JobOutput, Progress
-from common.embedding.choice import Choice
-from common.embedding.static import StaticEmbedder
 from common.errors import Canceled
-from common.graph.model import GraphLimits
 from common.storage import FileStorage
-from handler.job import published, run_job
+from handler.job import published
 
 GRAPH = {
     "projectName": "p",
@@ -33,22 +30,9 @@ def _run(root: Path, *, stop: bool = False) -> tuple[JobOutput, list[Progress]]:
         if stop and told:
             raise Canceled("stop")
 
-    with Gate() as gate:
-        output = run_job(
-            JobInput(
-                job_id="job", payload_ref=(root / "payload").as_uri(), output_prefix=(root / "out" / "1").as_uri() + "/"
-            ),
-            storage=FileStorage([root]),
-            scratch=root / "scratch",
-            limits=GraphLimits(),
-            writer=None,
-            choose=lambda _: Choice(),
-            embedder=lambda _: StaticEmbedder(),
-            gate=gate,
-            emit=told.append,
-            should_stop=should_stop,
-            generated_at="2026-11-21T10:00:00.000Z",
-        )
+    prefix = (root / "out" / "1").as_uri() + "/"
+    job = JobInput(job_id="job", payload_ref=(root / "payload").as_uri(), output_prefix=prefix)
+    output = run_here(job, FileStorage([root]), root / "scratch", emit=told.append, should_stop=should_stop)
     return output, told
 
 

@@ -15,16 +15,12 @@ import pytest
 from played_child import played
 from small_job import GRAPH, config_of, payload
 from structlog.testing import capture_logs
+from worker_run import run_here
 
-from common.capsule.gate import Gate
 from common.contract import JobError, JobInput, JobOutput, WorkerProgress
-from common.embedding.choice import Choice
-from common.embedding.static import StaticEmbedder
 from common.errors import Canceled, DeadlineExceeded, WorkerLost, WriterFailed
-from common.graph.model import GraphLimits
 from common.storage import FileStorage
 from handler import claim
-from handler.job import run_job
 from handler.pool import WorkerPool
 from handler.protocol import job_error
 from handler.worker import MAX_STEPS, JobRun, Worker
@@ -70,20 +66,7 @@ class Place:
 
     def publish(self) -> JobOutput:
         """Export the job here as an earlier run would have."""
-        with Gate() as gate:
-            return run_job(
-                JobInput(**self.input()),
-                storage=self.storage,
-                scratch=self.root / "earlier",
-                limits=GraphLimits(),
-                writer=None,
-                choose=lambda _: Choice(),
-                embedder=lambda _: StaticEmbedder(),
-                gate=gate,
-                emit=lambda _: None,
-                should_stop=lambda: None,
-                generated_at="2026-11-21T10:00:00.000Z",
-            )
+        return run_here(JobInput(**self.input()), self.storage, self.root / "earlier")
 
 
 @pytest.fixture

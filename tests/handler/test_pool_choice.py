@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from left_behind import child_pids
 from small_job import config_of
 
 from handler.pool import WorkerPool
@@ -57,17 +58,12 @@ def test_a_child_that_was_started_elsewhere_is_taken_in_and_ended_with_the_pool(
 
 def test_a_pool_that_closes_while_children_start_leaves_none(tmp_path: Path) -> None:
     async def inside() -> None:
-        mine = Path("/proc/self/task").resolve().parent
-        others = _children(mine)
+        others = set(child_pids())
         pool = WorkerPool(config_of(tmp_path), 2)
         pool.start()
         await asyncio.sleep(0.1)
-        assert _children(mine) - others
+        assert set(child_pids()) - others
         await pool.close()
-        assert not _children(mine) - others
+        assert not set(child_pids()) - others
 
     asyncio.run(inside())
-
-
-def _children(process: Path) -> set[str]:
-    return {pid for task in (process / "task").iterdir() for pid in (task / "children").read_text().split()}

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 from small_job import payload
+from worker_run import run_here
 
 from common.capsule.gate import Gate
 from common.contract import JobInput
-from common.embedding.choice import Choice
-from common.embedding.static import StaticEmbedder
 from common.errors import CapsuleUnreadable, ExportError, GateFailed, InvalidRef, StorageFailed
-from common.graph.model import GraphLimits
 from common.storage import FileStorage
 from handler.job import (
     MANIFEST_ENDING,
@@ -23,7 +21,6 @@ from handler.job import (
     check_bytes,
     published,
     read_manifest,
-    run_job,
     same_manifest,
 )
 
@@ -40,19 +37,8 @@ class Attempt:
 
     def run(self, job_id: str = "job", *, scratch: Path | None = None, prefix: str | None = None) -> Published:
         """Export a graph of one node; answers what lies there then."""
-        run_job(
-            JobInput(job_id=job_id, payload_ref=payload(self.root), output_prefix=prefix or self.prefix),
-            storage=self.storage,
-            scratch=scratch or self.root / "scratch",
-            limits=GraphLimits(),
-            writer=None,
-            choose=lambda _: Choice(),
-            embedder=lambda _: StaticEmbedder(),
-            gate=self._gate,
-            emit=lambda _: None,
-            should_stop=lambda: None,
-            generated_at="2026-11-21T10:00:00.000Z",
-        )
+        job = JobInput(job_id=job_id, payload_ref=payload(self.root), output_prefix=prefix or self.prefix)
+        run_here(job, self.storage, scratch or self.root / "scratch", gate=self._gate)
         found = published(self.storage, self.prefix, job_id)
         assert found is not None
         return found

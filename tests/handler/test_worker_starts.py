@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from left_behind import child_pids
 from processes import COMMAND, command
 from small_job import payload
 from structlog.testing import capture_logs
@@ -83,7 +84,7 @@ def test_a_worker_that_is_ended_while_it_starts_leaves_no_folder_and_no_process(
             children: list[int] = []
             for _ in range(3_000):
                 if workers.is_dir() and any(not path.name.startswith(".") for path in workers.iterdir()):
-                    children = _children(worker.pid)
+                    children = child_pids(worker.pid)
                 if children or worker.poll() is not None:
                     break
                 time.sleep(0.01)
@@ -95,10 +96,3 @@ def test_a_worker_that_is_ended_while_it_starts_leaves_no_folder_and_no_process(
     assert list(workers.iterdir()) == []
     assert gone(children)
     assert group(worker.pid) == []
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import beside
 import pytest
 from live_server import graph
 from sqlalchemy import insert, select, update
+from worker_run import run_here
 
-from common.capsule.gate import Gate
 from common.contract import JobInput
-from common.embedding.choice import Choice
-from common.embedding.static import StaticEmbedder
-from common.graph.model import GraphLimits
 from common.settings import Settings
 from common.storage import FileStorage
 from control_plane.jobs.database import Database
@@ -32,7 +29,6 @@ from control_plane.jobs.store import JobStore
 from control_plane.jobs.tables import jobs
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.recovery import Recovery
-from handler.job import run_job
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +36,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what an export published."""
     root = tmp_path_factory.mktemp("exported")
     (root / "payload").write_text(json.dumps(graph(name="stored")))
-    with Gate() as gate:
-        run_job(
-            JobInput(job_id="job", payload_ref=(root / "payload").as_uri(), output_prefix=(root / "1").as_uri() + "/"),
-            storage=FileStorage([root]),
-            scratch=root / "scratch",
-            limits=GraphLimits(),
-            writer=None,
-            choose=lambda _: Choice(),
-            embedder=lambda _: StaticEmbedder(),
-            gate=gate,
-            emit=lambda _: None,
-            should_stop=lambda: None,
-            generated_at="2026-11-21T10:00:00.000Z",
-        )
+    prefix = (root / "1").as_uri() + "/"
+    job = JobInput(job_id="job", payload_ref=(root / "payload").as_uri(), output_prefix=prefix)
+    run_here(job, FileStorage([root]), root / "scratch")
     return root / "1"
 
 
@@ -109,10 +94,13 @@ class Storehouse:
             rows = [{**row._mapping, "id": str(uuid.uuid4())} for _ in range(count)]
             await connection.execute(insert(jobs), rows)
 
-    def execute(self, statement: str) -> None:
-        """SQL from beside, as another program on this machine could run it."""
-        with closing(sqlite3.connect(self._file)) as beside, beside:
-            beside.execute(statement)
+    async def change(self, statement: str) -> None:
+        """Change the database from beside."""
+        await beside.change(self._file, statement)
+
+    def change_at_once(self, statement: str) -> None:
+        """The same before any other task goes on; on the loop's own thread only where no transaction is open."""
+        beside.execute(self._file, statement)
 
     def metric(self, name: str) -> float:
         """The sum of a figure's lines that begin so."""

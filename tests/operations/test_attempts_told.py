@@ -156,7 +156,7 @@ def test_an_export_that_is_forgotten_at_once_is_not_told_of(ask: Ask) -> None:
         job = await begun(house)
         moved = await house.store.move(job.id, "failed", event("job_failed", "failed"), values=FAILED)
         assert moved is not None
-        house.execute("DELETE FROM events")
+        house.change_at_once("DELETE FROM events")
         await watch.close()
         assert house.metric(COUNT) == 0
 
@@ -168,7 +168,7 @@ def test_a_database_that_is_away_is_said_and_the_export_has_ended_all_the_same(a
         job = await begun(house)
         with structlog.testing.capture_logs() as lines:
             moved = await house.store.move(job.id, "failed", event("job_failed", "failed"), values=FAILED)
-            house.execute("ALTER TABLE events RENAME TO elsewhere")
+            house.change_at_once("ALTER TABLE events RENAME TO elsewhere")
             await watch.close()
         assert moved is not None
         assert moved.status == "failed"
@@ -185,12 +185,12 @@ def test_more_ends_than_can_wait_are_named_and_not_told(ask: Ask) -> None:
         assert moved is not None
         (last,) = (it for it in await house.store.events(job.id, 0, 10) if it.type == "job_failed")
         with structlog.testing.capture_logs() as lines:
-            for _ in range(WAITING):
+            for _ in range(WAITING + 1):  # the end that the store itself has told of may wait still
                 watch.saw(moved, last)
             async with asyncio.timeout(60):
                 while house.metric(COUNT) + len(of(lines, "how a job ended cannot be told")) < WAITING:
                     await watch.close()
-        assert of(lines, "more jobs end than can be told of") == [job.id]
+        assert set(of(lines, "more jobs end than can be told of")) == {job.id}
         assert house.metric(COUNT) > 0
 
     ask(scenario)

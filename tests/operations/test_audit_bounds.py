@@ -113,7 +113,7 @@ def test_more_than_can_be_known_are_dropped_and_counted_and_said(ask: Ask) -> No
 
 def test_while_the_database_is_away_entries_wait_and_what_does_not_fit_is_dropped(ask: Ask) -> None:
     async def scenario(house: Storehouse, audit: AuditLog) -> None:
-        house.execute("ALTER TABLE audit RENAME TO elsewhere")
+        await house.change("ALTER TABLE audit RENAME TO elsewhere")
         with structlog.testing.capture_logs() as lines:
             for number in range(MAX_WAITING):
                 audit.note(READ._replace(key=str(number)))
@@ -124,7 +124,7 @@ def test_while_the_database_is_away_entries_wait_and_what_does_not_fit_is_droppe
         assert [line["waiting"] for line in waits] == [MAX_WAITING], "it is said once"
         assert house.metric(DROPPED) == 1
 
-        house.execute("ALTER TABLE elsewhere RENAME TO audit")
+        await house.change("ALTER TABLE elsewhere RENAME TO audit")
         audit.note(READ._replace(key="after"))
         await audit.stop()
         keys = [row.key for row in await rows(house)]

@@ -56,9 +56,9 @@ def test_where_all_is_well_every_probe_says_nothing_and_leaves_nothing(ask: Ask)
 
 def test_a_database_that_takes_no_write_is_named_by_the_kind_of_its_error(ask: Ask) -> None:
     async def scenario(house: Storehouse, probes: Probes) -> None:
-        house.execute("ALTER TABLE idempotency_keys RENAME TO elsewhere")
+        await house.change("ALTER TABLE idempotency_keys RENAME TO elsewhere")
         assert await probes.database() == "cannot be written: OperationalError"
-        house.execute("ALTER TABLE elsewhere RENAME TO idempotency_keys")
+        await house.change("ALTER TABLE elsewhere RENAME TO idempotency_keys")
         assert await probes.database() is None
 
     ask(scenario)
@@ -168,8 +168,8 @@ def test_without_the_database_the_figures_are_told_and_those_of_jobs_are_no_numb
         disk = Disk(house.settings, house.metrics)
         health = Health({"database": probes.database, "disk": probes.disk}, {})
         figures = Figures(house.store, EventHub(), house.metrics, disk, health=health, keys=Keys(house.settings))
-        house.execute("ALTER TABLE jobs RENAME TO elsewhere")
-        house.execute("ALTER TABLE idempotency_keys RENAME TO nowhere")
+        await house.change("ALTER TABLE jobs RENAME TO elsewhere")
+        await house.change("ALTER TABLE idempotency_keys RENAME TO nowhere")
         with structlog.testing.capture_logs() as lines:
             text = (await figures.text()).decode()
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))

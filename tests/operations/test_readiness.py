@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from left_behind import child_pids
 from live_server import Server, graph
 from processes import COMMAND, free_port, running
 from runpod_house import bucket_env, eventually
@@ -128,8 +129,8 @@ def test_a_server_whose_workers_all_died_is_not_ready(tmp_path: Path) -> None:
     server = Server(tmp_path / "root", worker_slots=1)
     try:
         server.start()
-        for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+        for child in child_pids(server.pid):
+            os.kill(child, signal.SIGKILL)
         # Nobody asks for a worker, so none is started; the first job brings them back.
         assert eventually(lambda: wrong(server)) == {"worker": "no worker is up"}
         assert server.wait(server.submit(graph()))["type"] == "job_completed"

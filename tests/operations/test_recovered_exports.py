@@ -190,10 +190,10 @@ def test_what_cannot_be_listed_now_is_spared_however_old_it_is(ask: Ask) -> None
 def test_a_database_that_goes_away_ends_the_look_with_its_own_error(ask: Ask) -> None:
     async def scenario(house: Storehouse) -> None:
         house.stored()
-        house.execute("ALTER TABLE events RENAME TO elsewhere")
+        await house.change("ALTER TABLE events RENAME TO elsewhere")
         with pytest.raises(OperationalError):
             await recovery(house).all()
-        house.execute("ALTER TABLE elsewhere RENAME TO events")
+        await house.change("ALTER TABLE elsewhere RENAME TO events")
         assert await house.store.counts() == {}
         assert await recovery(house).all() == {}
         assert await house.store.counts() == {"completed": 1}

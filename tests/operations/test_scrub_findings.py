@@ -193,7 +193,7 @@ def test_files_that_were_removed_after_their_time_while_one_looked_are_not_damag
     async def scenario(house: Storehouse) -> None:
         await house.finished()
         house.storage = away = Away([house.layout.artifacts])
-        away.first = lambda: house.execute("UPDATE jobs SET status = 'expired', stage = 'expired'")
+        away.first = lambda: house.change_at_once("UPDATE jobs SET status = 'expired', stage = 'expired'")
         async with scrubbing(house) as told:
             assert (await told("scrubbed"))["damaged"] == 0
         assert house.metric("memvid_export_damaged_total") == 0
@@ -229,10 +229,10 @@ def test_a_database_that_is_away_is_waited_for(ask: Ask) -> None:
     async def scenario(house: Storehouse) -> None:
         job_id, folder = await house.finished()
         next(folder.glob("*.mv2")).unlink()
-        house.execute("ALTER TABLE jobs RENAME TO elsewhere")
+        await house.change("ALTER TABLE jobs RENAME TO elsewhere")
         async with scrubbing(house) as told:
             await told("scrubbing waits for the database")
-            house.execute("ALTER TABLE elsewhere RENAME TO jobs")
+            await house.change("ALTER TABLE elsewhere RENAME TO jobs")
             assert (await told("stored files are damaged"))["job_id"] == job_id
 
     ask(scenario)

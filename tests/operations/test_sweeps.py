@@ -121,7 +121,7 @@ def test_more_than_one_look_finds_are_all_expired_and_later_forgotten_in_one_swe
         await sweeps.sweep()
         assert await house.store.counts() == {"expired": SWEPT + 1}
         long_ago = now_ms() - 3 * HOUR_MS
-        house.execute(f"UPDATE jobs SET finished_at = {long_ago}, updated_at = {long_ago}")
+        await house.change(f"UPDATE jobs SET finished_at = {long_ago}, updated_at = {long_ago}")
         await sweeps.sweep()
         assert await house.store.counts() == {}
 
@@ -248,13 +248,13 @@ def test_a_sweep_that_fails_is_told_and_the_next_one_does_its_work(tmp_path: Pat
     async def scenario() -> None:
         async with storehouse(tmp_path / "root", exported, retention_seconds=1) as house:
             job_id, folder = await house.finished()
-            house.execute("ALTER TABLE jobs RENAME TO elsewhere")
+            await house.change("ALTER TABLE jobs RENAME TO elsewhere")
             with structlog.testing.capture_logs() as lines:
                 task = asyncio.create_task(retention(house).run())
                 async with asyncio.timeout(60):
                     while not any(line["event"] == "retention failed" for line in lines):
                         await asyncio.sleep(0.01)
-                    house.execute("ALTER TABLE elsewhere RENAME TO jobs")
+                    await house.change("ALTER TABLE elsewhere RENAME TO jobs")
                     while folder.exists():
                         await asyncio.sleep(0.01)
                 task.cancel()
