@@ -17,6 +17,7 @@ from handler.protocol import ChildConfig, Command, Failed, Message, Ready, Repor
 
 TERM_SECONDS = 0.3
 """From asking a process group to end to ending it."""
+PIPE_SECONDS = 1.0
 WATCH_SECONDS = 0.05
 START_SECONDS = 120.0
 MAX_LINE = 64 << 20
@@ -131,6 +132,8 @@ class ChildProcess:
         self._signal(signal.SIGKILL)
         self._enter(None)
         await self._process.wait()
+        # With the end of its output its pipes are closed; a process that left the group may hold it open.
+        await asyncio.wait(self._tasks[:1], timeout=PIPE_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
