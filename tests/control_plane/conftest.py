@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_server import Server
-
-StartServer = Callable[..., Server]
+from live_server import Server, StartServer
 
 
 @pytest.fixture(scope="session")

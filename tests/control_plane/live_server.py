@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,7 @@ class Server:
             if event["type"] in types or event["type"] in TERMINAL:
                 return event
         return event
+
+
+StartServer = Callable[..., Server]
+"""Starts a server with settings of its own, which ends with the test: the fixture ``start_server``."""

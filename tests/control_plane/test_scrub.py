@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import StartServer
-from live_server import Server, graph
+from live_server import Server, StartServer, graph
 from runpod_house import eventually
 
 

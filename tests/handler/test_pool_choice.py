@@ -61,8 +61,9 @@ def test_a_pool_that_closes_while_children_start_leaves_none(tmp_path: Path) -> 
         others = set(child_pids())
         pool = WorkerPool(config_of(tmp_path), 2)
         pool.start()
-        await asyncio.sleep(0.1)
-        assert set(child_pids()) - others
+        async with asyncio.timeout(60):
+            while not set(child_pids()) - others:
+                await asyncio.sleep(0.01)
         await pool.close()
         assert not set(child_pids()) - others
 
