@@ -8,6 +8,7 @@ share of their scores. ``scripts/bench retrieval`` measures it; ``docs/decisions
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -109,7 +110,8 @@ def search(
     """The nodes of the capsules that fit a query, by score; equal ones by capsule, as these come, then by id.
 
     ``query`` is text of any kind, never query syntax; an empty one finds nothing. ``hybrid`` uses vectors where there
-    are any; ``semantic`` needs them in every capsule. Raises InvalidRequest, and what ``Embedder.embed`` does.
+    are any; ``semantic`` needs them in every capsule. Raises InvalidRequest, what ``Embedder.embed`` does, and
+    sqlite3.DatabaseError for a damaged sidecar.
     """
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidRequest(f"limit: a number from 1 to {MAX_LIMIT} is needed", field="limit")
@@ -285,11 +287,14 @@ def _nodes(capsules: Sequence[Searched], places: Iterable[Place]) -> dict[Place,
     by_capsule: dict[int, list[int]] = {}
     for number, position in dict.fromkeys(places):
         by_capsule.setdefault(number, []).append(position)
-    return {
+    found = {
         (number, node.position): node
         for number, positions in by_capsule.items()
         for node in capsules[number].sidecar.nodes(positions)
     }
+    if len(found) < sum(map(len, by_capsule.values())):
+        raise sqlite3.DatabaseError("words or edges name positions that no node has")
+    return found
 
 
 def _matched_words(node: Node, words: Sequence[str]) -> str:

@@ -323,6 +323,7 @@ def _serve(folder: Path) -> None:
             outcome = Outcome("refused", error.code)
         except BaseException as error:  # noqa: BLE001 - a panic of a library is one; all of it is what is looked for
             outcome = Outcome("raised", _place(error))
+        del data  # the next case has room for itself
         answers.write(json.dumps(outcome).encode() + b"\n")
         answers.flush()
 
