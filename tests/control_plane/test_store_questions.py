@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import structlog
 from live_server import new_job
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from common.contract import (
@@ -95,6 +95,11 @@ class Desk:
         """Milliseconds, by the database."""
         async with self._database.read.connect() as connection:
             return int(await connection.scalar(select(db_now())) or 0)
+
+    async def forget(self, job_id: str) -> None:
+        """Lose the job's events."""
+        async with self._database.write.begin() as connection:
+            await connection.execute(delete(events).where(events.c.job_id == job_id))
 
     async def rewind(self, job_id: str, **stamps: int) -> None:
         """Give the job's events these times, in order."""
@@ -572,6 +577,17 @@ def test_the_stages_of_an_attempt_begin_with_the_wait_for_it(ask: Ask) -> None:
     ask(scenario)
 
 
+def test_a_log_comes_with_its_job_and_without_one_where_there_is_none(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        job_id = await desk.new()
+        found, job = await desk.first.log(job_id, 0, 10)
+        assert job == await desk.job(job_id)
+        assert [event.seq for event in found] == [1]
+        assert await desk.first.log(str(uuid.uuid4()), 0, 10) == ([], None)
+
+    ask(scenario)
+
+
 # --- stored files ---------------------------------------------------------------------------------------
 
 
@@ -690,6 +706,18 @@ def test_files_that_are_whole_again_are_given_out_again(ask: Ask) -> None:
         assert [(await desk.job(left)).damage for left in (ids[0], ids[2])] == ["torn", "torn"]
         await desk.set(ids[1], status="expired")
         assert not await desk.first.whole(job)
+
+    ask(scenario)
+
+
+def test_a_row_whose_status_and_log_are_lost_gets_a_log_of_its_end(ask: Ask) -> None:
+    async def scenario(desk: Desk) -> None:
+        (job_id,) = await desk.many(1, status="running")
+        await desk.forget(job_id)
+        await desk.set(job_id, status="sleeping")
+        assert await desk.first.end_damaged() == 1
+        assert (await desk.job(job_id)).last_seq == 1
+        assert [(event.seq, event.type) for event in await desk.first.events(job_id, 0, 10)] == [(1, "job_failed")]
 
     ask(scenario)
 
