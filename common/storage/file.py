@@ -193,7 +193,8 @@ class FileStorage:
             raise InvalidRef("a file:// ref with a NUL in it", field="ref")
         path = Path(os.path.normpath(text))
         with _failing_as(f"cannot find {path.name}"):
-            resolved = path.resolve() if root else path.parent.resolve() / path.name
+            # Not Path.resolve, for which links that lead in a circle are a RuntimeError; opened they are an OSError.
+            resolved = Path(os.path.realpath(path)) if root else Path(os.path.realpath(path.parent)) / path.name
         if not any(resolved.is_relative_to(known) and (root or resolved != known) for known in self._roots):
             raise InvalidRef("a file:// ref outside the storage root", field="ref")
         return resolved

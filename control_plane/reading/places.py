@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ class ExportPlaces:
     def _inside(self, text: str) -> Path:
         path = Path(text)
         try:
-            path = (path if path.is_absolute() else self._root / path).resolve()
+            path = Path(os.path.realpath(path if path.is_absolute() else self._root / path))
             if not self._external and not path.is_relative_to(self._root.resolve()):
                 raise InvalidRequest("locator.capsulePath: a file under the export root is needed", field="locator")
             if path.suffix != ".mv2" or not path.is_file():

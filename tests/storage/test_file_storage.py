@@ -40,6 +40,15 @@ def test_no_ref_leaves_the_roots(tmp_path: Path, root: Path) -> None:
             storage.write(ref, b"")
 
 
+def test_a_ref_through_links_that_lead_in_a_circle_is_refused(tmp_path: Path, root: Path) -> None:
+    storage = FileStorage([root])
+    (root / "one").symlink_to(root / "other")
+    (root / "other").symlink_to(root / "one")
+    for ref in (f"{root.as_uri()}/one", f"{root.as_uri()}/one/x"):
+        with pytest.raises(InvalidRef, match="Too many levels of symbolic links"):
+            storage.local(ref, tmp_path)
+
+
 def test_a_ref_that_is_not_written_as_one_names_nothing_else_by_mistake(tmp_path: Path, root: Path) -> None:
     storage, folder = FileStorage([root]), root.as_uri()
     storage.write(f"{folder}/x", b"kept")
