@@ -110,7 +110,10 @@ class Batch:
                 first = first.exceptions[0]
             raise first from several
         finally:
-            await asyncio.gather(self._journal.write(), *(slot.close() for slot in self._slots))
+            try:
+                await self._journal.write()
+            finally:
+                await asyncio.gather(*(slot.close() for slot in self._slots))
 
     async def _run_all(self, over: asyncio.Event) -> None:
         try:

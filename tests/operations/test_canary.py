@@ -81,7 +81,7 @@ def test_a_server_that_is_gone_ends_it_at_the_first_step() -> None:
 
 
 def test_a_full_queue_is_a_refusal_and_no_defect(server: Server) -> None:
-    running = server.submit(large_graph("running"))
+    running = server.submit(large_graph("running", 80_000))
     server.wait(running, "job_started")
     waiting = server.submit(graph(name="waiting"))
     code, run = canary(server.url)
