@@ -303,7 +303,7 @@ def backup(
 
     settings = Settings.read(os.environ, dev=True)  # the key of our own API is not needed here
     with Show(json=json) as show:
-        size = copy(settings.database_url, file, show.amount("Copying pages"))
+        size = copy(settings.database_url, file, show.amount("Copying"))
         show.data({"file": str(file), "sizeBytes": size})
         show.result(f"{file}: {size / 1e6:.1f} MB, integrity checked")
 

@@ -23,7 +23,7 @@ WAIT_SECONDS = 30.0
 def backup(database_url: str, target: Path, amount: Callable[[int, int], None]) -> int:
     """Copy the job store to ``target``, which appears whole and checked or not at all; answers its bytes.
 
-    ``amount`` is told ``(pages, pages in all)``. Raises InvalidSettings for a database that has tools of its own or is
+    ``amount`` is told ``(bytes, bytes in all)``. Raises InvalidSettings for a database that has tools of its own or is
     not there, StorageFailed.
     """
     url = make_url(database_url)
@@ -34,7 +34,10 @@ def backup(database_url: str, target: Path, amount: Callable[[int, int], None]) 
         )
     source = Path(url.database or "")
     if not source.is_file():
-        raise InvalidSettings(f"There is no job store {source}", field="MEMVID_EXPORT_DATABASE_URL")
+        raise InvalidSettings(
+            f"There is no job store {source}; MEMVID_EXPORT_ROOT or MEMVID_EXPORT_DATABASE_URL say where it is",
+            field="MEMVID_EXPORT_DATABASE_URL",
+        )
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))  # it holds the secrets of webhooks
@@ -46,7 +49,12 @@ def backup(database_url: str, target: Path, amount: Callable[[int, int], None]) 
             # One read transaction over all of it: otherwise every commit of the server begins the copy anew.
             live.execute("BEGIN")
             live.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            live.backup(copy, pages=PAGES, progress=lambda _status, left, total: amount(total - left, total), sleep=0)
+            page = live.execute("PRAGMA page_size").fetchone()[0]
+
+            def tell(_status: int, left: int, total: int) -> None:
+                amount((total - left) * page, total * page)
+
+            live.backup(copy, pages=PAGES, progress=tell, sleep=0)
             copy.execute("PRAGMA journal_mode = DELETE")  # a single file
             wrong = [row[0] for row in copy.execute("PRAGMA integrity_check(10)")]
             if wrong != ["ok"]:
