@@ -18,6 +18,7 @@ from handler.protocol import ChildConfig, Command, Failed, Message, Ready, Repor
 TERM_SECONDS = 0.3
 """From asking a process group to end to ending it."""
 PIPE_SECONDS = 1.0
+"""From a process's end to the end of its output."""
 WATCH_SECONDS = 0.05
 START_SECONDS = 120.0
 MAX_LINE = 64 << 20
@@ -41,7 +42,8 @@ class ChildProcess:
         self.kept_job: str | None = None
         """The job whose payload this child has read and still holds."""
         self.ended = False
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        self._reading = asyncio.create_task(self._read())
+        self._watching = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(cls, config: ChildConfig) -> ChildProcess:
@@ -133,10 +135,10 @@ class ChildProcess:
         self._enter(None)
         await self._process.wait()
         # With the end of its output its pipes are closed; a process that left the group may hold it open.
-        await asyncio.wait(self._tasks[:1], timeout=PIPE_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait([self._reading], timeout=PIPE_SECONDS)
+        self._reading.cancel()
+        self._watching.cancel()
+        await asyncio.gather(self._reading, self._watching, return_exceptions=True)
         if self._process.stdin is not None:
             self._process.stdin.close()
 

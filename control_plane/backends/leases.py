@@ -74,8 +74,11 @@ class Leases:
                 self._lost(job_id)
 
     async def _adopt(self) -> None:
-        while jobs := await self._store.adopt(own=self._own):
+        while True:
+            jobs = await self._store.adopt(own=self._own)
             self._own = False
+            if not jobs:
+                return
             for job in jobs:
                 if job.id in self._driven():  # the clock went ahead between two renewals
                     continue
@@ -85,4 +88,3 @@ class Leases:
                         await self._adopted(job)
                     except ExportError as error:  # Nobody drives it: its lease lapses, and it is taken over again.
                         log.warning("a job cannot be taken up yet", code=error.code, reason=error.message)
-        self._own = False

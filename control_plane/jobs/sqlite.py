@@ -7,6 +7,7 @@ busy event loop, and they were most of the time that a small answer took.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -40,11 +41,11 @@ class SqliteConnection(aiosqlite.Connection):
         """A cursor for one statement."""
         return _Cursor(self)
 
-    async def run(self, many: bool, sql: str, parameters: Any) -> _Done:
-        """Run a statement and fetch all its rows."""
+    async def run(self, call: Callable[..., Any], sql: str, parameters: Any) -> _Done:
+        """Run a statement by a method of ``sqlite3.Cursor`` and fetch all its rows."""
         self._unknown = True
         visit: Any = self._execute  # which has no types
-        done: _Done = await visit(_run, self._conn, many, sql, parameters)
+        done: _Done = await visit(_run, self._conn, call, sql, parameters)
         self._unknown = False
         return done
 
@@ -55,9 +56,9 @@ class SqliteConnection(aiosqlite.Connection):
             self._unknown = False
 
 
-def _run(connection: sqlite3.Connection, many: bool, sql: str, parameters: Any) -> _Done:
+def _run(connection: sqlite3.Connection, call: Callable[..., Any], sql: str, parameters: Any) -> _Done:
     with closing(connection.cursor()) as cursor:
-        (cursor.executemany if many else cursor.execute)(sql, parameters)
+        call(cursor, sql, parameters)
         rows = cursor.fetchall() if cursor.description else []
         return _Done(rows, cursor.description, cursor.rowcount, cursor.lastrowid)
 
@@ -73,11 +74,11 @@ class _Cursor:
         return self
 
     async def execute(self, sql: str, parameters: Any = ()) -> _Cursor:
-        self._done = await self._connection.run(False, sql, parameters)
+        self._done = await self._connection.run(sqlite3.Cursor.execute, sql, parameters)
         return self
 
     async def executemany(self, sql: str, parameters: Any) -> _Cursor:
-        self._done = await self._connection.run(True, sql, parameters)
+        self._done = await self._connection.run(sqlite3.Cursor.executemany, sql, parameters)
         return self
 
     async def fetchall(self) -> list[Any]:

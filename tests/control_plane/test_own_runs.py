@@ -14,7 +14,9 @@ from structlog.testing import capture_logs
 
 from common.contract import Progress
 from control_plane.backends.checker import PayloadChecker
-from control_plane.jobs.records import NewEvent
+from control_plane.jobs.records import JobRecord, NewEvent
+from handler.process import ChildProcess
+from handler.protocol import Checked
 
 CANCELED = NewEvent("job_canceled", Progress(stage="canceled", progress=0, stage_progress=100, message="Canceled"))
 
@@ -146,16 +148,22 @@ def test_a_run_that_fails_in_a_way_that_nobody_foresaw_ends_its_job_and_the_next
 # --- checks before a job ------------------------------------------------------------------------------------
 
 
+async def _begun(shop: Workshop, checker: PayloadChecker, job: JobRecord, child: ChildProcess) -> asyncio.Task[Checked]:
+    """A check of a job's payload by a child that stands still."""
+    os.kill(child.pid, signal.SIGSTOP)
+    await shop.pool.release(child, reuse=True)
+    check = asyncio.create_task(checker.check(job.id, job.payload_ref, job.payload_size, None))
+    await until(lambda: child not in shop.pool._idle)
+    return check
+
+
 def test_a_check_whose_child_dies_is_made_by_another_one(tmp_path: Path) -> None:
     async def scenario(shop: Workshop) -> None:
         job = await shop.submit(graph(5))
         shop.pool.start()
         first, second = await shop.pool.acquire(), await shop.pool.acquire()
-        os.kill(first.pid, signal.SIGSTOP)
-        await shop.pool.release(first, reuse=True)
         checker = PayloadChecker(shop.pool, shop.metrics)
-        check = asyncio.create_task(checker.check(job.id, job.payload_ref, job.payload_size, None))
-        await until(lambda: first not in shop.pool._idle)
+        check = await _begun(shop, checker, job, first)
         os.kill(first.pid, signal.SIGKILL)
         await shop.pool.release(second, reuse=True)
         checked = await check
@@ -171,11 +179,8 @@ def test_a_check_that_nobody_waits_for_any_more_ends_its_child(tmp_path: Path) -
         job = await shop.submit()
         shop.pool.start()
         child, other = await shop.pool.acquire(), await shop.pool.acquire()
-        os.kill(child.pid, signal.SIGSTOP)
-        await shop.pool.release(child, reuse=True)
         checker = PayloadChecker(shop.pool, shop.metrics)
-        check = asyncio.create_task(checker.check(job.id, job.payload_ref, job.payload_size, None))
-        await until(lambda: child not in shop.pool._idle)
+        check = await _begun(shop, checker, job, child)
         await asyncio.sleep(0)
         check.cancel()
         with pytest.raises(asyncio.CancelledError):
