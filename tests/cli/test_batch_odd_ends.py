@@ -18,6 +18,7 @@ from left_behind import child_pids
 from live_server import graph
 from processes import on_a_terminal
 from small_batch import PLAN, batch_of
+from spoken import Say, spoken
 
 from common.contract import ErrorInfo, Progress, Report, Source
 from common.errors import Canceled, ExportError, GateFailed, InvalidRequest, PayloadTooLarge, StorageFailed, WorkerLost
@@ -269,26 +270,12 @@ def test_a_child_that_does_not_come_up_counts_against_its_slot(tmp_path: Path) -
 
 # --- the command --------------------------------------------------------------------------------------
 
-Say = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Say]:
-    """Run the command in this process; gives its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["scripts/batch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    for name in [name for name in os.environ if name.startswith(("MEMVID_", "RUNPOD_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("MEMVID_EMBED_CACHE", "off")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    with spoken(main, "scripts/batch", monkeypatch, capfd) as run:
+        monkeypatch.setenv("MEMVID_EMBED_CACHE", "off")
+        yield run
     gc.collect()  # a process that was not closed warns now, not in another test
 
 

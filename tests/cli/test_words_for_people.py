@@ -5,39 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from live_server import KEY, Server, graph, large_graph
 from processes import COMMAND, command, on_a_terminal
+from spoken import Say, spoken
 
 from control_plane.cli import main
-
-Say = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Say]:
-    """Run the command line in this process; gives its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["memvid-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    for name in [name for name in os.environ if name.startswith("MEMVID_")]:
-        monkeypatch.delenv(name)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with spoken(main, "memvid-export", monkeypatch, capfd) as run:
+        yield run
 
 
 def written(path: Path) -> Path:
