@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from postgres import postgres_server, postgres_url
+from services import s3
 
-__all__ = ["fixtures", "postgres_server", "postgres_url", "real_graphs"]
+__all__ = ["fixtures", "postgres_server", "postgres_url", "real_graphs", "s3"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_GRAPHS = ROOT.parent / "shared" / "data" / "gitnexus"

@@ -23,7 +23,7 @@ import pytest
 import zstandard
 from processes import answering, command, on_a_terminal
 from runpod_local import local_runpod, wait_for
-from services import S3, s3
+from services import S3
 from small_batch import PLAN, batch_of
 from storage.faulty import proxy
 
@@ -38,8 +38,6 @@ from control_plane.batch.slots import Kept, Work
 from control_plane.batch.sources import Graph, Payload
 from control_plane.errors import PlatformUnavailable
 from control_plane.operations.metrics import Metrics
-
-__all__ = ["s3"]
 
 BATCH = [sys.executable, "-m", "control_plane.batch"]
 LIGHT = ("--workers", 1, "--no-semantic")

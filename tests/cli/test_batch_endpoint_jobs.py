@@ -19,7 +19,7 @@ import msgspec
 import pytest
 from operations.storehouse import exported
 from processes import answering
-from services import S3, s3
+from services import S3
 from small_batch import PLAN
 
 from common.contract import Manifest, Progress, Source, WorkerProgress
@@ -33,7 +33,7 @@ from control_plane.operations.metrics import Metrics
 from handler import claim
 from handler.protocol import job_error
 
-__all__ = ["exported", "s3"]
+__all__ = ["exported"]
 
 RUNNING = {"status": "IN_PROGRESS"}
 DONE = {"status": "COMPLETED"}

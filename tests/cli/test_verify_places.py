@@ -13,12 +13,10 @@ import boto3
 import pytest
 from botocore.config import Config
 from processes import COMMAND, command
-from services import S3, s3
+from services import S3
 
 from common.settings import Settings
 from control_plane.reading.verify import verify_all
-
-__all__ = ["s3"]
 
 GRAPH = {
     "nodes": [{"id": f"Function:a:{n}", "label": "Function", "properties": {"name": f"f{n}"}} for n in range(3)],

@@ -17,9 +17,7 @@ from live_server import ENDED, Server, graph, large_graph
 from postgres import Postgres
 from processes import command
 from runpod_house import Bucket, RunpodServer, bucket_env, eventually, real_workers
-from services import S3, s3
-
-__all__ = ["s3"]
+from services import S3
 
 
 def _ended(server: Server, job_id: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from driving import SECONDS, THERE, Endpoint, Workshop, endpoint, until, workshop
 from live_server import graph
 from runpod_house import bucket_env
-from services import S3, s3
+from services import S3
 from structlog.testing import capture_logs
 
 from common.contract import JobError, Progress
@@ -22,8 +22,6 @@ from control_plane.backends.runpod_queue import RunpodQueue
 from control_plane.jobs.records import JobRecord, NewEvent
 from control_plane.jobs.store import now_ms
 from handler import claim
-
-__all__ = ["s3"]
 
 DAY_MS = 86_400_000
 Scenario = Callable[[Workshop, RunpodQueue], Awaitable[None]]

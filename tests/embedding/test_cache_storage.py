@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 from processes import REPOSITORY, free_port
-from services import S3, s3
+from services import S3
 
 from common.embedding.cache import CachedEmbedder
 from common.embedding.cache.storage import MERGE_FROM, TOUCH_SECONDS, StorageCache
@@ -27,8 +27,6 @@ from common.frames.build import frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from common.storage import FileStorage, Storage, StorageConfig, open_storage
-
-__all__ = ["s3"]
 
 GROUP = 512
 FULL = 1 << 20

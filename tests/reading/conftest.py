@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 from mcp_server import GRAPHS, Exports, McpServer, write_capsule
-from services import s3
-
-__all__ = ["capsules", "mcp_server", "s3"]
 
 
 @pytest.fixture(scope="session")

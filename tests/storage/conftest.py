@@ -6,10 +6,8 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from services import S3, s3
+from services import S3
 from storage.faulty import Proxy, proxy
-
-__all__ = ["between", "prefix", "s3"]
 
 
 @pytest.fixture
