@@ -114,6 +114,28 @@ class PayloadGone(ExportError):
     retry = Retry.never
 
 
+class CollectionNotFound(ExportError):
+    """The client has no collection of this name."""
+
+    code = "COLLECTION_NOT_FOUND"
+    retry = Retry.never
+
+
+class CollectionDiffers(ExportError):
+    """There is a collection of this name with vectors of another model or dimension."""
+
+    code = "COLLECTION_DIFFERS"
+    retry = Retry.never
+
+
+class DocumentNotFound(ExportError):
+    """No document of this id, or none that the key sees; ``details['field']`` says which one, where there are
+    several."""
+
+    code = "DOCUMENT_NOT_FOUND"
+    retry = Retry.never
+
+
 class RangeNotSatisfiable(ExportError):
     """The range lies outside the file; ``details['size']`` says how long it is."""
 
@@ -189,6 +211,9 @@ STATUS: dict[str, int] = {
     "ARTIFACT_MISSING": 410,
     "JOB_NOT_FAILED": 409,
     "PAYLOAD_GONE": 410,
+    "COLLECTION_NOT_FOUND": 404,
+    "COLLECTION_DIFFERS": 409,
+    "DOCUMENT_NOT_FOUND": 404,
     "RANGE_NOT_SATISFIABLE": 416,
     "RATE_LIMITED": 429,
     "QUEUE_UNAVAILABLE": 503,
@@ -198,6 +223,8 @@ STATUS: dict[str, int] = {
     "INDEX_BUILD_IN_PROGRESS": 503,
     "SEMANTIC_UNAVAILABLE": 503,
     "TIMEOUT": 503,
+    "GRAPH_UNAVAILABLE": 503,
+    "LEASE_LOST": 503,
 }
 """HTTP status of each code; any other code is a 500."""
 
