@@ -1,0 +1,570 @@
+"""The graph in a Nexus server, over ``POST /cypher``.
+
+Nexus 2.5.0 answers wrongly, or damages its own files, for much that it takes without a word. Only these shapes are
+used, and ``tests/nexus/test_nexus_graph_server.py`` says of a server's version whether they hold:
+
+- A node or an edge whose properties become shorter JSON makes the server misread all that was written after it, once it
+  has started again. So a filled document node is always NODE_BYTES of JSON, an edge of any type EDGE_BYTES (``pad``
+  fills them up), and everything else is never changed. A crash can also leave properties for which there is no node
+  yet, and the next node made gets them: every node begins as ``{"ref": 32 hex digits}``, whatever it is.
+- Edges cannot be deleted: one that is no more has ``live: false``. Nodes are not deleted either, as that breaks the
+  reading of edges of others: one that is no more has lost its label.
+- Only outgoing hops are right: each SIMILAR_TO is there in both directions.
+- Only a literal in a pattern uses an index. All literals are numbers and hex digits, so no text is ever quoted.
+- A missing end stops a batch half-way: nodes come before edges.
+- There is no seek of a range: nodes stand on shelves of neighbouring ids or keys, which are listed instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import httpx
+import msgspec
+
+from common.errors import InvalidRequest
+from control_plane.nexus.graph.port import (
+    Change,
+    DocumentNode,
+    GraphRefused,
+    GraphUnavailable,
+    Held,
+)
+
+SECONDS = 30.0
+"""For one request and its answer."""
+CLEAR_SECONDS = 600.0
+"""For what is left without a shelf when all is cleared, which is one request."""
+CONNECT_SECONDS = 5.0
+MAX_ANSWER_BYTES = 64 << 20
+MAX_BODY_BYTES = 512 << 10
+"""Of rows in one request, where they are more than one; nginx takes 1 MiB, Nexus 16."""
+ROWS = 200
+"""In one request: each edge that is new costs the server a sync of its disk, and others wait meanwhile."""
+READS = 50
+"""Documents or hops that one request reads."""
+READERS = 4
+"""Requests that read at once."""
+NODES = 40
+"""Between which one request makes edges; with more, it takes longer for each."""
+NODE_BYTES, EDGE_BYTES = 512, 48
+"""JSON of the properties of a filled document node, and of an edge. Graphs have them: they may grow, never shrink."""
+CUT_BYTES = 32
+"""JSON of each text but the title in a node that has no room for them whole."""
+SHELF_IDS = 1_024
+"""On one shelf. Graphs have it, and the next one: neither changes."""
+SHELF_CHARACTERS = 13
+"""Of a key: ``identifier:ab``, ``url:https://a``."""
+
+_Kind = Literal["SIMILAR_TO", "MENTIONS"]
+_ENDS: dict[_Kind, str] = {"SIMILAR_TO": "Document", "MENTIONS": "Entity"}
+"""What an edge leads to, by its type."""
+_KEYS = {"Document": "id", "Entity": "key"}
+_INDEXES = (
+    ("Document", "ref"), ("Document", "id"), ("Document", "shelf"), ("Entity", "ref"), ("Entity", "shelf"),
+    ("DocumentShelf", "ref"), ("EntityShelf", "ref"), ("DocumentText", "ref"),
+)  # fmt: skip
+_LABELS = ("Document", "Entity", "DocumentText", "DocumentShelf", "EntityShelf")
+_FIELDS = ("vector_id", "client", "collection", "title", "domain", "doc_type")
+"""Texts of a document node."""
+_CONTENT = ("Constraint violation:", "Invalid input:", "Type mismatch:")
+"""Errors that the same rows meet again."""
+
+_Row = dict[str, Any]
+_T = TypeVar("_T")
+
+
+class _TooLarge(GraphUnavailable):
+    """The body of a request is larger than what the server, or something before it, takes."""
+
+
+class _Answer(msgspec.Struct):
+    """Of ``POST /cypher``."""
+
+    rows: list[list[Any]]
+    error: str | None = None
+
+
+class _Health(msgspec.Struct):
+    """Of ``GET /health``."""
+
+    version: str
+
+
+class _Found(NamedTuple):
+    """A document node as it is read."""
+
+    id: int
+    vector_id: str | None
+    client: str | None
+    collection: str | None
+    title: str | None
+    domain: str | None
+    doc_type: str | None
+    created_at: int | None
+    version: int | None
+    whole: str | None
+
+
+class _Hop(NamedTuple):
+    """An edge as it is read, and where it ends."""
+
+    kind: _Kind
+    id: int
+    end: int | str | None
+    live: bool | None
+    score: float | None
+    labels: list[str]
+
+
+class _Text(NamedTuple):
+    ref: str
+    text: str | None
+
+
+class _Value(NamedTuple):
+    value: Any
+
+
+_Edge = tuple[_Kind, int, Any]
+"""Its type, the document where it starts, and the id or the key where it ends."""
+_Marks = dict[_Edge, float | None]
+"""Of edges: the score, 1 of a mention; None: it is there no more."""
+
+
+class NexusGraph:
+    """A graph in a Nexus server; see ``GraphStore``.
+
+    Nobody else changes what is labelled Document, Entity, DocumentText, DocumentShelf or EntityShelf there, and nobody
+    deletes nodes. Neither redirects nor proxies are followed, and nothing of the environment plays a part.
+    """
+
+    def __init__(self, url: str, key: str | None = None, *, seconds: float = SECONDS) -> None:
+        """``url`` may have a path, under which Nexus answers; ``key`` is sent as ``X-API-Key``; ``seconds`` bounds one
+        request. Raises InvalidRequest."""
+        if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+            raise InvalidRequest("key: printable ASCII without spaces", field="key", allowed="printable ASCII")
+        try:
+            found = httpx.URL(url)
+        except httpx.InvalidURL:
+            found = httpx.URL("")
+        odd = not found.host or "%" in found.host or found.userinfo or found.query or found.fragment
+        if odd or found.scheme not in ("http", "https"):
+            message = "url: an http(s) URL without credentials, query and fragment"
+            raise InvalidRequest(message, field="url", allowed="http://host:port/path")
+        self._seconds = seconds
+        self._host = found.netloc.decode("ascii")
+        self._url = f"{found.scheme}://{self._host}{found.raw_path.decode('ascii').rstrip('/')}"
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "memvid-export"}
+        self._client = httpx.Client(
+            headers=headers | ({"X-API-Key": key} if key else {}), trust_env=False, follow_redirects=False
+        )
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="nexus-reader")
+
+    def prepare(self) -> None:
+        """Make the indexes."""
+        for label, name in _INDEXES:
+            self._ask(f"CREATE INDEX {label.lower()}_{name} IF NOT EXISTS FOR (n:{label}) ON (n.{name})")
+
+    def apply(self, change: Change) -> None:
+        """Make a change, and see that its documents show it."""
+        try:
+            self._write(change)
+        except UnicodeEncodeError as error:
+            raise GraphRefused("a text has half of a surrogate pair, which no JSON holds") from error
+
+    def read(self, ids: Sequence[int]) -> dict[int, Held]:
+        """Documents, and their pairs as both ends have them."""
+        nodes = self._nodes(ids)
+        found = self._out((kind, id_) for id_ in nodes for kind in _ENDS)
+        ends = {end for kind, _, end in found if kind == "SIMILAR_TO"}
+        found |= self._out(("SIMILAR_TO", id_) for id_ in ends - nodes.keys())
+        similar: dict[int, dict[int, float]] = {id_: {} for id_ in nodes}
+        mentions: dict[int, set[str]] = {id_: set() for id_ in nodes}
+        lopsided: dict[int, set[int]] = {id_: set() for id_ in nodes}
+        for (kind, source, end), mark in found.items():
+            if mark is None:
+                continue
+            if kind == "MENTIONS":
+                mentions[source].add(end)
+            elif found.get((kind, end, source)) == mark:
+                similar.get(source, {})[end] = mark
+            else:
+                lopsided.get(source, set()).add(end)
+                lopsided.get(end, set()).add(source)
+        return {
+            id_: Held(node, similar[id_], frozenset(mentions[id_]), frozenset(lopsided[id_]))
+            for id_, node in nodes.items()
+        }
+
+    def documents(self, after: int, limit: int) -> list[int]:
+        """Ids of document nodes, in order."""
+        return list(itertools.islice(self._on_shelves("Document", "id", after, _shelf_of_id(after + 1)), limit))
+
+    def entities(self, after: str, limit: int) -> list[str]:
+        """Keys of entities, in order."""
+        return list(itertools.islice(self._on_shelves("Entity", "key", after, _shelf_of_key(after)), limit))
+
+    def clear(self) -> None:
+        """Take the labels from all nodes. What they take of the disk is free only with the server's data directory."""
+        self.prepare()
+        for label in ("Document", "Entity"):
+            for shelf in self._shelves(label):
+                self._unlabel(label, (row.value for row in self._rows(_shelf(label, shelf, "ref"), _Value)))
+        for label in _LABELS:
+            self._ask(f"MATCH (n:{label}) REMOVE n:{label}", seconds=CLEAR_SECONDS)
+
+    def probe(self) -> str:
+        """``Nexus`` and its version."""
+        version = self._answer("GET", "/health", None, self._seconds, _Health).version
+        self._ask("RETURN 1 AS one")
+        return f"Nexus {version}"
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._readers.shutdown()
+        self._client.close()
+
+    # --- changes -----------------------------------------------------------------------------------------------------
+
+    def _write(self, change: Change) -> None:
+        """In requests as few as may be: each that writes costs the server some milliseconds, whatever it writes."""
+        own = {node.id for node in change.documents}
+        marks = _marks(change)
+        rows = [_row(node) for node in change.documents]
+        ends = {end for a, b, _ in change.similar for end in (a, b)} | {one.document for one in change.mentions}
+        bare = [_bare(id_) for id_ in sorted(ends - own)]
+        entities = [_entity(key) for key in dict.fromkeys(one.entity for one in change.mentions)]
+        self._add("DocumentShelf", (_on(row) for row in (*(row for row, _ in rows), *bare)))
+        self._add("EntityShelf", (_on(row) for row in entities))
+        self._add("DocumentText", (text for _, text in rows if text is not None))
+        self._merge("Document", (row for row, _ in rows))
+        self._add("Document", bare)
+        self._add("Entity", entities)
+        self._edges(marks, own)
+        self._remove(change.removed)
+        self._unlabel("Entity", (_ref("Entity", key) for key in change.forgotten))
+
+    def _remove(self, ids: Sequence[int]) -> None:
+        """Documents lose their edges and their label."""
+        found = self._out((kind, id_) for id_ in ids for kind in _ENDS)
+        live = [edge for edge, mark in found.items() if mark is not None]
+        back = [(kind, end, source) for kind, source, end in live if kind == "SIMILAR_TO"]
+        self._edges(dict.fromkeys((*live, *back)))
+        self._unlabel("Document", (_ref("Document", id_) for id_ in ids))
+
+    def _edges(self, wanted: _Marks, own: Set[int] = frozenset()) -> None:
+        """Make edges that are not there, and change those that are there with another mark.
+
+        To a document of ``own`` that has no pairs yet there is none from the other end either, which is not asked.
+
+        A crash of the server while it makes an edge can leave it without sight of the others that start at the same
+        node, or with sight of a part of them until the next one is made there. So those that start at documents of
+        ``own`` are looked at once more, and what is not seen is made again; of two that are equal the newer is seen.
+        """
+        seen = self._out({(kind, source) for kind, source, _ in wanted if source in own})
+        new = own - {source for kind, source, _ in seen if kind == "SIMILAR_TO"}
+        seen |= self._out({(kind, source) for kind, source, end in wanted if source not in own and end not in new})
+        changed = {edge: mark for edge, mark in wanted.items() if edge in seen and seen[edge] != mark}
+        made: _Marks = {edge: mark for edge, mark in wanted.items() if edge not in seen and mark is not None}
+        for kind in _ENDS:
+            self._change(kind, {edge: mark for edge, mark in changed.items() if edge[0] == kind})
+        self._create(made)
+        written = {(kind, source) for kind, source, _ in (*changed, *made) if source in own}
+        expected = {edge: mark for edge, mark in (seen | wanted).items() if edge[:2] in written}
+        if hidden := self._hidden(expected):
+            self._create(hidden)
+            if hidden := self._hidden(expected):
+                raise GraphUnavailable(f"{self._host} does not show {len(hidden):,} edges that it took")
+
+    def _hidden(self, expected: _Marks) -> _Marks:
+        shown = self._out({(kind, source) for kind, source, _ in expected})
+        return {edge: mark for edge, mark in expected.items() if shown.get(edge) != mark}
+
+    def _change(self, kind: _Kind, edges: _Marks) -> None:
+        """Edges of one type, all of which are there."""
+        names = ("live", "pad", "score") if kind == "SIMILAR_TO" else ("live", "pad")
+        made = ", ".join(f"{name}: row.{name}" for name in names)
+        changed = ", ".join(f"r.{name} = row.{name}" for name in names)
+        statement = (
+            f"UNWIND $rows AS row MATCH (a:Document {{ref: row.a}}), (b:{_ENDS[kind]} {{ref: row.b}}) "
+            f"MERGE (a)-[r:{kind} {{{made}}}]->(b) ON MATCH SET {changed}"
+        )
+        rows = (
+            {"a": _ref("Document", source), "b": _ref(_ENDS[kind], end), **_properties(kind, mark)}
+            for (_, source, end), mark in edges.items()
+        )
+        self._send(statement, rows)
+
+    def _create(self, edges: _Marks) -> None:
+        """Make edges between nodes that are there. A MERGE of them costs the server a sync of its disk for each."""
+        nodes: dict[str, str] = {}
+        made: list[str] = []
+        for (kind, source, end), mark in edges.items():
+            if len(nodes) >= NODES:
+                self._made(nodes, made)
+                nodes, made = {}, []
+            a = nodes.setdefault(_pattern("Document", source), f"n{len(nodes)}")
+            b = nodes.setdefault(_pattern(_ENDS[kind], end), f"n{len(nodes)}")
+            properties = ", ".join(f"{name}: {json.dumps(value)}" for name, value in _properties(kind, mark).items())
+            made.append(f"({a})-[:{kind} {{{properties}}}]->({b})")
+        self._made(nodes, made)
+
+    def _made(self, nodes: Mapping[str, str], made: Sequence[str]) -> None:
+        matched = " MATCH ".join(f"({name}{pattern})" for pattern, name in nodes.items())
+        if made and len(self._ask(f"MATCH {matched} CREATE {', '.join(made)} RETURN 1 AS one")) != 1:
+            raise GraphUnavailable(f"{self._host} does not find nodes that it took")
+
+    def _merge(self, label: str, rows: Iterable[_Row]) -> None:
+        self._send(f"UNWIND $rows AS row MERGE (n:{label} {{ref: row.ref}}) SET n += row", rows)
+
+    def _add(self, label: str, rows: Iterable[_Row]) -> None:
+        """Nodes that stay as they are where they are there."""
+        several = {row["ref"]: row for row in rows}
+        there = self._union((f'MATCH (n:{label} {{ref: "{ref}"}}) RETURN n.ref AS ref' for ref in several), _Value)
+        known = {one.value for one in there}
+        self._merge(label, (row for ref, row in several.items() if ref not in known))
+
+    def _unlabel(self, label: str, refs: Iterable[str]) -> None:
+        self._send(f"UNWIND $rows AS row MATCH (n:{label} {{ref: row}}) REMOVE n:{label}", refs)
+
+    # --- reads -------------------------------------------------------------------------------------------------------
+
+    def _nodes(self, ids: Iterable[int]) -> dict[int, DocumentNode | None]:
+        """Documents that are there; None: bare."""
+        returned = ", ".join(f"n.{name} AS {name}" for name in _Found._fields)
+        statements = (f"MATCH (n:Document {{id: {id_}}}) RETURN {returned}" for id_ in dict.fromkeys(ids))
+        found = list(self._union(statements, _Found))
+        refs = {one.whole for one in found if one.whole}
+        statements = (f'MATCH (n:DocumentText {{ref: "{ref}"}}) RETURN n.ref AS ref, n.text AS text' for ref in refs)
+        texts = {ref: text for ref, text in self._union(statements, _Text) if text is not None}
+        return {one.id: _node(one, texts) for one in found}
+
+    def _out(self, starts: Iterable[tuple[_Kind, int]]) -> _Marks:
+        """Edges of a type that go out from a document, to ends that are there."""
+        statements = (
+            f"MATCH (n:Document {{id: {id_}}})-[r:{kind}*1..1]->(m) RETURN type(r) AS kind, n.id AS id, "
+            f"m.{_KEYS[_ENDS[kind]]} AS end, r.live AS live, r.score AS score, labels(m) AS labels"
+            for kind, id_ in starts
+        )
+        return {
+            (hop.kind, hop.id, hop.end): (1.0 if hop.score is None else hop.score) if hop.live else None
+            for hop in self._union(statements, _Hop)
+            if hop.end is not None and _ENDS[hop.kind] in hop.labels
+        }
+
+    def _on_shelves(self, label: str, name: str, after: Any, first: Any) -> Iterator[Any]:
+        """Ids or keys above ``after``, in order."""
+        for shelf in sorted(one for one in self._shelves(label) if one >= first):
+            found = [row.value for row in self._rows(_shelf(label, shelf, name), _Value)]
+            yield from sorted(one for one in found if one is not None and one > after)
+
+    def _shelves(self, label: str) -> list[Any]:
+        found = self._rows(f"MATCH (n:{label}Shelf) RETURN n.shelf AS shelf", _Value)
+        return [row.value for row in found if row.value is not None]
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _union(self, statements: Iterable[str], kind: type[_T]) -> Iterator[_T]:
+        """Rows of many small statements, in few requests, of which some go at once."""
+        several = (" UNION ALL ".join(some) for some in _batches(statements, READS))
+        for rows in self._readers.map(lambda statement: self._rows(statement, kind), several):
+            yield from rows
+
+    def _rows(self, statement: str, kind: type[_T]) -> list[_T]:
+        try:
+            return msgspec.convert(self._ask(statement), list[kind])  # type: ignore[valid-type]
+        except msgspec.ValidationError as error:
+            raise GraphUnavailable(f"{self._host} answers rows that were not asked for: {error}") from error
+
+    def _send(self, statement: str, rows: Iterable[Any]) -> None:
+        """A statement over rows, a batch of them at a time."""
+        for some in _batches(rows, ROWS, MAX_BODY_BYTES):
+            self._fit(statement, some)
+
+    def _fit(self, statement: str, rows: Sequence[Any]) -> None:
+        """A statement over rows, or over each half of them where together they are too many bytes."""
+        try:
+            self._ask(statement, rows)
+        except _TooLarge as error:
+            if len(rows) == 1:
+                raise GraphRefused(f"a document is too large: {error.message}") from error
+            self._fit(statement, rows[: len(rows) // 2])
+            self._fit(statement, rows[len(rows) // 2 :])
+
+    def _ask(self, statement: str, rows: Sequence[Any] = (), *, seconds: float | None = None) -> list[list[Any]]:
+        """Rows of an answer."""
+        body = {"query": statement, "parameters": {"rows": rows} if rows else {}}
+        answer = self._answer("POST", "/cypher", body, seconds or self._seconds, _Answer)
+        if answer.error is not None:
+            refused = any(one in answer.error for one in _CONTENT)
+            raise (GraphRefused if refused else GraphUnavailable)(f"{self._host}: {answer.error[:300]}")
+        return answer.rows
+
+    def _answer(self, method: str, path: str, body: _Row | None, seconds: float, kind: type[_T]) -> _T:
+        status, headers, read = self._bounded(method, path, None if body is None else _json(body), seconds)
+        shown = f"{self._host} answers {status}: {read[:200].decode(errors='replace')}"
+        if status == 413:
+            raise _TooLarge(shown)
+        if status in (400, 422) and read.startswith(b"Failed to "):
+            raise GraphRefused(shown)
+        if status != 200:
+            wait = headers.get("retry-after")
+            raise GraphUnavailable(f"{shown} (to be asked again in {wait[:20]} s)" if wait else shown)
+        try:
+            return msgspec.json.decode(read, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise GraphUnavailable(f"not an answer of Nexus ({error}): {shown}") from error
+
+    def _bounded(
+        self, method: str, path: str, content: bytes | None, seconds: float
+    ) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body of an answer, bound in time and size."""
+        until = time.monotonic() + seconds
+        times = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        try:
+            with self._client.stream(
+                method, self._url + path, content=content, headers=headers, timeout=times
+            ) as response:
+                read = bytearray()
+                for piece in response.iter_raw():
+                    read += piece
+                    if len(read) > MAX_ANSWER_BYTES:
+                        raise GraphUnavailable(f"{self._host} answers more than {MAX_ANSWER_BYTES:,} bytes")
+                    if time.monotonic() > until:
+                        raise GraphUnavailable(f"{self._host} has not answered whole within {seconds:g} s")
+                return response.status_code, response.headers, bytes(read)
+        except httpx.TimeoutException as error:
+            raise GraphUnavailable(f"{self._host} has not answered within {seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise GraphUnavailable(f"{self._host}: {type(error).__name__}: {error}") from error
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _row(node: DocumentNode) -> tuple[_Row, _Row | None]:
+    """The properties of a document node; with those of the node that has its texts, where it has no room for them."""
+    texts = {name: getattr(node, name) for name in _FIELDS}
+    row = _bare(node.id) | texts | {"created_at": node.created_at, "version": node.version, "whole": "", "pad": ""}
+    if _size(row) <= NODE_BYTES:
+        return _padded(row, NODE_BYTES), None
+    text = _json(list(texts.values())).decode()
+    row |= {name: _cut(value, CUT_BYTES) for name, value in texts.items()}
+    row |= {"title": "", "whole": _ref("DocumentText", text)}
+    row |= {"title": _cut(node.title, NODE_BYTES + 2 - _size(row))}
+    return _padded(row, NODE_BYTES), {"ref": row["whole"], "text": text}
+
+
+def _node(found: _Found, texts: Mapping[str, str]) -> DocumentNode | None:
+    """A document node of its properties; None where they are not all there."""
+    fields = [getattr(found, name) for name in _FIELDS]
+    if found.whole:
+        fields = json.loads(texts.get(found.whole, "[null]"))
+    if found.created_at is None or found.version is None or None in fields:
+        return None
+    return DocumentNode._make((found.id, *fields, found.created_at, found.version))
+
+
+def _bare(id_: int) -> _Row:
+    return {"ref": _ref("Document", id_), "id": id_, "shelf": _shelf_of_id(id_)}
+
+
+def _entity(key: str) -> _Row:
+    return {"ref": _ref("Entity", key), "key": key, "shelf": _shelf_of_key(key)}
+
+
+def _marks(change: Change) -> _Marks:
+    """Both edges of each pair, and those of mentions: those that are to be there, then those that are not."""
+    marks: _Marks = {}
+    for a, b, score in change.similar:
+        # Of smaller and of longer ones it is not known how many digits the server writes; it takes no negative ones.
+        if not (score == 0 or 0.0001 <= score <= 1) or round(score, 6) != score:
+            raise GraphRefused(f"a score is 0 or from 0.0001 to 1, with six decimals, not {score!r}")
+        marks["SIMILAR_TO", a, b] = marks["SIMILAR_TO", b, a] = abs(float(score))
+    for document, key in change.mentions:
+        marks["MENTIONS", document, key] = 1.0
+    for a, b in change.dissimilar:
+        marks["SIMILAR_TO", a, b] = marks["SIMILAR_TO", b, a] = None
+    for document, key in change.unmentioned:
+        marks["MENTIONS", document, key] = None
+    return marks
+
+
+def _on(row: _Row) -> _Row:
+    """The shelf of a node."""
+    return {"ref": _ref("shelf", row["shelf"]), "shelf": row["shelf"]}
+
+
+def _properties(kind: _Kind, mark: float | None) -> _Row:
+    score = {"score": mark or 0.0} if kind == "SIMILAR_TO" else {}
+    return _padded({"live": mark is not None, **score}, EDGE_BYTES)
+
+
+def _pattern(label: str, end: object) -> str:
+    """Of one node, by what has an index."""
+    return f":{label} {{id: {end}}}" if label == "Document" else f':{label} {{ref: "{_ref(label, end)}"}}'
+
+
+def _ref(label: str, of: object) -> str:
+    """What a node is found by when it is written: of one length for all of them."""
+    return hashlib.sha256(f"{label}\0{of}".encode()).hexdigest()[:32]
+
+
+def _shelf_of_id(id_: int) -> int:
+    return id_ // SHELF_IDS
+
+
+def _shelf_of_key(key: str) -> str:
+    """The beginning of a key in hex digits, which have the order of its code points."""
+    return key[:SHELF_CHARACTERS].encode().hex()
+
+
+def _shelf(label: str, shelf: int | str, name: str) -> str:
+    return f"MATCH (n:{label} {{shelf: {json.dumps(shelf)}}}) RETURN n.{name} AS {name}"
+
+
+def _json(value: object) -> bytes:
+    """As Nexus keeps it, so that sizes can be told."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _size(value: object) -> int:
+    return len(_json(value))
+
+
+def _padded(properties: _Row, size: int) -> _Row:
+    """Properties that are so many bytes of JSON; without their padding they are no more."""
+    empty = properties | {"pad": ""}
+    return empty | {"pad": " " * (size - _size(empty))}
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text, at most so many bytes of JSON with its quotes."""
+    cut = text[:size]
+    while _size(cut) > size:
+        cut = cut[:-1]
+    return cut
+
+
+def _batches(items: Iterable[_T], most: int, size: int = sys.maxsize) -> Iterator[list[_T]]:
+    """Items by at most so many, and so many bytes of JSON where it is more than one."""
+    some: list[_T] = []
+    held = 0
+    for item in items:
+        own = _size(item)
+        if some and (len(some) == most or held + own > size):
+            yield some
+            some, held = [], 0
+        some.append(item)
+        held += own
+    if some:
+        yield some
