@@ -38,26 +38,26 @@ class Metrics:
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the text, and say when each counter was first used
-        self._registry = CollectorRegistry()
-        ProcessCollector(namespace="memvid_export", registry=self._registry)
-        build = Gauge("memvid_export_build_info", "1, with the version", ["version"], registry=self._registry)
+        self.registry = CollectorRegistry()
+        ProcessCollector(namespace="memvid_export", registry=self.registry)
+        build = Gauge("memvid_export_build_info", "1, with the version", ["version"], registry=self.registry)
         build.labels(version("memvid-export")).set(1)
-        self._jobs = Gauge("memvid_export_jobs", "Jobs by status", ["status"], registry=self._registry)
-        self._depth = Gauge("memvid_export_queue_depth", "Jobs waiting", registry=self._registry)
-        self._streams = Gauge("memvid_export_event_streams", "Open event streams", registry=self._registry)
+        self._jobs = Gauge("memvid_export_jobs", "Jobs by status", ["status"], registry=self.registry)
+        self._depth = Gauge("memvid_export_queue_depth", "Jobs waiting", registry=self.registry)
+        self._streams = Gauge("memvid_export_event_streams", "Open event streams", registry=self.registry)
         self._oldest = self._gauge("memvid_export_queue_oldest_seconds", "Wait of the job that has waited longest", [])
         self._dead = self._gauge("memvid_export_dead_letters", "Failed jobs whose payload is kept", [])
         self._trouble = self._gauge(
             "memvid_export_trouble", "1 where a part of the server says what is wrong", ["part"]
         )
         self._free = self._gauge("memvid_export_disk_free_bytes", "Free on the disk of a folder", ["folder"])
-        self.accepted = Counter("memvid_export_accepted", "Jobs accepted", registry=self._registry)
-        self.ended = Counter("memvid_export_ended", "Jobs ended", ["status", "code"], registry=self._registry)
+        self.accepted = Counter("memvid_export_accepted", "Jobs accepted", registry=self.registry)
+        self.ended = Counter("memvid_export_ended", "Jobs ended", ["status", "code"], registry=self.registry)
         self.retries = Counter(
             "memvid_export_retries",
             "Attempts that were tried again, by class of error",
             ["kind"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self.embed_tokens = self._by_model("memvid_export_embed_tokens", "Tokens that engines read")
         self.embed_texts = self._by_model("memvid_export_embed_texts", "Texts that got a vector")
@@ -65,7 +65,7 @@ class Metrics:
         self.embed_retries = self._by_model("memvid_export_embed_retries", "Requests to engines that were tried again")
         self.embed_cost = self._by_model("memvid_export_embed_cost_usd", "Estimated cost of tokens, in US dollars")
         self.runpod = Counter(
-            "memvid_export_runpod_requests", "Requests to Runpod", ["route", "status"], registry=self._registry
+            "memvid_export_runpod_requests", "Requests to Runpod", ["route", "status"], registry=self.registry
         )
         self.queue_delay = self._histogram("memvid_export_queue_delay_seconds", "From 202 to a worker taking the job")
         self.duration = self._histogram("memvid_export_duration_seconds", "From 202 to the end of a completed job")
@@ -87,7 +87,7 @@ class Metrics:
         self.audit_dropped = self._counter(
             "memvid_export_audit_dropped", "Entries of the audit log that were not written", []
         )
-        self.downloads = Gauge("memvid_export_downloads", "Downloads that run", registry=self._registry)
+        self.downloads = Gauge("memvid_export_downloads", "Downloads that run", registry=self.registry)
         self.damage = self._counter("memvid_export_damaged", "Stored files that were found damaged", ["file"])
         self.scrubbed = self._counter("memvid_export_scrubbed_bytes", "Stored bytes compared with their hashes", [])
         self.canary = self._counter("memvid_export_canary_runs", "Canary exports, by outcome", ["outcome"])
@@ -124,18 +124,18 @@ class Metrics:
         )
 
     def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
-        return Gauge(name, text, labels, registry=self._registry)
+        return Gauge(name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(name, text, labels, registry=self._registry)
+        return Counter(name, text, labels, registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, labels: Sequence[str] = (), *, buckets: Sequence[float] = SECONDS
     ) -> Histogram:
-        return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def _by_model(self, name: str, text: str) -> Counter:
-        return Counter(name, f"{text}, of completed jobs", ["provider", "model"], registry=self._registry)
+        return Counter(name, f"{text}, of completed jobs", ["provider", "model"], registry=self.registry)
 
     def completed(self, report: Report, backend: str, seconds: float) -> None:
         """Count a job that was completed so many seconds after its 202."""
@@ -179,4 +179,4 @@ class Metrics:
             self._free.labels(folder).set(size)
         for part, trouble in troubles.items():
             self._trouble.labels(part).set(trouble)
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
