@@ -22,12 +22,23 @@ Action = Literal[
     "export.download",
     "export.sidecar",
     "export.manifest",
+    "collection.create",
+    "collection.delete",
+    "collection.read",
+    "collection.search",
+    "document.write",
+    "document.delete",
+    "nexus.enable",
+    "nexus.disable",
+    "nexus.trigger",
+    "nexus.verify",
+    "nexus.rebuild",
     "key.refused",
     "access.forbidden",
     "keys.reload",
 ]
 """``export.read`` is a look at the job of another client, which ``admin`` allows; ``export.search`` is a search or a
-read tool, whoever's export it is."""
+read tool, whoever's export it is. ``collection.read`` is a look at a collection, or at documents of it."""
 
 
 class AuditEntry(NamedTuple):

@@ -8,6 +8,8 @@ none is for ``admin`` alone.
 | create, cancel and retry an export | export |
 | list exports; state, events, stream, report of one | export or read |
 | download, sidecar, manifest, search, /mcp | read |
+| make or delete a collection, write or delete documents | export |
+| read or search collections | read |
 | /v1/stats, /v1/audit, /metrics where it wants a key | admin |
 """
 

@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 @contextmanager
 def exports_there(root: Path) -> Iterator[tuple[Server, list[str]]]:
-    """A server with two finished exports and a canceled one, and their ids."""
+    """A server with two finished exports and a canceled one, their ids, and the collection ``books``."""
     unlimited = {"MEMVID_MCP_RATE_LIMIT_PER_MINUTE": "1000000", "MEMVID_MCP_RATE_LIMIT_BURST": "1000000"}
     server = Server(root, env=unlimited, queue_capacity=100_000).start()
     try:
@@ -54,6 +54,8 @@ def exports_there(root: Path) -> Iterator[tuple[Server, list[str]]]:
             server.wait(job_id)
         ids.append(server.submit(graph(name="three")))
         server.client.delete(f"/v1/exports/{ids[-1]}")
+        for path, body in (("", {}), ("/documents/a", {"text": "one"})):
+            server.client.put(f"/v1/collections/books{path}", json=body).raise_for_status()
         yield server, ids
     finally:
         server.close()
