@@ -594,6 +594,42 @@ class Settings(WorkerSettings):
         description="a number of bytes, at least 1048576",
     )
     """Copies of capsules that lie in a bucket, for read tools."""
+    nexus_url: str | None = Field(
+        None, validation_alias="MEMVID_NEXUS_URL", description="an http(s) URL of a Nexus server, without a password"
+    )
+    """None: the graph lies in a file of its own below the root, and this server alone keeps it."""
+    nexus_api_key: SecretStr | None = Field(
+        None, validation_alias="MEMVID_NEXUS_API_KEY", description="a key of the Nexus server"
+    )
+    nexus_domains_file: Path | None = Field(
+        None, validation_alias="MEMVID_NEXUS_DOMAINS_FILE", description="a TOML file that can be read"
+    )
+    nexus_verify_seconds: float = Field(
+        86_400,
+        ge=0,
+        le=365 * 86_400,
+        validation_alias="MEMVID_NEXUS_VERIFY_SECONDS",
+        description="a number of seconds, 0 to 31536000",
+    )
+    """Between two comparisons of the graph with the documents; 0: only after a start."""
+    nexus_memory_bytes: int = Field(
+        2 * GIB,
+        ge=64 << 20,
+        validation_alias="MEMVID_NEXUS_MEMORY_BYTES",
+        description="a number of bytes, at least 67108864",
+    )
+    """For the vectors of collections that are asked for; one that is larger is held all the same."""
+    nexus_webhook_secret: SecretStr | None = Field(
+        None,
+        min_length=16,
+        validation_alias="MEMVID_NEXUS_WEBHOOK_SECRET",
+        description="a text of at least 16 characters that both sides know",
+    )
+    """Without it no webhook is taken and none is sent."""
+    nexus_outbound_url: str | None = Field(
+        None, validation_alias="MEMVID_NEXUS_OUTBOUND_URL", description="an http(s) URL, without a password"
+    )
+    """Who is told what changes in collections and their graph."""
     metrics_need_key: bool = Field(
         False, validation_alias="MEMVID_EXPORT_METRICS_NEED_KEY", description="true or false"
     )
@@ -622,6 +658,11 @@ class Settings(WorkerSettings):
         if value and not value.startswith(("sqlite+aiosqlite:///", "postgresql+psycopg://")):
             raise ValueError("not a database that this version uses")
         return value
+
+    @field_validator("nexus_url", "nexus_outbound_url")
+    @classmethod
+    def _check_nexus(cls, value: str | None) -> str | None:
+        return None if value is None else _host_url(value)
 
     @field_validator("runpod_api_base", "runpod_rest_base", "public_url")
     @classmethod
@@ -696,6 +737,11 @@ class Settings(WorkerSettings):
             raise InvalidSettings(
                 "MEMVID_EXPORT_WORKER_LINKS needs a MEMVID_EXPORT_STORAGE_URL of s3://…; files have no links",
                 field="MEMVID_EXPORT_WORKER_LINKS",
+            )
+        if settings.nexus_outbound_url is not None and settings.nexus_webhook_secret is None:
+            raise InvalidSettings(
+                "MEMVID_NEXUS_OUTBOUND_URL needs MEMVID_NEXUS_WEBHOOK_SECRET, with which events are signed",
+                field="MEMVID_NEXUS_WEBHOOK_SECRET",
             )
         settings._check_choice()
         return settings

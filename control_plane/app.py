@@ -44,6 +44,7 @@ from control_plane.jobs.layout import Layout
 from control_plane.jobs.notify import Notifier
 from control_plane.jobs.records import CANARY_CLIENT
 from control_plane.jobs.store import JobStore
+from control_plane.nexus.part import Nexus
 from control_plane.operations.audit import AuditController, AuditLog
 from control_plane.operations.auth import BearerAuth, caller_of, limit_headers
 from control_plane.operations.canary import RUNPOD_SECONDS, SECONDS, Canary
@@ -121,14 +122,23 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
     retention = Retention(settings, store, storage, layout, backend)
     scrub = Scrub(settings, store, storage, layout, metrics)
     engines = OpenEngines(settings.engines(), storage)
+    allowed = _allowed(settings, engines)
     artifacts = Artifacts(storage, layout.copies, settings.mcp_cache_bytes, reading=holds.fetching, room=disk.check)
-    library = Library(artifacts, _allowed(settings, engines), capacity=settings.mcp_cache_capacity)
+    library = Library(artifacts, allowed, capacity=settings.mcp_cache_capacity)
     places = ExportPlaces(store, settings.root, external=settings.mcp_allow_external_capsules, note=audit.note)
     mcp = mcp_route(
         Reader(places, library, budget=settings.mcp_response_budget_bytes, reading=holds.reading),
         metrics,
         origins=origins,
         buckets=TokenBuckets(per_minute=settings.mcp_rate_limit_per_minute, burst=settings.mcp_rate_limit_burst),
+    )
+    nexus = Nexus(
+        settings,
+        database,
+        replica=layout.replica(),
+        embedder=lambda: allowed(settings.choice()),
+        metrics=metrics,
+        several=several,
     )
     probes = Probes(store, storage, layout, disk)
     tasks: dict[str, asyncio.Task[None]] = {}
@@ -183,6 +193,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         ),
         "storage": storage,
         "disk": disk,
+        **nexus.dependencies,
     }
 
     @asynccontextmanager
@@ -213,11 +224,13 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         if canary is not None:
             loops["canary"] = canary.run()
         tasks.update({name: asyncio.create_task(loop) for name, loop in loops.items()})
+        tasks.update(nexus.start())
         try:
             yield
         finally:
             for task in tasks.values():
                 task.cancel()
+            await nexus.stop()
             await health.close()
             probes.close()
             hub.close()
@@ -239,6 +252,7 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
             HealthController,
             StatsController,
             AuditController,
+            *nexus.routes,
             metrics_route(need_key=settings.metrics_need_key),
             *dashboard_routes(),
             mcp.handler,

@@ -27,6 +27,7 @@ import typer
 
 from common.contract import MALFORMED
 from common.errors import CanaryFailed, Canceled, ExportError, InvalidRequest, InvalidSettings
+from control_plane.nexus.commands import nexus
 
 if TYPE_CHECKING:
     from common.capsule.gate import Gate
@@ -45,6 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(nexus)
 
 
 class Writer(StrEnum):
@@ -489,12 +491,12 @@ def submit(
     json: JsonFlag = False,
 ) -> None:
     """Send a graph to a server; the key is taken from MEMVID_EXPORT_API_KEY or MEMVID_EXPORT_API_KEY_FILE."""
-    from control_plane.client import ExportClient
+    from control_plane.client import ExportClient, api_key
     from control_plane.terminal import Show
 
     if not graph.is_file():
         raise InvalidRequest(f"There is no file {graph}", field="GRAPH")
-    with Show(json=json) as show, ExportClient(url, _key(os.environ)) as client:
+    with Show(json=json) as show, ExportClient(url, api_key(os.environ)) as client:
         created = client.submit(graph, show.amount(f"Sending {graph.name}"))
         if not wait:
             show.data(created)
@@ -542,12 +544,12 @@ def retry(
     json: JsonFlag = False,
 ) -> None:
     """Start a failed export again from the payload that the server has kept; without JOB, list what was given up."""
-    from control_plane.client import ExportClient
+    from control_plane.client import ExportClient, api_key
     from control_plane.terminal import Show
 
     if wait and job is None:
         raise typer.BadParameter("--wait goes with JOB", param_hint="--wait")
-    with Show(json=json) as show, ExportClient(url, _key(os.environ)) as client:
+    with Show(json=json) as show, ExportClient(url, api_key(os.environ)) as client:
         if job is None:
             _given_up(client, show)
             return
@@ -595,6 +597,7 @@ def canary(
     import secrets
 
     from common.errors import DeadlineExceeded
+    from control_plane.client import api_key
     from control_plane.operations.canary import Step, fly
     from control_plane.terminal import Show
 
@@ -608,27 +611,13 @@ def canary(
     with Show(json=json) as show:
         signal.signal(signal.SIGALRM, late)
         signal.setitimer(signal.ITIMER_REAL, timeout)
-        run = fly(url, _key(os.environ), word, semantic=semantic, tell=told)
+        run = fly(url, api_key(os.environ), word, semantic=semantic, tell=told)
         signal.setitimer(signal.ITIMER_REAL, 0)
         show.data(run)
         if run.outcome == "ok":
             show.result(f"The canary came through in {run.seconds:.2f} s.")
     if run.outcome != "ok":
         raise CanaryFailed(f"The canary did not come through ({run.outcome}), at {run.step}: {run.message}")
-
-
-def _key(env: Mapping[str, str]) -> str | None:
-    if key := env.get("MEMVID_EXPORT_API_KEY"):
-        return key
-    file = env.get("MEMVID_EXPORT_API_KEY_FILE")
-    if not file:
-        return None
-    try:
-        return Path(file).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InvalidSettings(f"MEMVID_EXPORT_API_KEY_FILE cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidSettings("MEMVID_EXPORT_API_KEY_FILE cannot be read: it is not UTF-8") from error
 
 
 @app.command()

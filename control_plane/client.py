@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -40,12 +40,15 @@ from common.errors import (
     Canceled,
     ExportError,
     InvalidRequest,
+    InvalidSettings,
     PayloadTooLarge,
     Retry,
     StorageFailed,
     UnsupportedMediaType,
 )
 from control_plane.digests import digest_of, sha256_in
+from control_plane.nexus.messages import BatchWritten, CollectionView
+from control_plane.nexus.overview import DeadLetter, DeadLetters, Enabled, Kind, LookAsked, Overview, Retried
 
 T = TypeVar("T")
 TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
@@ -178,6 +181,21 @@ class _Body(io.RawIOBase):
 
 
 # --- our own HTTP API ----------------------------------------------------------------
+
+
+def api_key(env: Mapping[str, str]) -> str | None:
+    """The key of the server that a command talks to. Raises InvalidSettings for a file that cannot be read."""
+    if key := env.get("MEMVID_EXPORT_API_KEY"):
+        return key
+    file = env.get("MEMVID_EXPORT_API_KEY_FILE")
+    if not file:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidSettings(f"MEMVID_EXPORT_API_KEY_FILE cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidSettings("MEMVID_EXPORT_API_KEY_FILE cannot be read: it is not UTF-8") from error
 
 
 class ExportClient:
@@ -370,7 +388,55 @@ class ExportClient:
         finally:
             temporary.unlink(missing_ok=True)
 
+    # -- collections and their sync with the graph ---------------------------------------
+
+    def put_collection(self, name: str, dimension: int | None, model: str | None) -> CollectionView:
+        """Make a collection, or find it as it is wished; without a dimension the server embeds texts."""
+        wished = {"dimension": dimension, "model": model}
+        body = {field: value for field, value in wished.items() if value is not None}
+        return self._read(self._send_json("PUT", _collection(name), msgspec.json.encode(body)), CollectionView)
+
+    def collection(self, name: str) -> CollectionView | None:
+        """A collection with its figures; None: there is none."""
+        try:
+            return self._read(self._send("GET", _collection(name)), CollectionView)
+        except InvalidRequest as error:
+            if error.details.get("answered") != "COLLECTION_NOT_FOUND":
+                raise
+            return None
+
+    def write_documents(self, name: str, documents: Sequence[bytes]) -> BatchWritten:
+        """Write documents, each as JSON, all or none. Raises InvalidRequest, whose ``details['field']`` begins with
+        ``documents[n]`` where it is about one of them."""
+        body = b'{"documents":[%b]}' % b",".join(documents)
+        return self._read(self._send_json("POST", f"{_collection(name)}/documents", body), BatchWritten)
+
+    def nexus(self) -> Overview:
+        """How the sync of documents with the graph stands."""
+        return self._read(self._send("GET", "/v1/nexus"), Overview)
+
+    def nexus_failures(self, limit: int) -> list[DeadLetter]:
+        """Documents that were given up."""
+        answer = self._send("GET", "/v1/nexus/failures", params={"limit": limit})
+        return self._read(answer, DeadLetters).failures
+
+    def nexus_enable(self, *, on: bool) -> Enabled:
+        """Have documents synced with the graph, or not."""
+        return self._read(self._send("POST", f"/v1/nexus/{'enable' if on else 'disable'}"), Enabled)
+
+    def nexus_trigger(self, collection: str | None) -> Retried:
+        """Have documents tried again that were given up, of one collection or of all."""
+        body = msgspec.json.encode({"collection": collection} if collection is not None else {})
+        return self._read(self._send_json("POST", "/v1/nexus/trigger", body), Retried)
+
+    def nexus_look(self, kind: Kind) -> LookAsked:
+        """Have the graph compared with the rows, or made anew. Raises StorageFailed while that goes on already."""
+        return self._read(self._send("POST", f"/v1/nexus/{kind}"), LookAsked)
+
     # -- one request -------------------------------------------------------------------
+
+    def _send_json(self, method: str, url: str, body: bytes) -> httpx.Response:
+        return self._send(method, url, headers={"Content-Type": "application/json"}, content=lambda: iter([body]))
 
     def _send(
         self,
@@ -471,6 +537,10 @@ def _upload(body: BinaryIO, total: int, on_bytes: Callable[[int, int], None]) ->
     while chunk := body.read(_CHUNK):
         yield chunk
         on_bytes(total * body.tell() // size, total)
+
+
+def _collection(name: str) -> str:
+    return f"/v1/collections/{quote(name, safe='')}"
 
 
 def _plain(name: str) -> str:

@@ -66,15 +66,15 @@ class Show:
 
         return tell
 
-    def amount(self, what: str) -> Callable[[int, int], None]:
-        """A sink for bytes moved, as ``(done, total)``; a pipe gets one line at the end."""
+    def amount(self, what: str, unit: str = "bytes") -> Callable[[int, int], None]:
+        """A sink for what is done, as ``(done, total)``; a pipe gets one line at the end."""
         if bars := self._start():
             task = bars.add_task(what, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
         def tell(done: int, total: int) -> None:
             if done >= total:
-                self.note(f"{what}: {total:,} bytes")
+                self.note(f"{what}: {total:,} {unit}")
 
         return tell
 
