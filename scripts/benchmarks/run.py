@@ -40,6 +40,7 @@ os.environ.update(MEMVID_TELEMETRY="0", MEMVID_OFFLINE="1", PYTHONPATH=str(ROOT)
 from common.capsule.native import NativeWriter  # noqa: E402
 from common.frames.model import Frame  # noqa: E402
 from common.sidecar.build import SidecarBuilder  # noqa: E402
+from scripts.benchmarks import nexus as sync  # noqa: E402
 from scripts.benchmarks.control_plane import cold_start, files, overhead, servers  # noqa: E402
 from scripts.benchmarks.embedding import compare, static_rate  # noqa: E402
 from scripts.benchmarks.frames import DIMENSION, SHARED, real_frames, store, stored  # noqa: E402
@@ -455,6 +456,40 @@ def _p95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
+def nexus(folder: Path, *, short: bool) -> list[Row]:
+    """Collections and their graph: the embedded one, or the Nexus server that MEMVID_NEXUS_URL names."""
+    count, rate, held = (40, 20, 200) if short else (3_000, 50, 10_000)
+    graph = "Nexus" if os.environ.get("MEMVID_NEXUS_URL") else "embedded graph"
+    found = sync.inserts(folder / "inserts", count=count, rate=rate, held=held)
+    note = f"{graph}, {count:,} each way at {rate}/s over {held:,} documents"
+    median = {on: sync.percentile(times, 0.5) for on, times in ((True, found.with_sync), (False, found.without))}
+    late = {on: sync.percentile(times, 0.99) for on, times in ((True, found.with_sync), (False, found.without))}
+    in_time = 100 * sum(seconds <= 5 for seconds in found.out) / len(found.out)
+    rows = [
+        row("insert with sync: added, median", 1e3 * (median[True] - median[False]), "ms", note, at_most=2),
+        row("insert with sync: p99", 1e3 * late[True], "ms", f"without {1e3 * late[False]:.1f} ms", at_most=10),
+        row("inserts that the graph has within 5 s", in_time, "%", note, at_least=99),
+        row("lag, insert to event of its sync: p99", sync.percentile(found.out, 0.99), "s", note, at_most=1),
+        row("lag, webhook to payload: p99", sync.percentile(found.back, 0.99), "s", note, at_most=1),
+    ]
+    sizes = (500, 1_000) if short else (10_000, 100_000)
+    times = {}
+    for size in sizes:
+        bulk = sync.bulk(folder / f"bulk-{size}", size)
+        times[size] = bulk.synced
+        rows += [
+            row(f"{size:,} documents accepted", bulk.accepted, "s", f"batches of {sync.BATCH:,}, {graph}"),
+            row(f"{size:,} documents in the graph", bulk.synced, "s", f"{bulk.pairs:,} pairs, {graph}"),
+            row(f"{size:,} documents: memory", bulk.memory / 1e6, "MB", "peak of the server"),
+            row(f"{size:,} documents: disk", bulk.disk / 1e6, "MB", "database and graph"),
+            row(f"{size:,} documents compared with the graph", bulk.verified, "s", "every edge"),
+            row(f"{size:,} documents: differences", bulk.different, "", at_most=0),
+        ]
+    exponent = math.log(times[sizes[1]] / times[sizes[0]]) / math.log(sizes[1] / sizes[0])
+    rows.append(row(f"growth exponent of sync, {sizes[0]:,} → {sizes[1]:,}", exponent, "", "1 is linear"))
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "write": write,
     "growth": growth,
@@ -466,6 +501,7 @@ BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "storage": storage,
     "cache": cache,
     "embedding": embedding,
+    "nexus": nexus,
 }
 
 
