@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from litestar import Controller, get
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, QueryParameter
 from sqlalchemy import func, select
 
@@ -222,6 +223,10 @@ class Contexts:
         return {one.id: one.name for one in await self._all(client)}
 
 
+def _errors(*codes: str) -> dict[int, ResponseSpec]:
+    return error_specs(*REFUSALS, "INVALID_EXPORT_REQUEST", *codes, "QUEUE_UNAVAILABLE", "INTERNAL")
+
+
 class ContextController(Controller):
     """What is around documents."""
 
@@ -233,7 +238,7 @@ class ContextController(Controller):
         opt={NEEDS: READ, AUDITED: "collection.search"},
         operation_id="getContext",
         summary="What is around a document",
-        responses=error_specs(*REFUSALS, "INVALID_EXPORT_REQUEST", "COLLECTION_NOT_FOUND", "DOCUMENT_NOT_FOUND"),
+        responses=_errors("COLLECTION_NOT_FOUND", "DOCUMENT_NOT_FOUND"),
     )
     async def context(
         self,
@@ -260,7 +265,7 @@ class DuplicatesController(Controller):
         opt={NEEDS: READ, AUDITED: "collection.search"},
         operation_id="listDuplicates",
         summary="Documents that several collections have",
-        responses=error_specs(*REFUSALS, "INVALID_EXPORT_REQUEST"),
+        responses=_errors(),
     )
     async def duplicates(
         self,

@@ -10,7 +10,7 @@ none is for ``admin`` alone.
 | download, sidecar, manifest, search, /mcp | read |
 | make or delete a collection, write or delete documents | export |
 | read or search collections | read |
-| /v1/stats, /v1/audit, /metrics where it wants a key | admin |
+| /v1/stats, /v1/audit, /v1/nexus, /metrics where it wants a key | admin |
 """
 
 from __future__ import annotations

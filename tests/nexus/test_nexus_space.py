@@ -473,6 +473,65 @@ def test_all_at_once_from_many_threads_ends_as_one_by_one(exact_up_to: int) -> N
         assert all(space.near(one) == [] for one in range(200) if one not in alive)
 
 
+def test_what_is_told_and_found_while_others_come_and_go_is_true_of_those_it_names() -> None:
+    draw = some(10, 64, clusters=3)
+    vectors = {one: draw() for one in range(12_000)}  # an id has one vector here, or none
+    question = vectors[0]
+    space = Space(64)
+    space.put({one: vectors[one] for one in range(2_000)})
+    over = threading.Event()
+    told: list[tuple[int, Near]] = []
+    found: set[Near] = set()
+
+    def change() -> None:
+        for first in range(2_000, 12_000, 100):
+            space.put({one: vectors[one] for one in range(first, first + 100)})
+            space.put(dict.fromkeys(range(first - 50, first + 50)))
+        over.set()
+
+    def ask() -> None:
+        while not over.is_set():
+            found.update(space.search(question, 100))
+
+    threads = [threading.Thread(target=work) for work in (change, ask)]
+    for thread in threads:
+        thread.start()
+    while not over.is_set():
+        for own, near in space.relate(range(0, 2_000, 5)).items():
+            told += [(own, one) for one in near]
+    for thread in threads:
+        thread.join()
+    assert len({one.id for _, one in told}) > 400
+    assert [one for one in found if one.score != brute_force.score(question, vectors[one.id])] == []
+    assert [one for one in set(told) if one[1].score != brute_force.score(vectors[one[0]], vectors[one[1].id])] == []
+
+
+def test_a_search_takes_nobody_for_one_who_left_meanwhile() -> None:
+    draw, far = some(17, 64, clusters=1, spread=0.1), unit(*[1] * 63, -70)
+    question = draw()
+    space = Space(64)
+    space.put(dict.fromkeys(range(20_000), far))
+    vectors = dict.fromkeys(range(20_000), far) | {one: draw() for one in range(20_000, 32_000)}
+    over = threading.Event()
+    found: set[Near] = set()
+
+    def change() -> None:
+        for first in range(20_000, 32_000, 40):
+            space.put({one: vectors[one] for one in range(first, first + 40)})
+            space.put(dict.fromkeys(range(first, first + 40)))
+        over.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    while not over.is_set():
+        near = space.search(question, 20)
+        assert len(near) == 20
+        found.update(near)
+    thread.join()
+    assert [one for one in found if one.score != brute_force.score(question, vectors[one.id])] == []
+    assert [near.id for near in space.search(question, 20)] == list(range(20))
+
+
 # --- above the limit of exact comparison -----------------------------------------------------------------------------
 
 

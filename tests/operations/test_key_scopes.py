@@ -40,6 +40,8 @@ ALLOWED = {
     "listDocuments": READ,
     "getDocument": READ,
     "searchCollection": READ,
+    "getContext": READ,
+    "listDuplicates": READ,
     "getStats": ADMIN,
     "listAudit": ADMIN,
     "metrics": ADMIN,

@@ -269,7 +269,7 @@ class NexusGraph:
         node, or with sight of a part of them until the next one is made there. So those that start at documents of
         ``own`` are looked at once more, and what is not seen is made again; of two that are equal the newer is seen.
         """
-        seen = self._out({(kind, source) for kind, source, _ in wanted if source in own})
+        seen = self._out((kind, source) for source in {edge[1] for edge in wanted} & own for kind in _ENDS)
         new = own - {source for kind, source, _ in seen if kind == "SIMILAR_TO"}
         seen |= self._out({(kind, source) for kind, source, end in wanted if source not in own and end not in new})
         changed = {edge: mark for edge, mark in wanted.items() if edge in seen and seen[edge] != mark}
@@ -277,8 +277,8 @@ class NexusGraph:
         for kind in _ENDS:
             self._change(kind, {edge: mark for edge, mark in changed.items() if edge[0] == kind})
         self._create(made)
-        written = {(kind, source) for kind, source, _ in (*changed, *made) if source in own}
-        expected = {edge: mark for edge, mark in (seen | wanted).items() if edge[:2] in written}
+        written = {source for _, source, _ in (*changed, *made)} & own
+        expected = {edge: mark for edge, mark in (seen | wanted).items() if edge[1] in written}
         if hidden := self._hidden(expected):
             self._create(hidden)
             if hidden := self._hidden(expected):
