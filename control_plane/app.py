@@ -83,6 +83,9 @@ from handler.protocol import ChildConfig
 
 log = structlog.get_logger()
 
+STOP_SECONDS = 5.0
+"""That what runs as long as the server may take to end."""
+
 
 def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  # noqa: PLR0915 - one wire a line
     """The control plane over a prepared ``layout``; closing ``hub`` ends its open streams."""
@@ -230,6 +233,8 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         finally:
             for task in tasks.values():
                 task.cancel()
+            # Closing a database under a statement that is being canceled may never end.
+            await asyncio.wait(tasks.values(), timeout=STOP_SECONDS)
             await nexus.stop()
             await health.close()
             probes.close()

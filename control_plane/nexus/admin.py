@@ -6,12 +6,14 @@ the row that they share.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 from litestar import Controller, get, post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import JSONBody, QueryParameter
 
 from control_plane.errors import RateLimited
@@ -137,6 +139,15 @@ def _errors(*codes: str) -> dict[int, ResponseSpec]:
     return error_specs(*REFUSALS, *codes, "QUEUE_UNAVAILABLE", "INTERNAL")
 
 
+@dataclass
+class _MayBeEmpty(Operation):
+    """A route that does without a body."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.request_body, RequestBody):
+            self.request_body.required = False
+
+
 class NexusController(Controller):
     """The sync of documents with the graph, for operators."""
 
@@ -181,6 +192,7 @@ class NexusController(Controller):
     @post(
         "/trigger",
         status_code=200,
+        operation_class=_MayBeEmpty,
         opt={NEEDS: ADMIN, AUDITED: "nexus.trigger"},
         operation_id="triggerNexus",
         summary="Try documents again that were given up",

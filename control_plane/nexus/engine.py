@@ -14,6 +14,7 @@ this, the one that has the lease; the transactions of one that lost it fail.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import secrets
@@ -164,6 +165,8 @@ class SyncEngine:
                 has = self._enabled and await self.store.take_lease()
                 new = has and not self._leading.is_set()
                 if new:
+                    # What a process that was killed in the middle of a look has left would keep all others away.
+                    await self.store.put_progress("verify", None)
                     # A change of the one before may have reached the graph after all that this one knows of.
                     await self.store.ask("verify")
             except SQLAlchemyError as error:
@@ -420,7 +423,6 @@ def node_of(row: Row) -> DocumentNode:
 
 
 async def _wait(woken: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(woken.wait(), seconds)
-    except TimeoutError:
-        return
+    with contextlib.suppress(TimeoutError):  # wait_for loses a cancellation that comes with the event
+        async with asyncio.timeout(seconds):
+            await woken.wait()

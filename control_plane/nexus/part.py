@@ -89,6 +89,7 @@ class Nexus:
                 self._store,
                 sight,
                 spaces,
+                self._events,
                 texts=Texts(embedder),
                 wake=self._engine.wake,
                 places=Shares("documents", MAX_WRITES, metrics, several=several),

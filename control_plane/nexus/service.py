@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from anyio import CapacityLimiter, move_on_after, to_thread
@@ -22,6 +22,7 @@ from control_plane.errors import DocumentNotFound, SemanticUnavailable, TimedOut
 from control_plane.jobs.records import iso
 from control_plane.jobs.store import now_ms
 from control_plane.nexus import incoming
+from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.finding import DEPTH, Finder, HasSpaces, Hit, Wanted
 from control_plane.nexus.incoming import Incoming, Question
 from control_plane.nexus.messages import (
@@ -79,6 +80,7 @@ class Collections:
         store: CollectionStore,
         sight: Sight,
         spaces: HasSpaces,
+        events: BackStore,
         *,
         texts: Texts,
         wake: Callable[[], None],
@@ -87,6 +89,7 @@ class Collections:
         """``wake`` hears that documents were written; ``places`` are ``MAX_WRITES``."""
         self._store = store
         self._sight = sight
+        self._events = events
         self._finder = Finder(store, sight, spaces)
         self._texts = texts
         self._wake = wake
@@ -177,7 +180,7 @@ class Collections:
         found = await self._store.get(collection, [doc_id], _viewer(caller))
         if not found:
             raise _no_document()
-        view = _shown(found[0])
+        [view] = await self._shown(found, _viewer(caller))
         view.text = found[0].text
         if vector:
             numbers = await self._sight.vector(found[0].id)
@@ -185,6 +188,11 @@ class Collections:
                 raise _no_document()
             view.vector = numbers.tolist()
         return view
+
+    async def _shown(self, found: Sequence[Document], viewer: Viewer) -> list[DocumentView]:
+        """Without their texts; what the graph told of them is in their payloads, as ``graph``."""
+        told = await self._events.graph_payload([one.id for one in found], viewer)
+        return [_shown(one, {"graph": told[one.id]} if one.id in told else {}) for one in found]
 
     async def listing(self, caller: Caller, name: str, cursor: str | None, limit: int) -> DocumentPage:
         """The documents that the caller sees. Raises CollectionNotFound, InvalidRequest."""
@@ -195,7 +203,7 @@ class Collections:
             raise InvalidRequest("cursor is one of another collection.", field="cursor")
         found = await self._store.listing(collection, _viewer(caller), after=int(after), limit=limit + 1)
         following = cursor_of(collection.id, found[limit - 1].id) if len(found) > limit else None
-        return DocumentPage(documents=[_shown(one) for one in found[:limit]], next_cursor=following)
+        return DocumentPage(documents=await self._shown(found[:limit], _viewer(caller)), next_cursor=following)
 
     async def delete(self, caller: Caller, name: str, doc_id: str) -> None:
         """Delete a document. Raises CollectionNotFound, DocumentNotFound."""
@@ -330,12 +338,12 @@ def _line(collection: Collection) -> CollectionLine:
     )
 
 
-def _shown(document: Document) -> DocumentView:
+def _shown(document: Document, told: Mapping[str, Any]) -> DocumentView:
     """Without its text."""
     return DocumentView(
         id=document.doc_id,
         title=document.title,
-        payload=dict(document.payload),
+        payload={**document.payload, **told},
         doc_type=document.doc_type,
         permissions=list(document.permissions),
         domain=document.domain,

@@ -221,6 +221,7 @@ def _app(office: Office, settings: Settings, started: threading.Event) -> Litest
             store,
             Sight(database),
             spaces,
+            office.events,
             texts=Texts(lambda: engines.get(settings.choice())),
             wake=engine.wake,
             places=Shares("documents", MAX_WRITES, metrics, several=True),

@@ -19,6 +19,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from numpy.typing import NDArray
 from operations.keyring import entry, text_of
+from prometheus_client import CollectorRegistry
 
 from common.embedding.engine import OpenEngines
 from common.embedding.port import Embedder
@@ -26,6 +27,8 @@ from common.settings import Settings
 from control_plane.errors import to_response
 from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.database import Database
+from control_plane.nexus.backstore import BackStore
+from control_plane.nexus.metrics import NexusMetrics
 from control_plane.nexus.routes import CollectionController
 from control_plane.nexus.service import MAX_WRITES, Collections
 from control_plane.nexus.sight import Sight
@@ -179,6 +182,7 @@ def _app(found: Shelf, settings: Settings, writes: int, engine: Callable[[], Emb
         store,
         Sight(database),
         Spaces(store, memory_bytes=1 << 30),
+        BackStore(database, NexusMetrics(CollectorRegistry()), sends=False),
         texts=Texts(engine or (lambda: engines.get(settings.choice()))),
         wake=wake,
         places=Shares("documents", writes, metrics, several=True),

@@ -151,9 +151,8 @@ def test_a_file_that_another_process_has_open_is_refused_until_that_has_ended(pa
         with pytest.raises(GraphUnavailable):
             graph.read([1])
         process.kill()
-    graph.apply(Change([node(1)])) if code == HOLD_ANOTHERS else graph.prepare()
     graph.prepare()
-    assert graph.read([2]) == {}
+    assert graph.read([1]) == {}
     graph.close()
 
 
@@ -389,7 +388,8 @@ def test_a_file_that_is_as_large_as_it_may_be_takes_no_more_and_loses_nothing(pa
             graph.apply(change)
         except GraphUnavailable as error:
             problem = error.message
-        memory.apply(change)  # the last one is noted too: there is no room for a checkpoint after it
+        else:
+            memory.apply(change)
     assert "Maximum database size of 8388608 bytes" in problem
     with pytest.raises(GraphUnavailable):
         graph.apply(change)

@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -38,7 +38,9 @@ THREADS = 2
 """Threads of the database, besides those of whoever calls."""
 STATEMENT_ROWS, STATEMENT_CHARACTERS = 2_000, 2 << 20
 """Of one statement, where it has more than one row."""
-CHANGE_BYTES, NEW_BYTES, OLD_BYTES, EDGE_BYTES, CHARACTER_BYTES = 20 << 10, 2 << 10, 84 << 10, 2 << 10, 4
+LOG_BYTES = 16 << 20
+"""A checkpoint comes before the next change once the log is larger."""
+CHANGE_BYTES, NEW_BYTES, OLD_BYTES, EDGE_BYTES, CHARACTER_BYTES = 20 << 10, 2 << 10, 84 << 10, 1 << 10, 4
 """Memory that is kept for a change until a checkpoint, at most: for itself, for a node that it makes, for one that it
 sets or removes, for an edge, and for a character of a text."""
 ROOM = 1 << 20
@@ -57,7 +59,8 @@ _TABLES = {
     "SIMILAR_TO": "REL TABLE {}(FROM Document TO Document, score DOUBLE)",
     "MENTIONS": "REL TABLE {}(FROM Document TO Entity)",
 }
-_BESIDE = (".wal", ".wal.checkpoint", ".shadow", ".tmp", ".checkpoint.intent.lock", ".checkpoint.apply.lock")
+_LOG = ".wal"
+_BESIDE = (_LOG, ".wal.checkpoint", ".shadow", ".tmp", ".checkpoint.intent.lock", ".checkpoint.apply.lock")
 """What the database writes beside its file."""
 _PROPERTIES = DocumentNode._fields[1:]
 _READ_DOCUMENTS = (
@@ -290,6 +293,7 @@ class LadybugGraph:
                 buffer_pool_size=self._buffer_pool,
                 max_num_threads=self._threads,
                 max_db_size=self._largest_file,
+                auto_checkpoint=False,  # ``_settle`` does
                 # The end of a log that was not written to its end was promised to nobody.
                 throw_on_wal_replay_failure=False,
             )
@@ -312,11 +316,12 @@ class LadybugGraph:
                 self._changed.wait()
         if database is None:
             return True
+        saved = False
         with ladybug.Connection(database) as connection:
-            try:
-                saved = save and _run(connection, "CHECKPOINT", {}) is not None
-            except RuntimeError:
-                saved = False
+            with suppress(RuntimeError):
+                if save:
+                    _run(connection, "CHECKPOINT", {})
+                    saved = True
             if not saved:
                 _run(connection, "CALL force_checkpoint_on_close = false", {})
         if not saved and not self._has_room():
@@ -367,18 +372,15 @@ class LadybugGraph:
                 for name, columns in _TABLES.items():
                     run(f"CREATE {columns.format(f'IF NOT EXISTS {name}')}")
             yield run
-            try:
-                run("COMMIT")
-            except RuntimeError as error:
-                self._doubtful = _MEMORY_FULL not in str(error)
-                raise
-            self._has_tables = True
+            self._doubtful = True
+            run("COMMIT")
+            self._doubtful, self._has_tables = False, True
 
     def _settle(self) -> None:
         """Make good what went wrong the last time, and give back memory that changes hold."""
         if self._database is None and self._lock is not None:
             self._open()
-        if not self._doubtful and self._unsaved <= self._buffer_pool // 2:
+        if not self._doubtful and self._unsaved <= self._buffer_pool // 2 and self._log_bytes() <= LOG_BYTES:
             return
         try:
             with self._session() as run:
@@ -390,6 +392,12 @@ class LadybugGraph:
             if not self._has_room():
                 raise
             self._begin_anew()
+
+    def _log_bytes(self) -> int:
+        try:
+            return Path(f"{self._path}{_LOG}").stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _begin_anew(self) -> None:
         """Open the file again, without a checkpoint: its log has all that was promised."""

@@ -194,7 +194,7 @@ class NexusGraph:
                 continue
             if kind == "MENTIONS":
                 mentions[source].add(end)
-            elif found.get((kind, end, source)) == mark:
+            elif found.get(_half((kind, source, end))) == mark:
                 similar.get(source, {})[end] = mark
             else:
                 lopsided.get(source, set()).add(end)
@@ -237,7 +237,7 @@ class NexusGraph:
     def _write(self, change: Change) -> None:
         """In requests as few as may be: each that writes costs the server some milliseconds, whatever it writes."""
         own = {node.id for node in change.documents}
-        marks = _marks(change)
+        marks = _marks(change, own)
         rows = [_row(node) for node in change.documents]
         ends = {end for a, b, _ in change.similar for end in (a, b)} | {one.document for one in change.mentions}
         bare = [_bare(id_) for id_ in sorted(ends - own)]
@@ -256,24 +256,27 @@ class NexusGraph:
         """Documents lose their edges and their label."""
         found = self._out((kind, id_) for id_ in ids for kind in _ENDS)
         live = [edge for edge, mark in found.items() if mark is not None]
-        back = [(kind, end, source) for kind, source, end in live if kind == "SIMILAR_TO"]
-        self._edges(dict.fromkeys((*live, *back)))
+        self._edges(dict.fromkeys((*live, *(_half(edge) for edge in live if edge[0] == "SIMILAR_TO"))), set(ids))
         self._unlabel("Document", (_ref("Document", id_) for id_ in ids))
 
     def _edges(self, wanted: _Marks, own: Set[int] = frozenset()) -> None:
         """Make edges that are not there, and change those that are there with another mark.
 
-        To a document of ``own`` that has no pairs yet there is none from the other end either, which is not asked.
+        The other half of a pair is not asked for where a document of ``own`` has one half, or is to have it: the halves
+        of such an end are written before the others, so a crash leaves none that is alone at its other end. What may be
+        there already is merged.
 
         A crash of the server while it makes an edge can leave it without sight of the others that start at the same
         node, or with sight of a part of them until the next one is made there. So those that start at documents of
         ``own`` are looked at once more, and what is not seen is made again; of two that are equal the newer is seen.
         """
         seen = self._out((kind, source) for source in {edge[1] for edge in wanted} & own for kind in _ENDS)
-        new = own - {source for kind, source, _ in seen if kind == "SIMILAR_TO"}
-        seen |= self._out({(kind, source) for kind, source, end in wanted if source not in own and end not in new})
-        changed = {edge: mark for edge, mark in wanted.items() if edge in seen and seen[edge] != mark}
-        made: _Marks = {edge: mark for edge, mark in wanted.items() if edge not in seen and mark is not None}
+        far = {edge for edge in wanted if edge[1] not in own}
+        there = {edge for edge in far if _half(edge) in seen}
+        asked = {edge for edge in far - there if edge[2] not in own or wanted[edge] is None}
+        seen |= self._out({edge[:2] for edge in asked})
+        changed = {edge: mark for edge, mark in wanted.items() if edge in there or seen.get(edge, mark) != mark}
+        made = {edge: mark for edge, mark in wanted.items() if mark is not None and edge not in there | seen.keys()}
         for kind in _ENDS:
             self._change(kind, {edge: mark for edge, mark in changed.items() if edge[0] == kind})
         self._create(made)
@@ -482,14 +485,16 @@ def _entity(key: str) -> _Row:
     return {"ref": _ref("Entity", key), "key": key, "shelf": _shelf_of_key(key)}
 
 
-def _marks(change: Change) -> _Marks:
-    """Both edges of each pair, and those of mentions: those that are to be there, then those that are not."""
+def _marks(change: Change, own: Set[int]) -> _Marks:
+    """Both edges of each pair, one that starts at ``own`` first, and those of mentions: those that are to be there, then
+    those that are not."""
     marks: _Marks = {}
     for a, b, score in change.similar:
         # Of smaller and of longer ones it is not known how many digits the server writes; it takes no negative ones.
         if not (score == 0 or 0.0001 <= score <= 1) or round(score, 6) != score:
             raise GraphRefused(f"a score is 0 or from 0.0001 to 1, with six decimals, not {score!r}")
-        marks["SIMILAR_TO", a, b] = marks["SIMILAR_TO", b, a] = abs(float(score))
+        one, other = (a, b) if a in own else (b, a)
+        marks["SIMILAR_TO", one, other] = marks["SIMILAR_TO", other, one] = abs(float(score))
     for document, key in change.mentions:
         marks["MENTIONS", document, key] = 1.0
     for a, b in change.dissimilar:
@@ -497,6 +502,12 @@ def _marks(change: Change) -> _Marks:
     for document, key in change.unmentioned:
         marks["MENTIONS", document, key] = None
     return marks
+
+
+def _half(edge: _Edge) -> _Edge:
+    """The other one of a pair."""
+    kind, source, end = edge
+    return kind, end, source
 
 
 def _on(row: _Row) -> _Row:
