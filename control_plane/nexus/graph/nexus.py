@@ -12,6 +12,8 @@ used, and ``tests/nexus/test_nexus_graph_server.py`` says of a server's version 
 - Only outgoing hops are right: each SIMILAR_TO is there in both directions.
 - Only a literal in a pattern uses an index. All literals are numbers and hex digits, so no text is ever quoted.
 - A missing end stops a batch half-way: nodes come before edges.
+- A MERGE of a new edge costs a sync of the disk, so only those that are there are merged: what is there is read first.
+- A crash while an edge is made can hide the others of its node for good: they are made again where they are missed.
 - There is no seek of a range: nodes stand on shelves of neighbouring ids or keys, which are listed instead.
 """
 
@@ -47,7 +49,7 @@ MAX_ANSWER_BYTES = 64 << 20
 MAX_BODY_BYTES = 512 << 10
 """Of rows in one request, where they are more than one; nginx takes 1 MiB, Nexus 16."""
 ROWS = 200
-"""In one request: each edge that is new costs the server a sync of its disk, and others wait meanwhile."""
+"""In one request, for the time of which all others wait: a node that loses its label costs a sync of the disk."""
 READS = 50
 """Documents or hops that one request reads."""
 READERS = 4
@@ -127,6 +129,11 @@ class _Hop(NamedTuple):
 class _Text(NamedTuple):
     ref: str
     text: str | None
+
+
+class _Standing(NamedTuple):
+    ref: str
+    shelf: Any
 
 
 class _Value(NamedTuple):
@@ -244,7 +251,7 @@ class NexusGraph:
         entities = [_entity(key) for key in dict.fromkeys(one.entity for one in change.mentions)]
         self._add("DocumentShelf", (_on(row) for row in (*(row for row, _ in rows), *bare)))
         self._add("EntityShelf", (_on(row) for row in entities))
-        self._add("DocumentText", (text for _, text in rows if text is not None))
+        self._merge("DocumentText", {text["ref"]: text for _, text in rows if text is not None}.values())
         self._merge("Document", (row for row, _ in rows))
         self._add("Document", bare)
         self._add("Entity", entities)
@@ -276,7 +283,8 @@ class NexusGraph:
         asked = {edge for edge in far - there if edge[2] not in own or wanted[edge] is None}
         seen |= self._out({edge[:2] for edge in asked})
         changed = {edge: mark for edge, mark in wanted.items() if edge in there or seen.get(edge, mark) != mark}
-        made = {edge: mark for edge, mark in wanted.items() if mark is not None and edge not in there | seen.keys()}
+        new = wanted.keys() - there - seen.keys()
+        made: _Marks = {edge: mark for edge, mark in wanted.items() if edge in new and mark is not None}
         for kind in _ENDS:
             self._change(kind, {edge: mark for edge, mark in changed.items() if edge[0] == kind})
         self._create(made)
@@ -292,7 +300,7 @@ class NexusGraph:
         return {edge: mark for edge, mark in expected.items() if shown.get(edge) != mark}
 
     def _change(self, kind: _Kind, edges: _Marks) -> None:
-        """Edges of one type, all of which are there."""
+        """Edges of one type, of which all, but for crashes, are there."""
         names = ("live", "pad", "score") if kind == "SIMILAR_TO" else ("live", "pad")
         made = ", ".join(f"{name}: row.{name}" for name in names)
         changed = ", ".join(f"r.{name} = row.{name}" for name in names)
@@ -329,11 +337,12 @@ class NexusGraph:
         self._send(f"UNWIND $rows AS row MERGE (n:{label} {{ref: row.ref}}) SET n += row", rows)
 
     def _add(self, label: str, rows: Iterable[_Row]) -> None:
-        """Nodes that stay as they are where they are there."""
+        """Nodes that stand on a shelf, or are one; those that are there stay as they are."""
         several = {row["ref"]: row for row in rows}
-        there = self._union((f'MATCH (n:{label} {{ref: "{ref}"}}) RETURN n.ref AS ref' for ref in several), _Value)
-        known = {one.value for one in there}
-        self._merge(label, (row for ref, row in several.items() if ref not in known))
+        statements = (f'MATCH (n:{label} {{ref: "{ref}"}}) RETURN n.ref AS ref, n.shelf AS shelf' for ref in several)
+        # A crash can leave one that has only begun.
+        there = {ref for ref, shelf in self._union(statements, _Standing) if shelf is not None}
+        self._merge(label, (row for ref, row in several.items() if ref not in there))
 
     def _unlabel(self, label: str, refs: Iterable[str]) -> None:
         self._send(f"UNWIND $rows AS row MATCH (n:{label} {{ref: row}}) REMOVE n:{label}", refs)
@@ -486,8 +495,7 @@ def _entity(key: str) -> _Row:
 
 
 def _marks(change: Change, own: Set[int]) -> _Marks:
-    """Both edges of each pair, one that starts at ``own`` first, and those of mentions: those that are to be there, then
-    those that are not."""
+    """Both edges of each pair, first the one that starts at ``own``, and those of mentions."""
     marks: _Marks = {}
     for a, b, score in change.similar:
         # Of smaller and of longer ones it is not known how many digits the server writes; it takes no negative ones.
