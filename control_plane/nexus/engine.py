@@ -131,9 +131,13 @@ class SyncEngine:
     async def run(self) -> None:
         """Sync until canceled; then another replica may at once."""
         loops = [self._lease(), self._loop(self._relate, self._written), self._loop(self._project, self._related)]
+        tasks = [asyncio.create_task(loop) for loop in loops]
         try:
-            await asyncio.gather(*loops)
+            await asyncio.gather(*tasks)
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)  # nothing is told to the graph any more once another replica may
             try:
                 await self.store.release_lease()
             except SQLAlchemyError as error:
@@ -295,14 +299,22 @@ class SyncEngine:
     async def mark(self, mark: str) -> None:
         """Write into the graph which one it is, so that one that is put in its place is noticed."""
         node = DocumentNode(MARK, mark, "", "", "", "", "", 0, 0)
-        await asyncio.to_thread(self.graph.apply, Change(documents=[node]))
+        await self._apply(Change(documents=[node]))
+
+    async def _apply(self, change: Change) -> None:
+        """Tell the graph; where this is canceled it has come to its end all the same, before another replica begins."""
+        telling = asyncio.ensure_future(asyncio.to_thread(self.graph.apply, change))
+        try:
+            await asyncio.shield(telling)
+        finally:
+            await asyncio.wait({telling})
 
     async def _tell(self, rows: Sequence[Row]) -> None:
         """One change for these rows; where the graph refuses it, one for each half."""
         change = await self._change(rows)
         await self.store.put_intended({row.id: _either(row) for row in rows if row.told is not None})
         try:
-            await asyncio.to_thread(self.graph.apply, change)
+            await self._apply(change)
         except GraphRefused as error:
             self._metrics.errors.labels(error.code).inc()
             if len(rows) > 1:

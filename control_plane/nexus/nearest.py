@@ -27,11 +27,12 @@ from control_plane.nexus.records import Vector
 
 ADDED_AT_ONCE = 64
 """Vectors: about 10 ms, for which a search waits."""
+SEARCHED_AT_ONCE = 32
+"""Vectors: about as long."""
 PRINT = 8
 """Bytes by which a vector is known again."""
 _EXPANSION = 128
 """Candidates that the index looks through when it adds and when it searches; with fewer it finds less."""
-_Bytes = bytes
 _DIGEST = 32
 """Bytes of BLAKE2b."""
 
@@ -92,16 +93,13 @@ class Nearest:
         self._index = Index(
             ndim=dimension, metric="ip", dtype="bf16", expansion_add=_EXPANSION, expansion_search=_EXPANSION
         )
+        self.bytes = 0
+        """What it takes of memory."""
         self._turn = _Turns()
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._index)
-
-    @property
-    def bytes(self) -> int:
-        """What it takes of memory."""
-        return int(self._index.memory_usage)
 
     def add(self, ids: NDArray[np.int64], vectors: Vector) -> None:
         """Put vectors, in the place of those that have these ids."""
@@ -111,25 +109,31 @@ class Nearest:
                 with self._turn:
                     self._index.remove(ids[part])
                     self._index.add(ids[part], vectors[part])
+                    self.bytes = self._index.memory_usage
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Let go of those that are there."""
         with self._changing, self._turn:
             self._index.remove(ids)
 
-    def search(self, vectors: Vector, count: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    def search(self, vectors: Vector, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of ``vectors``, and ids of at most ``count`` candidates for each."""
-        with self._turn:
-            count = min(count, len(self._index))
-            if not count:
-                return np.empty(0, np.intp), np.empty(0, np.int64)
-            found = self._index.search(vectors, count)
-        if not isinstance(found, BatchMatches):  # of one vector
-            return np.zeros(len(found), np.intp), np.asarray(found.keys).astype(np.int64)
-        there = np.arange(count) < np.asarray(found.counts)[:, None]
-        return np.nonzero(there)[0], np.asarray(found.keys)[there].astype(np.int64)
+        rows, ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for start in range(0, len(vectors), SEARCHED_AT_ONCE):
+            part = vectors[start : start + SEARCHED_AT_ONCE]
+            with self._turn:
+                most = min(count, len(self._index))
+                found = self._index.search(part, most) if most else None
+            if isinstance(found, BatchMatches):
+                there = np.arange(most) < np.asarray(found.counts)[:, None]
+                rows.append(start + np.nonzero(there)[0])
+                ids.append(np.asarray(found.keys)[there].astype(np.int64))
+            elif found is not None:  # of one vector
+                rows.append(np.full(len(found), start))
+                ids.append(np.asarray(found.keys).astype(np.int64))
+        return np.concatenate(rows), np.concatenate(ids)
 
-    def save(self, path: Path, ids: NDArray[np.int64], prints: Sequence[_Bytes]) -> None:
+    def save(self, path: Path, ids: NDArray[np.int64], prints: Sequence[bytes]) -> None:
         """Write a snapshot: the index to a name of its own, then the file at ``path``, which names it.
 
         Whoever finds the old file at ``path`` finds the old index until the new file is there whole. Nothing may be
@@ -186,6 +190,7 @@ class Nearest:
             ):
                 nearest = Nearest(dimension)
                 nearest._index.load(index)
+                nearest.bytes = nearest._index.memory_usage
                 ids = np.frombuffer(manifest.ids, dtype="<i8").astype(np.int64)
                 prints = [manifest.prints[at : at + PRINT] for at in range(0, len(manifest.prints), PRINT)]
                 return Snapshot(nearest, ids, prints)

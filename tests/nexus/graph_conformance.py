@@ -263,7 +263,7 @@ class GraphConformance:
         memory = GraphInMemory()
         for turn in range(12):
             for change in (
-                Change([node(1, f"{turn}")], [Similar(1, 2, 0.8 + turn / 100)]),
+                Change([node(1, f"{turn}")], [Similar(1, 2, round(0.8 + turn / 100, 6))]),
                 Change(dissimilar=[(1, 2)]),
             ):
                 graph.apply(change)
@@ -443,7 +443,7 @@ class GraphConformance:
         for turn in range(4):
             change = Change(
                 [node(i, f"Turn {turn}", version=turn) for i in range(turn, 20, 2)],
-                [Similar(i, i + 1 + turn, 0.75 + turn / 100) for i in range(20)],
+                [Similar(i, i + 1 + turn, round(0.75 + turn / 100, 6)) for i in range(20)],
                 [Mention(i, f"name:{i % (turn + 2)}") for i in range(1, 20)],
                 [(i, i + turn) for i in range(1, 20, 3) if turn],
                 removed=[turn * 5 + 1],
@@ -457,7 +457,7 @@ class GraphConformance:
         """They never fail, and answer nothing that was never told."""
         rounds = 20
         titles = [f"Turn {turn}" for turn in range(rounds)]
-        scores = {0.75 + turn / 100 for turn in range(rounds)}
+        scores = {round(0.75 + turn / 100, 6) for turn in range(rounds)}
         graph.apply(Change([node(i, titles[0]) for i in range(1, 11)], [Similar(1, i, 0.75) for i in range(2, 11)]))
         over, problems = threading.Event(), list[str]()
 
@@ -483,7 +483,7 @@ class GraphConformance:
                 graph.apply(
                     Change(
                         [node(i, titles[turn], version=turn) for i in range(1, 11)],
-                        [Similar(1, i, 0.75 + turn / 100) for i in range(2, 11)],
+                        [Similar(1, i, round(0.75 + turn / 100, 6)) for i in range(2, 11)],
                     )
                 )
         finally:
@@ -492,7 +492,9 @@ class GraphConformance:
                 reader.join()
         assert problems == []
         assert graph.read([1])[1] == Held(
-            node(1, titles[-1], version=rounds - 1), dict.fromkeys(range(2, 11), 0.75 + (rounds - 1) / 100), frozenset()
+            node(1, titles[-1], version=rounds - 1),
+            dict.fromkeys(range(2, 11), round(0.75 + (rounds - 1) / 100, 6)),
+            frozenset(),
         )
 
 

@@ -168,6 +168,24 @@ def test_relations_of_others_beside_ours_hide_none_of_ours(graph: NexusGraph, se
 
 
 @needs_own_nexus
+def test_a_server_without_its_lists_of_neighbours_holds_the_same(server: NexusServer, graph: NexusGraph) -> None:
+    """They are read for each request that writes, and for nothing else; folders in their place keep it from that."""
+    server.stop()
+    for name in ("adjacency.outgoing.store", "adjacency.incoming.store"):
+        (server.data / name).unlink()
+        (server.data / name).mkdir()
+    server.start()
+    chance, memory = random.Random(8), GraphInMemory()
+    for turn in range(20):
+        change = some_change(chance, memory)
+        graph.apply(change)
+        memory.apply(change)
+        if turn % 10 == 9:
+            server.restart(kill=turn == 9)
+            holds(graph, memory)
+
+
+@needs_own_nexus
 def test_a_server_killed_at_any_moment_is_told_again_and_holds_all(server: NexusServer, graph: NexusGraph) -> None:
     """Once it has answered a change it holds it; one without an answer is made again."""
     chance, memory = random.Random(11), GraphInMemory()

@@ -8,8 +8,9 @@ What was measured of version 0.22, and decides what is written here:
 - A connection keeps every plan that it made, and a plan keeps memory: each call has a connection of its own.
 - What a statement needed of memory is kept for other statements, and for nothing else: none has many rows.
 - What changed is kept in memory until a checkpoint, one document of which anything is set with all around it.
-- A commit that the disk refused leaves a piece of itself in the log, and what is committed after it is not found
-  again, until a checkpoint has made the log anew.
+- A commit that the disk refused leaves a piece of itself in the log. What is committed after it is not found again, or
+  never ends: the file must be opened anew, which cuts the log.
+- A log that ends in the middle of a record may end the process that opens it, but not where zeros follow.
 - Closing a database that cannot write its log ends the process.
 """
 
@@ -22,7 +23,7 @@ import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -40,6 +41,8 @@ STATEMENT_ROWS, STATEMENT_CHARACTERS = 2_000, 2 << 20
 """Of one statement, where it has more than one row."""
 LOG_BYTES = 16 << 20
 """A checkpoint comes before the next change once the log is larger."""
+LOG_PADDING = 64 << 20
+"""Zeros that a log gets before it is read, which take no room."""
 CHANGE_BYTES, NEW_BYTES, OLD_BYTES, EDGE_BYTES, CHARACTER_BYTES = 20 << 10, 2 << 10, 84 << 10, 1 << 10, 4
 """Memory that is kept for a change until a checkpoint, at most: for itself, for a node that it makes, for one that it
 sets or removes, for an edge, and for a character of a text."""
@@ -59,8 +62,8 @@ _TABLES = {
     "SIMILAR_TO": "REL TABLE {}(FROM Document TO Document, score DOUBLE)",
     "MENTIONS": "REL TABLE {}(FROM Document TO Entity)",
 }
-_LOG = ".wal"
-_BESIDE = (_LOG, ".wal.checkpoint", ".shadow", ".tmp", ".checkpoint.intent.lock", ".checkpoint.apply.lock")
+_LOG, _FROZEN_LOG = ".wal", ".wal.checkpoint"
+_BESIDE = (_LOG, _FROZEN_LOG, ".shadow", ".tmp", ".checkpoint.intent.lock", ".checkpoint.apply.lock")
 """What the database writes beside its file."""
 _PROPERTIES = DocumentNode._fields[1:]
 _READ_DOCUMENTS = (
@@ -171,7 +174,7 @@ class LadybugGraph:
         self._writing = threading.RLock()
         self._has_tables = False
         self._doubtful = False
-        """A commit ended in an error: the log may have a piece of it."""
+        """A commit or a checkpoint ended in an error."""
         self._unsaved = 0
         """Bytes of memory, at most, that is kept for changes since the last checkpoint."""
 
@@ -248,12 +251,7 @@ class LadybugGraph:
         with self._writing:
             self._own()
             self._end()
-            try:
-                # The log first: without it the file is as it was at some time, and the other way round it is nothing.
-                for suffix in (*_BESIDE, ""):
-                    Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-            except OSError as error:
-                raise GraphUnavailable(f"The graph's file {self._path} cannot be removed: {error.strerror}") from error
+            self._remove()
             self.prepare()
 
     def probe(self) -> str:
@@ -265,9 +263,10 @@ class LadybugGraph:
     def close(self) -> None:
         """Wait for calls that are under way, and let go of the file; what comes after is refused until ``prepare``."""
         with self._writing:
-            if self._end() and self._lock is not None:
+            self._end()
+            if self._lock is not None:
                 os.close(self._lock)
-            self._lock = None
+                self._lock = None
 
     def _own(self) -> None:
         """Be the only one that uses the file; the database's own lock does not keep one process from opening it
@@ -287,7 +286,11 @@ class LadybugGraph:
         self._lock = lock
 
     def _open(self) -> None:
+        new = self._bytes("") == 0
         try:
+            for log in (_LOG, _FROZEN_LOG):
+                if (size := self._bytes(log)) > 0:
+                    os.truncate(f"{self._path}{log}", size + LOG_PADDING)
             self._database = ladybug.Database(
                 self._path,
                 buffer_pool_size=self._buffer_pool,
@@ -297,7 +300,11 @@ class LadybugGraph:
                 # The end of a log that was not written to its end was promised to nobody.
                 throw_on_wal_replay_failure=False,
             )
+        except OSError as error:
+            raise GraphUnavailable(f"The graph's file {self._path} cannot be opened: {error.strerror}") from error
         except RuntimeError as error:
+            if new:
+                self._remove()  # what was begun of it
             if str(error).startswith(("IO exception", "Buffer manager exception")):
                 raise GraphUnavailable(f"The graph's file {self._path} cannot be opened: {error}") from error
             raise GraphRefused(
@@ -307,28 +314,32 @@ class LadybugGraph:
         self._has_tables, self._doubtful = False, False
         self._unsaved = self._buffer_pool  # nobody knows what the log brought
 
-    def _end(self, *, save: bool = True) -> bool:
-        """Close the database when nobody uses it any more; with a checkpoint before, if asked. False: it stays as it
-        is, and locked, until the process ends, as closing it would end that."""
+    def _remove(self) -> None:
+        try:
+            # The log first: without it the file is as it was at some time, and the other way round it is nothing.
+            for suffix in (*_BESIDE, ""):
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        except OSError as error:
+            raise GraphUnavailable(f"The graph's file {self._path} cannot be removed: {error.strerror}") from error
+
+    def _end(self, *, save: bool = True) -> None:
+        """Close the database when nobody uses it any more; with a checkpoint before, if asked. One that is not to write
+        any more stays as it is, in memory, until the process ends."""
         with self._changed:
             database, self._database = self._database, None
             while self._users:
                 self._changed.wait()
         if database is None:
-            return True
-        saved = False
-        with ladybug.Connection(database) as connection:
-            with suppress(RuntimeError):
-                if save:
-                    _run(connection, "CHECKPOINT", {})
-                    saved = True
-            if not saved:
-                _run(connection, "CALL force_checkpoint_on_close = false", {})
-        if not saved and not self._has_room():
+            return
+        try:
+            if self._doubtful:
+                raise RuntimeError("it is not to write any more")
+            with ladybug.Connection(database) as connection:
+                _run(connection, "CHECKPOINT" if save else "CALL force_checkpoint_on_close = false", {})
+        except RuntimeError:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(database))
-            return False
-        database.close()
-        return True
+        else:
+            database.close()
 
     def _has_room(self) -> bool:
         """Whether the disk takes more than what may be left to write of a log."""
@@ -377,25 +388,23 @@ class LadybugGraph:
             self._doubtful, self._has_tables = False, True
 
     def _settle(self) -> None:
-        """Make good what went wrong the last time, and give back memory that changes hold."""
-        if self._database is None and self._lock is not None:
+        """Make good what went wrong the last time, and give back memory and log that changes hold."""
+        if self._doubtful:
+            if not self._has_room():
+                raise GraphUnavailable(f"The disk of the graph's file {self._path} is full, or cannot be written")
+            self._begin_anew()
+        elif self._database is None and self._lock is not None:
             self._open()
-        if not self._doubtful and self._unsaved <= self._buffer_pool // 2 and self._log_bytes() <= LOG_BYTES:
-            return
-        try:
+        if self._unsaved > self._buffer_pool // 2 or self._bytes(_LOG) > LOG_BYTES:
+            self._doubtful = True
             with self._session() as run:
                 run("CHECKPOINT")
             self._doubtful, self._unsaved = False, 0
-        except _MemoryFull:
-            raise
-        except GraphUnavailable:
-            if not self._has_room():
-                raise
-            self._begin_anew()
 
-    def _log_bytes(self) -> int:
+    def _bytes(self, suffix: str) -> int:
+        """Of the file, or of what lies beside it; 0 where it is not there."""
         try:
-            return Path(f"{self._path}{_LOG}").stat().st_size
+            return Path(f"{self._path}{suffix}").stat().st_size
         except FileNotFoundError:
             return 0
 

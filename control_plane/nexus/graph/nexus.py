@@ -48,14 +48,17 @@ CONNECT_SECONDS = 5.0
 MAX_ANSWER_BYTES = 64 << 20
 MAX_BODY_BYTES = 512 << 10
 """Of rows in one request, where they are more than one; nginx takes 1 MiB, Nexus 16."""
-ROWS = 200
-"""In one request, for the time of which all others wait: a node that loses its label costs a sync of the disk."""
+ROWS = 500
+"""In one request that writes, for the time of which all others wait."""
+UNLABELLED = 100
+"""Nodes that lose their label in one request: each costs a sync of the disk."""
 READS = 50
 """Documents or hops that one request reads."""
 READERS = 4
 """Requests that read at once."""
-NODES = 40
-"""Between which one request makes edges; with more, it takes longer for each."""
+NODES, EDGES = 80, 1_000
+"""Between which one request makes edges, and how many: its time grows by the square of the nodes, but each request that
+writes also opens files of the server anew, which takes the longer the more edges they have."""
 NODE_BYTES, EDGE_BYTES = 512, 48
 """JSON of the properties of a filled document node, and of an edge. Graphs have them: they may grow, never shrink."""
 CUT_BYTES = 32
@@ -149,8 +152,12 @@ _Marks = dict[_Edge, float | None]
 class NexusGraph:
     """A graph in a Nexus server; see ``GraphStore``.
 
-    Nobody else changes what is labelled Document, Entity, DocumentText, DocumentShelf or EntityShelf there, and nobody
-    deletes nodes. Neither redirects nor proxies are followed, and nothing of the environment plays a part.
+    The server is one of its own: a node that somebody deletes, or what others leave half-made at a crash, may hide or
+    damage what is here. Folders ``adjacency.outgoing.store`` and ``adjacency.incoming.store`` in its data directory,
+    made before it starts for the first time, keep it from files that nothing uses and that make each write slower the
+    more edges there are.
+
+    Neither redirects nor proxies are followed, and nothing of the environment plays a part.
     """
 
     def __init__(self, url: str, key: str | None = None, *, seconds: float = SECONDS) -> None:
@@ -242,7 +249,7 @@ class NexusGraph:
     # --- changes -----------------------------------------------------------------------------------------------------
 
     def _write(self, change: Change) -> None:
-        """In requests as few as may be: each that writes costs the server some milliseconds, whatever it writes."""
+        """In few requests: each that writes costs the server some milliseconds, whatever it writes."""
         own = {node.id for node in change.documents}
         marks = _marks(change, own)
         rows = [_row(node) for node in change.documents]
@@ -319,7 +326,7 @@ class NexusGraph:
         nodes: dict[str, str] = {}
         made: list[str] = []
         for (kind, source, end), mark in edges.items():
-            if len(nodes) >= NODES:
+            if len(nodes) >= NODES or len(made) >= EDGES:
                 self._made(nodes, made)
                 nodes, made = {}, []
             a = nodes.setdefault(_pattern("Document", source), f"n{len(nodes)}")
@@ -345,7 +352,7 @@ class NexusGraph:
         self._merge(label, (row for ref, row in several.items() if ref not in there))
 
     def _unlabel(self, label: str, refs: Iterable[str]) -> None:
-        self._send(f"UNWIND $rows AS row MATCH (n:{label} {{ref: row}}) REMOVE n:{label}", refs)
+        self._send(f"UNWIND $rows AS row MATCH (n:{label} {{ref: row}}) REMOVE n:{label}", refs, UNLABELLED)
 
     # --- reads -------------------------------------------------------------------------------------------------------
 
@@ -396,9 +403,9 @@ class NexusGraph:
         except msgspec.ValidationError as error:
             raise GraphUnavailable(f"{self._host} answers rows that were not asked for: {error}") from error
 
-    def _send(self, statement: str, rows: Iterable[Any]) -> None:
+    def _send(self, statement: str, rows: Iterable[Any], most: int = ROWS) -> None:
         """A statement over rows, a batch of them at a time."""
-        for some in _batches(rows, ROWS, MAX_BODY_BYTES):
+        for some in _batches(rows, most, MAX_BODY_BYTES):
             self._fit(statement, some)
 
     def _fit(self, statement: str, rows: Sequence[Any]) -> None:
