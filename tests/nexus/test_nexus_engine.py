@@ -101,8 +101,10 @@ def test_a_change_whose_end_nobody_heard_is_made_good(url: str, tmp_path: Path, 
     play(url, tmp_path, story)
 
 
-def test_an_engine_that_ends_anywhere_goes_on_from_the_rows(url: str, tmp_path: Path) -> None:
+def test_an_engine_that_ends_anywhere_goes_on_from_the_rows(tmp_path: Path) -> None:
     """As after kill -9: a new engine with empty memory, again and again, in the middle of whatever it does."""
+
+    url = f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
 
     async def whole() -> None:
         rng = random.Random(7)

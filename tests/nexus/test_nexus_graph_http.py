@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
-from nexus.graph_conformance import GraphConformance, GraphInMemory, holds, some_change
+from nexus.graph_conformance import GraphConformance, GraphInMemory, holds, some_change, told
 from processes import answering, free_port
 
 from common.errors import InvalidRequest
@@ -536,6 +536,32 @@ def test_edges_that_are_not_shown_are_made_once_more_and_then_told(wire: Wire, g
     with pytest.raises(GraphUnavailable, match="does not show 1 edges that it took"):
         graph.apply(Change([DOCUMENT], mentions=[Mention(1, "name:A")]))
     assert sum(" CREATE " in one.query for one in wire.seen) == 2
+
+
+def test_edges_that_vanish_when_another_is_made_are_made_again(wire: Wire, graph: NexusGraph) -> None:
+    """As a server does that a crash has left with a part of a node's edges."""
+    nodes = [DOCUMENT._replace(id=i) for i in range(1, 5)]
+    changes = [
+        Change(nodes, [Similar(1, 2, 0.8), Similar(1, 3, 0.8)], [Mention(1, "name:A")]),
+        Change(nodes[:1], [Similar(1, 4, 0.8)]),
+    ]
+    memory = told(graph, changes[:1])
+    met: list[Seen] = []
+
+    def forgetting(seen: Seen) -> Answer:
+        answer = wire.nexus.usual(seen)
+        if " CREATE " in seen.query:
+            if not met:
+                (one,) = (node for node in wire.nexus.nodes if node.properties.get("id") == 1)
+                del one.out[1:]
+            met.append(seen)
+        return answer
+
+    wire.answer = forgetting
+    graph.apply(changes[1])
+    memory.apply(changes[1])
+    assert len(met) == 2
+    holds(graph, memory)
 
 
 # --- the size of what is sent ----------------------------------------------------------------------------------------
