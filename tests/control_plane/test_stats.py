@@ -14,9 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+from alembic import command
+from alembic.config import Config
 from live_server import Server, graph, large_graph, new_job
-from sqlalchemy import insert, text, update
+from sqlalchemy import Connection, MetaData, Table, insert
 
+import control_plane.jobs as jobs_package
 from common.contract import Status
 from control_plane.jobs.database import Database
 from control_plane.jobs.hub import EventHub
@@ -25,6 +28,7 @@ from control_plane.jobs.tables import jobs
 
 HOUR = 3_600_000
 START = 1_790_000_000_000 // HOUR * HOUR
+MIGRATIONS = Path(jobs_package.__file__).with_name("migrations")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -194,35 +198,35 @@ def _row(chance: random.Random) -> dict[str, Any]:
 
 def test_jobs_from_before_are_counted_after_the_migration(url: str) -> None:
     chance = random.Random(6)
+    ended = (
+        {"status": "completed", "manifest": '{"frames": 7542, "parts": []}'},
+        {"status": "failed", "error": '{"code": "WRITER_FAILED", "message": "x", "retryable": true}'},
+    )
 
-    async def scenario(database: Database, store: JobStore) -> None:
-        done, failed = _row(chance), _row(chance)
-        done |= {"status": "completed", "finished_at": START, "frames": None, "error_code": None}
-        failed |= {"status": "failed", "finished_at": START, "frames": None, "error_code": None}
-        async with database.write.begin() as connection:
-            await connection.execute(insert(jobs), [done, failed])
-            for job, values in (
-                (done, {"manifest": '{"frames": 7542, "parts": []}'}),
-                (failed, {"error": '{"code": "WRITER_FAILED", "message": "x", "retryable": true}'}),
-            ):
-                await connection.execute(update(jobs).where(jobs.c.id == job["id"]).values(**values))
-            # As the revision before left it.
-            for index in ("ix_jobs_finished", "ix_jobs_client_created", "ix_jobs_retry_of"):
-                await connection.execute(text(f"DROP INDEX {index}"))
-            for column in ("frames", "error_code", "client", "trace", "retry_of", "read_until", "damage"):
-                await connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
-            for table in ("audit", "idempotency_keys"):
-                await connection.execute(text(f"DROP TABLE {table}"))
-            keys = "key VARCHAR(255) PRIMARY KEY, job_id VARCHAR(36) NOT NULL, body_sha256 VARCHAR(64) NOT NULL"
-            await connection.execute(text(f"CREATE TABLE idempotency_keys ({keys})"))
-            await connection.execute(text("CREATE INDEX ix_idempotency_keys_job ON idempotency_keys (job_id)"))
-            await connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
-        await database.migrate()
-        (span,) = await store.activity([START], HOUR)
-        assert (span.completed, span.frames) == (1, 7542)
-        assert await store.failures(START, HOUR) == [(0, "WRITER_FAILED", 1)]
+    def as_the_revision_before_left_it(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        before = Table("jobs", MetaData(), autoload_with=connection)
+        for values in ended:
+            row = _row(chance) | {"finished_at": START} | values
+            connection.execute(insert(before).values({name: row[name] for name in row if name in before.columns}))
 
-    _run(url, scenario)
+    async def scenario() -> None:
+        database = Database(url)
+        try:
+            async with database.write.begin() as connection:
+                await connection.run_sync(as_the_revision_before_left_it)
+            await database.migrate()
+            store = JobStore(database, EventHub(), queue_capacity=1000)
+            (span,) = await store.activity([START], HOUR)
+            assert (span.completed, span.frames) == (1, 7542)
+            assert await store.failures(START, HOUR) == [(0, "WRITER_FAILED", 1)]
+        finally:
+            await database.close()
+
+    asyncio.run(scenario())
 
 
 def _seconds(iso: str) -> float:

@@ -632,9 +632,9 @@ class Round:
     pairs: int = 0
     repaired: int = 0
     """Differences that the server has found and repaired by itself since it started."""
-    differences: list[str] = field(default_factory=list)
+    differences: int = 0
     broken: list[str] = field(default_factory=list)
-    """Promises that were not kept, differences too."""
+    """Promises that were not kept; of differences found by the server not more than it tells one by one."""
 
 
 class Campaign:
@@ -672,7 +672,6 @@ class Campaign:
         for writer in self._writers:
             done.broken += writer.broken
             writer.broken.clear()
-        done.broken += done.differences
         return done
 
     def _figures(self) -> tuple[int, int]:
@@ -708,7 +707,8 @@ class Campaign:
         done.pairs = found.pairs
         if found.pairs != compared:
             done.broken.append(f"the server compared {compared:,} of {found.pairs:,} pairs")
-        done.differences += [f"on the disk: {what}" for what in found.found]
+        done.differences += len(found.found)
+        done.broken += [f"on the disk: {what}" for what in found.found]
         self._server.start()
 
     def _overview(self) -> dict[str, Any]:
@@ -750,7 +750,8 @@ class Campaign:
         done.broken += _until("a comparison", ended)
         for at in sorted(self._looks.keys() - known):
             look = self._looks[at]
-            done.differences += [f"found by the server: {what}" for what in look["examples"]]
+            done.differences += sum(look["different"].values())
+            done.broken += [f"found by the server: {what}" for what in look["examples"]]
             if look["error"] or look["pending"]:
                 done.broken.append(f"a comparison did not compare all: {look}")
             compared = look["pairs"]
@@ -804,7 +805,7 @@ def run(folder: Path, make: Callable[[Path, random.Random], House], faults: Sequ
             took = "never" if done.seconds is None else f"{done.seconds:.1f} s"
             print(
                 f"{len(rounds):>3}  {done.accepted:>8}  {done.unanswered:>10}  {done.documents:>9}  {done.pairs:>6}"
-                f"  {len(done.differences):>11}  {took:>7}  {', '.join(done.faults)}",
+                f"  {done.differences:>11}  {took:>7}  {', '.join(done.faults)}",
                 flush=True,
             )
             for what in done.broken:
@@ -822,10 +823,9 @@ def table(rounds: Sequence[Round]) -> list[str]:
     for name, count in [*sorted(times.items()), ("all", times.total())]:
         of = [one for one in rounds if name in (*one.faults, "all")]
         well = [fault for one in of if one.seconds is not None for fault in one.faults if name in (fault, "all")]
-        figures = [sum(getattr(one, figure) for one in of) for figure in ("documents", "pairs")]
-        differences = sum(len(one.differences) for one in of)
+        figures = [sum(getattr(one, figure) for one in of) for figure in ("documents", "pairs", "differences")]
         longest = max((one.seconds for one in of if one.seconds is not None), default=float("inf"))
-        shown = " | ".join(f"{figure:,}" for figure in (count, len(well), *figures, differences))
+        shown = " | ".join(f"{figure:,}" for figure in (count, len(well), *figures))
         lines.append(f"| {name} | {shown} | {longest:.1f} s |")
     return lines
 
