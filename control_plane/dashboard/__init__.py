@@ -13,7 +13,24 @@ from control_plane.errors import NotFound
 from control_plane.operations.auth import OPEN
 
 _FILES = Path(__file__).parent / "static"
-_SCRIPTS = ["api", "charts", "dashboard", "dom", "exports", "graph", "report", "search", "timeline", "walk", "words"]
+_SCRIPTS = [
+    "api",
+    "charts",
+    "collections",
+    "dashboard",
+    "document",
+    "dom",
+    "exports",
+    "graph",
+    "hues",
+    "neighbourhood",
+    "report",
+    "search",
+    "sync",
+    "timeline",
+    "walk",
+    "words",
+]
 # The framework adds the charset to text.
 _TYPES = {
     "index.html": "text/html",

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from processes import EXAMPLE, REPOSITORY
 
 KEY = "correct-horse-battery"
@@ -37,6 +38,18 @@ def enter(page: Page, url: str, key: str = KEY) -> None:
     page.get_by_role("button", name="Open").press("Enter")
     if key == KEY:
         expect(page.locator("#workspace")).to_be_visible()
+
+
+def comes(page: Page, locator: Locator) -> None:
+    """Turn the page's clock (which is to be installed) from refresh to refresh until something can be seen."""
+    for _ in range(40):
+        page.clock.run_for(4_000)
+        try:
+            locator.wait_for(timeout=500)
+        except PlaywrightTimeout:
+            continue
+        return
+    expect(locator).to_be_visible()
 
 
 def begin(page: Page, graph: Path) -> Locator:

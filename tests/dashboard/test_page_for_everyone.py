@@ -8,6 +8,7 @@ import pytest
 from browsing import DONE, PHONE, begin, enter, made, neighbour, search, shot, town
 from playwright.sync_api import Page, expect
 from processes import EXAMPLE
+from shelves import client_of, office_papers
 
 # Every piece of text that can be seen against what it stands on (WCAG 2.2, 1.4.3: 4.5, large text 3), and every edge of
 # a control (1.4.11: 3). Answers those that are too faint.
@@ -57,8 +58,8 @@ FOCUS = """() => {
   const rect = at.matches("svg a") && at.querySelector("rect");
   const marked = shown(at) || shown(at.closest(".pick, .segments")) || shown(at.parentElement?.querySelector(".button"))
     || (rect && parseFloat(getComputedStyle(rect).strokeWidth) >= 3);
-  return [at.id || at.dataset?.view || at.dataset?.do || at.dataset?.link || at.className.baseVal || at.className
-    || at.tagName, Boolean(marked)];
+  const { view, do: act, ask, link } = at.dataset ?? {};
+  return [at.id || view || act || ask || link || at.className.baseVal || at.className || at.tagName, Boolean(marked)];
 }"""
 
 
@@ -67,6 +68,19 @@ def project(server: str) -> str:
     """An export of a real project, and after it a town."""
     made(server, EXAMPLE.read_bytes())
     return made(server, town())
+
+
+@pytest.fixture(scope="module")
+def papers(server: str) -> None:
+    """Collections with documents that resemble each other."""
+    with client_of(server) as client:
+        office_papers(client)
+
+
+def see(page: Page, address: str, part: str) -> None:
+    """Go to an address within the page, and wait for what it shows."""
+    page.evaluate("hash => { location.hash = hash }", address)
+    expect(page.locator(part).first).to_be_visible()
 
 
 def from_the_top(page: Page) -> None:
@@ -89,7 +103,7 @@ def stops(page: Page, most: int) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [{**PHONE, "color_scheme": "dark"}], indirect=True)
-def test_it_fits_a_phone_in_the_dark(page: Page, server: str, project: str) -> None:
+def test_it_fits_a_phone_in_the_dark(page: Page, server: str, project: str, papers: None) -> None:
     def fits(name: str) -> None:
         shot(page, f"phone-dark-{name}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -116,11 +130,21 @@ def test_it_fits_a_phone_in_the_dark(page: Page, server: str, project: str) -> N
     expect(page.locator("#throughput .column")).not_to_have_count(0)
     page.get_by_text("The numbers as a table").tap()
     fits("charts")
+    see(page, "#collections", "#shelf-list .badge")
+    fits("collections")
+    see(page, "#collections=papers", "#documents-list .hit")
+    fits("collection")
+    see(page, "#collections=papers&document=lease/acme", "#neighbourhood .between")
+    page.get_by_text("As a list, with scores").tap()
+    fits("document")
+    see(page, "#sync", "#sync-report dl")
+    page.get_by_text("By collection").tap()
+    fits("sync")
 
 
 @pytest.mark.parametrize("page", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
 def test_all_text_stands_out_in_both_schemes(
-    page: Page, server: str, project: str, request: pytest.FixtureRequest
+    page: Page, server: str, project: str, papers: None, request: pytest.FixtureRequest
 ) -> None:
     scheme = request.node.callspec.params["page"]["color_scheme"]
     enter(page, server, "wrong")
@@ -148,13 +172,27 @@ def test_all_text_stands_out_in_both_schemes(
     page.get_by_text("The numbers as a table").click()
     assert page.evaluate(FAINT) == []
     shot(page, f"charts-{scheme}")
+    see(page, "#collections=notes&find=invoice", "#finds .hit")
+    page.locator("#finds .hit").first.hover()
+    assert page.evaluate(FAINT) == []
+    see(page, "#collections=papers&document=lease/acme", "#neighbourhood .between")
+    page.get_by_text("As a list, with scores").click()
+    page.locator("#neighbourhood a").nth(2).hover()
+    assert page.evaluate(FAINT) == []
+    shot(page, f"document-{scheme}")
+    see(page, "#sync", "#sync-report dl")
+    page.get_by_text("By collection").click()
+    assert page.evaluate(FAINT) == []
+    shot(page, f"sync-{scheme}")
+    page.get_by_role("button", name="Make the graph anew").click()
+    assert page.evaluate(FAINT) == []
 
 
-def test_everything_can_be_reached_with_the_keyboard(page: Page, server: str, project: str) -> None:
+def test_everything_can_be_reached_with_the_keyboard(page: Page, server: str, project: str, papers: None) -> None:
     enter(page, server)
     expect(page.locator(".export")).not_to_have_count(0)
-    reached = stops(page, 20)
-    head = ["skip", "exports", "search", "activity", "forget", "file", "status"]
+    reached = stops(page, 22)
+    head = ["skip", "exports", "search", "collections", "activity", "sync", "forget", "file", "status"]
     assert reached[: len(head)] == head
     assert {"download", "search", "timeline", "report", "sidecar", "manifest"} <= set(reached[len(head) :])
     page.locator('[data-do="report"]').first.focus()
@@ -168,10 +206,19 @@ def test_everything_can_be_reached_with_the_keyboard(page: Page, server: str, pr
     page.keyboard.type("market")
     page.keyboard.press("Enter")
     expect(page.locator("#search-status")).to_have_text(re.compile("hit|Nothing fits"))
-    assert stops(page, 14)[5:11] == ["query", "strong", "mode", "file-prefix", "SUMMARY", "filters-text"]
+    assert stops(page, 16)[7:13] == ["query", "strong", "mode", "file-prefix", "SUMMARY", "filters-text"]
     page.locator('[data-view="activity"]').press("Enter")
     expect(page.locator("#throughput .column")).not_to_have_count(0)
-    assert stops(page, 8)[5:] == ["INPUT", "SUMMARY"]
+    assert stops(page, 10)[7:] == ["INPUT", "SUMMARY"]
+    page.locator('[data-view="collections"]').press("Enter")
+    expect(page.locator("#shelf-list .badge")).to_have_count(3)
+    assert stops(page, 10)[7:] == ["A"] * 3
+    see(page, "#collections=papers&document=lease/acme", "#neighbourhood .between")
+    reached = stops(page, 14)[7:]
+    assert reached == ["A", "document-collection", "text", "payload-text", "INPUT", "neighbour", "SUMMARY"]
+    page.locator('[data-view="sync"]').press("Enter")
+    expect(page.locator("#sync-report dl")).to_be_visible()
+    assert stops(page, 11)[7:] == ["verify", "rebuild", "disable", "sync-more"]
 
 
 def test_the_first_stop_leads_past_the_head_of_the_page(page: Page, server: str, project: str) -> None:
@@ -197,7 +244,7 @@ def test_nothing_moves_for_those_who_ask_for_it(page: Page, server: str, project
     assert page.evaluate(moving) == 1
 
 
-def test_each_figure_and_each_field_has_a_name(page: Page, server: str, project: str) -> None:
+def test_each_figure_and_each_field_has_a_name(page: Page, server: str, project: str, papers: None) -> None:
     nameless = """() => [...document.querySelectorAll(
       "main :is(button, a, input, select, svg[role], progress, [role=region])")]
       .filter((e) => e.checkVisibility() && !e.closest("[aria-hidden]"))
@@ -215,3 +262,10 @@ def test_each_figure_and_each_field_has_a_name(page: Page, server: str, project:
     page.get_by_role("link", name="Activity").click()
     expect(page.locator("#throughput .column")).not_to_have_count(0)
     assert page.evaluate(nameless) == []
+    for address, part in (
+        ("#collections=papers", "#documents-list .hit"),
+        ("#collections=papers&document=lease/acme", "#neighbourhood .between"),
+        ("#sync", "#sync-queue svg"),
+    ):
+        see(page, address, part)
+        assert page.evaluate(nameless) == []

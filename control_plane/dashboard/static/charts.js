@@ -82,7 +82,7 @@ function chart(id, name, about, buckets, stacks, legend = []) {
   $(id).replaceChildren(
     make("figcaption", {}, make("h3", {}, name), make("span", { class: "faint" }, about)), box,
     legend.length ? make("p", { class: "legend faint" }, ...legend.map(([kind, word]) => make("span", { class: `key ${kind}` }, word))) : "");
-  picture(box, (width) => [columns(`${name}. ${about}`, buckets, stacks, width)]);
+  picture(box, (width) => [columns(`${name}. ${about}`, buckets, stacks, width, { group: 1, moment, axis: hour })]);
 }
 
 // What is in work now, less what came and plus what ended since.
@@ -100,10 +100,13 @@ function tiles(facts) {
     make("div", { class: "card tile" }, make("dt", {}, name), make("dd", {}, make("strong", {}, value), make("span", { class: "faint" }, ` ${more}`)))));
 }
 
-function columns(name, buckets, stacks, width) {
+// A column for each bucket, of stacks [[kind, value]…]; null stands for one of which nothing is known. `times` says how
+// the start of a bucket is called, and on the axis, where a multiple of `group` buckets lies between two times.
+export function columns(name, buckets, stacks, width, { group, moment, axis }) {
   const [left, top, plot] = [44, 8, 130];
   const height = top + plot + 24;
-  const most = Math.max(1, ...stacks.map((stack) => stack.reduce((sum, [, value]) => sum + value, 0)));
+  const totals = stacks.map((stack) => (stack ?? []).reduce((sum, [, value]) => sum + value, 0));
+  const most = Math.max(1, ...totals);
   const svg = draw("svg", { class: "columns", width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
   const marks = ticks(most, 3).filter(Number.isInteger);
   if (marks.at(-1) < most) marks.push(marks.at(-1) + Math.max(1, marks[1] ?? 1));
@@ -115,13 +118,13 @@ function columns(name, buckets, stacks, width) {
       draw("text", { class: "axis", x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, short(mark)));
   }
   const step = (width - left) / stacks.length;
-  const every = Math.ceil(70 / step); // buckets between two times on the axis
+  const every = group * Math.ceil(70 / (step * group)); // buckets between two times on the axis
   let peak = [0, 0];
   stacks.forEach((stack, at) => {
     let base = 0;
-    const total = stack.reduce((sum, [, value]) => sum + value, 0);
-    if (total > peak[0]) peak = [total, at];
-    for (const [kind, value] of stack) {
+    if (totals[at] > peak[0]) peak = [totals[at], at];
+    if (!stack) svg.append(draw("rect", { class: "unseen", x: left + at * step, width: step + 0.5, y: top, height: plot }));
+    for (const [kind, value] of stack ?? []) {
       if (!value) continue;
       svg.append(draw("rect", {
         class: `column ${kind}`, x: left + at * step + 1, width: Math.max(1, step - 2), rx: 2,
@@ -130,10 +133,10 @@ function columns(name, buckets, stacks, width) {
       base += value;
     }
     if (at % every === 0 && left + at * step + 34 < width) {
-      svg.append(draw("text", { class: "axis", x: left + at * step, y: height - 6 }, hour(buckets[at].start)));
+      svg.append(draw("text", { class: "axis", x: left + at * step, y: height - 6 }, axis(buckets[at].start)));
     }
   });
-  const sum = stacks.flat().reduce((total, [, value]) => total + value, 0);
+  const sum = totals.reduce((all, total) => all + total, 0);
   svg.setAttribute("aria-label", sum ? `${name}. At most ${count(peak[0])}, ${moment(buckets[peak[1]].start)}.` : `${name}. None.`);
   if (!sum) svg.append(draw("text", { class: "axis", x: left + (width - left) / 2, y: top + plot / 2, "text-anchor": "middle" }, "none in this time"));
   return svg;

@@ -1,15 +1,18 @@
 // The page: asks for the key once, shows the view that the address names, and keeps it up to date.
 //
-// Addresses: #exports, #export=ID, #search=WORDS&in=ID…, #search=…&of=ID&node=ID, #activity=HOURS
+// Addresses: #exports, #export=ID, #search=WORDS&in=ID…, #search=…&of=ID&node=ID, #collections, #collections=NAME&after=…,
+// #collections=NAME&find=WORDS, #collections=NAME&document=ID&colour=…, #activity=HOURS, #sync
 
 import { key, onRefusedKey } from "./api.js";
 import * as activity from "./charts.js";
+import * as collections from "./collections.js";
 import { $, clean, cut } from "./dom.js";
 import * as exports from "./exports.js";
 import * as search from "./search.js";
+import * as sync from "./sync.js";
 
 const REFRESH_MS = 4000;
-const VIEWS = { exports, search, activity };
+const VIEWS = { exports, search, collections, activity, sync };
 
 let open = false; // false while the page asks for a key
 let loading = false; // true while the list is on its way
@@ -71,7 +74,7 @@ async function route() {
   if (history.state?.depth === undefined) history.replaceState({ depth: depth + 1 }, "");
   ({ depth } = history.state);
   const wanted = new URLSearchParams(location.hash.slice(1));
-  const name = ["search", "activity"].find((view) => wanted.has(view)) ?? "exports";
+  const name = ["search", "collections", "activity", "sync"].find((view) => wanted.has(view)) ?? "exports";
   if (name !== current) leave();
   current = name;
   for (const view of Object.keys(VIEWS)) $(`view-${view}`).hidden = view !== name;

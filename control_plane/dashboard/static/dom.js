@@ -82,6 +82,19 @@ function repaint(box) {
   then?.();
 }
 
+const filled = new WeakMap(); // box -> the data that it shows, as JSON
+
+// Fills a box with what `rows()` makes of data, where they changed: else nothing in it moves. The link that had the focus
+// keeps it.
+export function swap(box, data, rows) {
+  const text = JSON.stringify(data);
+  if (filled.get(box) === text) return;
+  filled.set(box, text);
+  const focus = box.contains(document.activeElement) ? document.activeElement.hash : undefined;
+  box.replaceChildren(...rows());
+  if (focus) [...box.querySelectorAll("a")].find(({ hash }) => hash === focus)?.focus();
+}
+
 export function table(caption, heads, rows) {
   return make("table", {},
     make("caption", {}, caption),
@@ -93,6 +106,7 @@ export function table(caption, heads, rows) {
 export function problem(box, error, again) {
   const button = make("button", { type: "button" }, "Try again");
   button.addEventListener("click", again);
-  box.replaceChildren(make("p", {}, cut(clean(error.message), 600)), button);
+  // A key that may not do it now will not be allowed to a moment later.
+  box.replaceChildren(make("p", {}, cut(clean(error.message), 600)), error.status === 403 ? "" : button);
   box.hidden = false;
 }

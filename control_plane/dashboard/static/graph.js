@@ -99,7 +99,7 @@ function heading(type, x, y, width) {
 }
 
 function link(d, { confidence }, way) {
-  return draw("path", { class: confidence < UNSURE ? "link unsure" : "link", d, [way === "in" ? "marker-end" : "marker-start"]: "url(#arrow)" });
+  return draw("path", { class: confidence < UNSURE ? "link unsure" : "link", d, "stroke-width": 1.3, [way === "in" ? "marker-end" : "marker-start"]: "url(#arrow)" });
 }
 
 function neighbour({ href, type, confidence, reason, node }, way, x, y, width) {
@@ -126,7 +126,7 @@ function centre(node, x, middle, width) {
 }
 
 // One stop for the tab key; the arrow keys move from there, up and down a side, left and right to the other one.
-function keys(svg) {
+export function keys(svg) {
   const links = [...svg.querySelectorAll("a")];
   links[0]?.setAttribute("tabindex", 0);
   svg.addEventListener("keydown", (event) => {
@@ -142,8 +142,12 @@ function keys(svg) {
     }[event.key];
     if (!next) return;
     event.preventDefault();
-    here.setAttribute("tabindex", -1);
-    next.setAttribute("tabindex", 0);
-    next.focus();
+    choose(svg, next);
   });
+}
+
+export function choose(svg, link) {
+  svg.querySelector('a[tabindex="0"]').setAttribute("tabindex", -1);
+  link.setAttribute("tabindex", 0);
+  link.focus();
 }
