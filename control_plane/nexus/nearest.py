@@ -1,7 +1,7 @@
-"""An index that names, without looking at all of them, vectors that may be the nearest ones; and its snapshot in files.
+"""An index in memory, and its snapshot in files.
 
-What it names are candidates, no more: an index that things were removed from and added to may answer with a wrong key
-(https://github.com/unum-cloud/USearch/issues/445), and it does not find everything. Who asks compares the vectors.
+One that things were removed from and added to may answer with a wrong key
+(https://github.com/unum-cloud/USearch/issues/445).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,14 +22,13 @@ from numpy.typing import NDArray
 from usearch.index import BatchMatches, Index
 
 from common.storage.file import fsync_directory
+from control_plane.nexus.index import PRINT, Held, Named
 from control_plane.nexus.records import Vector
 
 ADDED_AT_ONCE = 64
 """Vectors: about 10 ms, for which a search waits."""
 SEARCHED_AT_ONCE = 32
 """Vectors: about as long."""
-PRINT = 8
-"""Bytes by which a vector is known again."""
 _EXPANSION = 128
 """Candidates that the index looks through when it adds and when it searches; with fewer it finds less."""
 _DIGEST = 32
@@ -50,14 +48,6 @@ class _Manifest(msgspec.Struct, frozen=True):
     """int64, little-endian."""
     prints: bytes
     """``prints_of`` their vectors, in the same order."""
-
-
-class Snapshot(NamedTuple):
-    """An index as it was saved."""
-
-    nearest: Nearest
-    ids: NDArray[np.int64]
-    prints: Sequence[bytes]
 
 
 class _Turns:
@@ -82,7 +72,7 @@ class _Turns:
 
 
 class Nearest:
-    """Vectors of unit length by their ids; for any threads.
+    """See ``VectorIndex``.
 
     At 100,000 clustered vectors of 256 dimensions it takes 850 bytes for each, and finds all of the 20 nearest among
     112 candidates; after each vector was replaced three times it still finds 99%.
@@ -97,12 +87,13 @@ class Nearest:
         """What it takes of memory."""
         self._turn = _Turns()
         self._changing = threading.Lock()
+        self._held: list[Held] = []
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def add(self, ids: NDArray[np.int64], vectors: Vector) -> None:
-        """Put vectors, in the place of those that have these ids."""
+    def add(self, ids: NDArray[np.int64], vectors: Vector) -> NDArray[np.bool_]:
+        """Put vectors: it has all of them."""
         with self._changing:
             for start in range(0, len(ids), ADDED_AT_ONCE):
                 part = slice(start, start + ADDED_AT_ONCE)
@@ -110,15 +101,16 @@ class Nearest:
                     self._index.remove(ids[part])
                     self._index.add(ids[part], vectors[part])
                     self.bytes = self._index.memory_usage
+        return np.ones(len(ids), np.bool_)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Let go of those that are there."""
         with self._changing, self._turn:
             self._index.remove(ids)
 
-    def search(self, vectors: Vector, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of ``vectors``, and ids of at most ``count`` candidates for each."""
-        rows, ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    def search(self, vectors: Vector, count: int) -> Named:
+        """At most ``count`` candidates for each vector."""
+        rows, ids, distances = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for start in range(0, len(vectors), SEARCHED_AT_ONCE):
             part = vectors[start : start + SEARCHED_AT_ONCE]
             with self._turn:
@@ -128,10 +120,17 @@ class Nearest:
                 there = np.arange(most) < np.asarray(found.counts)[:, None]
                 rows.append(start + np.nonzero(there)[0])
                 ids.append(np.asarray(found.keys)[there].astype(np.int64))
+                distances.append(np.asarray(found.distances)[there])
             elif found is not None:  # of one vector
                 rows.append(np.full(len(found), start))
                 ids.append(np.asarray(found.keys).astype(np.int64))
-        return np.concatenate(rows), np.concatenate(ids)
+                distances.append(np.asarray(found.distances))
+        return Named(np.concatenate(rows), np.concatenate(ids), 1 - np.concatenate(distances))
+
+    def held(self, ids: NDArray[np.int64]) -> Iterator[Held]:
+        """What its snapshot had."""
+        while self._held:
+            yield self._held.pop()
 
     def save(self, path: Path, ids: NDArray[np.int64], prints: Sequence[bytes]) -> None:
         """Write a snapshot: the index to a name of its own, then the file at ``path``, which names it.
@@ -176,7 +175,7 @@ class Nearest:
             raise OSError(f"cannot write {index}: a part of it is missing")
 
     @staticmethod
-    def open(path: Path, dimension: int) -> Snapshot | None:
+    def open(path: Path, dimension: int) -> Nearest | None:
         """Read a snapshot. None where there is none, a damaged one, or one of another dimension or library."""
         with suppress(OSError, msgspec.DecodeError):
             data = path.read_bytes()
@@ -193,13 +192,9 @@ class Nearest:
                 nearest.bytes = nearest._index.memory_usage
                 ids = np.frombuffer(manifest.ids, dtype="<i8").astype(np.int64)
                 prints = [manifest.prints[at : at + PRINT] for at in range(0, len(manifest.prints), PRINT)]
-                return Snapshot(nearest, ids, prints)
+                nearest._held.append(Held(ids, prints))
+                return nearest
         return None
-
-
-def prints_of(vectors: Vector) -> list[bytes]:
-    """``PRINT`` bytes for each vector, by which it is known again."""
-    return [hashlib.blake2b(row.tobytes(), digest_size=PRINT).digest() for row in vectors]
 
 
 def _digest(data: bytes) -> bytes:

@@ -7,8 +7,9 @@ to its own, then the lower id, so that documents that are all the same do not al
 Up to ``EXACT_UP_TO`` documents everything is exact. A float32 matrix product finds the pairs that matter, with room
 for its error; those are summed in float64. The sum is exact but for some 1e-13, which changes no sixth decimal but
 beside a half, and there the sum is made without any error: so every way to compute a score gives the same one.
-Above, an index names candidates (``nearest.py``), of which the scores are exact; what is not in it yet is compared
-one by one, so nothing is missed while it is built.
+Above, an index names candidates (``index.py``), of which the scores are exact. What is not in it yet is compared one by
+one, and so is everything for a document of which the index did not name all that reach the threshold, and while it
+cannot be asked.
 
 What a list must hold follows from two rules. It has every document whose place in it would be before its *horizon*,
 which is unbounded where the list has everything above the threshold. And some more than ``top_k`` are kept, so that
@@ -33,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import InvalidRequest
+from control_plane.nexus.index import Held, IndexLost, IndexUnavailable, VectorIndex, prints_of
 from control_plane.nexus.lists import (
     MAX_ID,
     MILLION,
@@ -54,7 +56,7 @@ from control_plane.nexus.lists import (
     scores_of,
     stacked,
 )
-from control_plane.nexus.nearest import ADDED_AT_ONCE, Nearest, prints_of
+from control_plane.nexus.nearest import Nearest
 from control_plane.nexus.records import THRESHOLD, TOP_K, Near, Vector
 
 EXACT_UP_TO = 200_000
@@ -64,7 +66,7 @@ SPARE = 8
 TOLERANCE = 1e-4
 """So far from 1 a vector's length may be."""
 INDEXED_AT_ONCE = 1_000
-"""Vectors at least that each ``relate`` brings to the index while that lacks some, in about 0.2 s."""
+"""Vectors at least that each ``relate`` brings to an index in memory while that lacks some, in about 0.2 s."""
 
 _PUT_AT_ONCE = 256
 """Vectors, for which a search waits about 1 ms."""
@@ -80,6 +82,13 @@ _CANDIDATES = 4
 """So many times what is wanted the index is asked for."""
 _MOST_CANDIDATES = 8_192
 """That the index is asked for at once."""
+_ROUGH = 0.02
+"""By which a score of an index may be wrong: it keeps vectors roughly. What it says of one that it has not, or of one
+that is another by now, is further off."""
+_BROUGHT_AT_ONCE = 256
+"""Vectors, to the index."""
+_MOST_LEFT = 100_000
+"""Ids that are kept of what an index that is not in use may have; it has others then that it does not know of."""
 _FEW = 50_000
 """Documents that a search is restricted to, up to which they are all looked at."""
 _BESIDE = 64
@@ -150,7 +159,7 @@ class _View(NamedTuple):
     live: Flags
     indexed: Flags
     blocks: Sequence[Vector]
-    nearest: Nearest | None
+    nearest: VectorIndex | None
     """None: everything is looked at."""
 
 
@@ -171,9 +180,16 @@ class Space:
     """
 
     def __init__(
-        self, dimension: int, *, top_k: int = TOP_K, threshold: float = THRESHOLD, exact_up_to: int = EXACT_UP_TO
+        self,
+        dimension: int,
+        *,
+        top_k: int = TOP_K,
+        threshold: float = THRESHOLD,
+        exact_up_to: int = EXACT_UP_TO,
+        mirrored: bool = False,
     ) -> None:
-        """``threshold`` is of the rounded score."""
+        """``threshold`` is of the rounded score; ``mirrored``: the index is one that outlives this space and that
+        ``use`` names, and it is to hold every vector. It is asked above ``exact_up_to`` documents all the same."""
         self._dimension = dimension
         self._top_k = top_k
         self._kept = top_k + SPARE
@@ -188,9 +204,12 @@ class Space:
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._used = self._count = self._tick = 0
-        self._nearest: Nearest | None = None
-        self._left: list[int] = []
-        """Ids of which the index has vectors of before."""
+        self._mirrored = mirrored
+        self._index: VectorIndex | None = None
+        self._left: set[int] = set()
+        """Ids of which the index may have vectors of before."""
+        self.moved = 0
+        """Vectors that were brought to the index, and taken from it."""
         self._untold: set[int] = set()
         """Ids whose lists are others here than in their rows."""
         self._at_work = False
@@ -209,7 +228,8 @@ class Space:
         vectors = self._used * self._dimension * 4
         slots = sys.getsizeof(self._slots) + 64 * len(self._slots)
         lines = sum(int(getattr(self._lines, one.name).nbytes) for one in fields(self._lines))
-        return vectors + slots + lines + (self._nearest.bytes if self._nearest is not None else 0)
+        index = self._index
+        return vectors + slots + lines + (index.bytes if index is not None else 0)
 
     # --- what is in it -----------------------------------------------------------------------------------------------
 
@@ -273,9 +293,9 @@ class Space:
         With no ids: the lists that ``load_lists`` found to name documents that are not there.
         """
         with self._relating:
-            if self._indexing.acquire(blocking=False):
+            if not self._mirrored and self._index is not None and self._indexing.acquire(blocking=False):
                 try:
-                    self._catch_up(max(INDEXED_AT_ONCE, 4 * len(ids)))
+                    self._catch_up(self._index, max(INDEXED_AT_ONCE, 4 * len(ids)))
                 finally:
                     self._indexing.release()
             with self._lock:
@@ -375,13 +395,42 @@ class Space:
     ) -> Iterator[Pairs]:
         """Pairs of the group's rows with others that reach the threshold, but for those that are below the row's cut
         and would enter no list that is not closed. The cuts may be raised in between."""
-        looked_at = view.live
-        if view.nearest is not None:
-            looked_at = view.live & ~view.indexed
-            # What was in their lists is looked at again, whether the index names it or not.
-            rows, slots = self._candidates(view, vectors, _CANDIDATES * self._kept, view.lines.near[group])
-            others = slots != group[rows]
-            yield self._enough(view, vectors, rows[others], slots[others])
+        asked = self._named(view, vectors, _CANDIDATES * self._kept)
+        if asked is None:
+            yield from self._looked_through(view, group, vectors, cut, closed, looked_at=view.live)
+            return
+        named, right = asked
+        lowest = np.full(len(group), MILLION)
+        np.minimum.at(lowest, named.rows, named.micro)
+        sure = lowest / MILLION < self._threshold - _ROUGH
+        sure |= np.bincount(named.rows, minlength=len(group)) == _indexed(view)
+        sure &= right
+        # What was in their lists is looked at again, whether the index names it or not.
+        rows, at = np.nonzero(view.lines.near[group] >= 0)
+        slots = view.lines.near[group[rows], at].astype(np.int64)
+        there = view.live[slots] & view.indexed[slots] & sure[rows]
+        rows, slots = rows[there], slots[there]
+        pairs = joined([named.some(sure[named.rows]), Pairs(rows, slots, self._scores(view, vectors, rows, slots))])
+        pairs = pairs.some(np.unique(pairs.rows * view.used + pairs.slots, return_index=True)[1])
+        yield self._reaching(pairs.some(pairs.slots != group[pairs.rows]))
+        for looked_at, some in ((view.live & ~view.indexed, sure), (view.live, ~sure)):
+            mine = np.flatnonzero(some)
+            if len(mine):
+                parts = group[mine], vectors[mine], cut[mine]
+                for pairs in self._looked_through(view, *parts, closed, looked_at=looked_at):
+                    yield pairs._replace(rows=mine[pairs.rows])
+
+    def _looked_through(
+        self,
+        view: _View,
+        group: Slots,
+        vectors: Vector,
+        cut: NDArray[np.float64],
+        closed: Flags | None,
+        *,
+        looked_at: Flags,
+    ) -> Iterator[Pairs]:
+        """``_similar``, of those that are looked at one by one."""
         for first, part, columns in _blocks(view, looked_at):
             similarities = vectors @ part.T
             if columns is None:
@@ -503,13 +552,15 @@ class Space:
             looked_at = looked_at & np.isin(view.lines.ids[: view.used], allowed)
         slots = NOTHING
         few = allowed is not None and np.count_nonzero(looked_at) <= _FEW
-        if view.nearest is not None and not few:
-            share = int(np.count_nonzero(view.live)) / max(1, int(np.count_nonzero(looked_at)))
-            _, named = self._candidates(view, query, int(_CANDIDATES * limit * share))
-            named = named[looked_at[named]]
-            # A part of the documents, of which the index named too few, is looked at whole.
-            if allowed is None or len(named) >= limit:
-                slots, looked_at = named, looked_at & ~view.indexed
+        share = int(np.count_nonzero(view.live)) / max(1, int(np.count_nonzero(looked_at)))
+        asked = None if few else self._named(view, query, int(_CANDIDATES * limit * share))
+        if asked is not None and asked[1].all():
+            named = asked[0]
+            wanted = named.some(looked_at[named.slots])
+            # Where it named too few, or all of the last ones are equal, everything is looked at.
+            enough = len(wanted.slots) > limit and np.partition(wanted.micro, -limit)[-limit] > named.micro.min()
+            if enough or len(named.slots) == _indexed(view):
+                slots, looked_at = wanted.slots, looked_at & ~view.indexed
 
         about, seen = [np.empty(0, np.float32)], [NOTHING]
         for first, part, columns in _blocks(view, looked_at):
@@ -530,15 +581,57 @@ class Space:
     # --- the index ---------------------------------------------------------------------------------------------------
 
     def catch_up(self, limit: int) -> int:
-        """Bring at most so many vectors to the index, of which there is none up to ``EXACT_UP_TO`` documents; how many
-        it lacks then. ``relate`` does so too; a search takes the longer the more are lacking."""
+        """Bring at most so many vectors to the index; how many it lacks then, and a search takes the longer the more
+        these are. An index in memory is begun above ``EXACT_UP_TO`` documents, and ``relate`` then does so too; raises
+        IndexUnavailable."""
         with self._indexing:
-            return self._catch_up(limit)
+            with self._lock:
+                if self._index is None and not self._mirrored and self._count > self._exact_up_to:
+                    self._index = Nearest(self._dimension)
+                index = self._index
+            return 0 if index is None else self._catch_up(index, limit)
+
+    def use(self, index: VectorIndex) -> int:
+        """Take this index, after all documents were put: how many of them it has as they are. ``catch_up`` brings the
+        rest, and takes from it what is not so. Raises IndexUnavailable, and there is none then."""
+        with self._indexing:
+            self.leave()
+            with self._lock:
+                before, self._left = self._left, set()
+                live = self._lines.ids[: self._used][self._lines.live[: self._used]]
+            taken, left = 0, set[int]()
+            try:
+                for held in index.held(np.union1d(live, np.array(sorted(before), np.int64))):
+                    for start in range(0, len(held.ids), _LOADED_AT_ONCE):
+                        part = slice(start, start + _LOADED_AT_ONCE)
+                        known = self._know(Held(held.ids[part], held.prints[part]))
+                        left.update(held.ids[part][~known].tolist())
+                        taken += int(known.sum())
+            except IndexUnavailable:
+                with self._lock:
+                    self._left |= before
+                raise
+            with self._lock:
+                self._left |= left
+                self._index = index
+            return taken
+
+    def leave(self) -> None:
+        """Do without an index, until ``use`` names one."""
+        with self._lock:
+            self._index = None
+            self._lines.indexed[:] = False
+
+    @property
+    def in_use(self) -> bool:
+        """There is an index."""
+        return self._index is not None
 
     def save(self, path: Path) -> None:
-        """Write a snapshot of the index, where there is one. Raises OSError, and the snapshot of before stays."""
+        """Write a snapshot of the index, where there is one in memory. Raises OSError, and the snapshot of before
+        stays."""
         with self._indexing:
-            if self._nearest is None:
+            if not isinstance(self._index, Nearest):
                 return
             ids, prints = [NOTHING], []
             for start in range(0, self._used, _LOADED_AT_ONCE):
@@ -549,34 +642,16 @@ class Space:
                     ids.append(self._lines.ids[slots])
                     vectors = self._take(self._blocks, slots)
                 prints += prints_of(vectors)
-            self._nearest.save(path, np.concatenate(ids), prints)
+            self._index.save(path, np.concatenate(ids), prints)
 
     def restore(self, path: Path) -> int:
         """Take the index from a snapshot, after all documents were put: how many of them it has as they are. None
         where there are too few for an index or it was begun, or without a sound snapshot; ``catch_up`` brings the rest.
         """
-        with self._indexing:
-            if self._nearest is not None or self._count <= self._exact_up_to:
-                return 0
-            snapshot = Nearest.open(path, self._dimension)
-            if snapshot is None:
-                return 0
-            taken = 0
-            for start in range(0, len(snapshot.ids), _LOADED_AT_ONCE):
-                ids = snapshot.ids[start : start + _LOADED_AT_ONCE]
-                with self._lock:
-                    tick = self._tick
-                    slots = self._slots_of(ids)
-                    vectors = self._take(self._blocks, slots)
-                known = np.array(prints_of(vectors)) == np.array(snapshot.prints[start : start + _LOADED_AT_ONCE])
-                with self._lock:
-                    known &= (slots >= 0) & self._lines.live[slots] & (self._lines.stamp[slots] <= tick)
-                    self._lines.indexed[slots[known]] = True
-                    self._left += ids[~known].tolist()
-                taken += int(known.sum())
-            with self._lock:
-                self._nearest = snapshot.nearest
-            return taken
+        if self.in_use or self._count <= self._exact_up_to:
+            return 0
+        index = Nearest.open(path, self._dimension)
+        return 0 if index is None else self.use(index)
 
     def recall(self, sample: Sequence[int]) -> float:
         """The part, from 0 to 1, of what belongs in the lists of these documents that is found when they are asked
@@ -585,61 +660,89 @@ class Space:
             view, slots = self._view(), self._known(sample)
             slots = slots[view.live[slots]]
             vectors = self._take(view.blocks, slots)
-        if view.nearest is None:
+        asked = self._named(view, vectors, _CANDIDATES * self._kept)
+        if asked is None:
             return 1.0
         exact, _ = self._compare(view._replace(nearest=None), slots)
         rows, at = np.nonzero(exact.near[:, : self._top_k] >= 0)
         wanted = exact.near[rows, at].astype(np.int64)
-        named, found = self._candidates(view, vectors, _CANDIDATES * self._kept)
-        hits = np.isin(rows * view.used + wanted, named * view.used + found) | ~view.indexed[wanted]
+        named = asked[0].rows * view.used + asked[0].slots
+        hits = np.isin(rows * view.used + wanted, named) | ~view.indexed[wanted]
         return float(hits.mean()) if len(hits) else 1.0
 
-    def _catch_up(self, limit: int) -> int:
+    def _know(self, held: Held) -> Flags:
+        """Which of these the index has as they are."""
         with self._lock:
-            if self._nearest is None:
-                if self._count <= self._exact_up_to:
-                    return 0
-                self._nearest = Nearest(self._dimension)
-            nearest, left = self._nearest, self._left
-            self._left = []
-            lacking = np.flatnonzero(self._lines.live[: self._used] & ~self._lines.indexed[: self._used])
-        nearest.remove(np.array(left, np.int64))
-        for start in range(0, min(limit, len(lacking)), ADDED_AT_ONCE):
-            slots = lacking[start : min(start + ADDED_AT_ONCE, limit)]
-            with self._lock:
-                tick = self._tick
-                slots = slots[self._lines.live[slots]]
-                ids, vectors = self._lines.ids[slots], self._take(self._blocks, slots)
-            nearest.add(ids, vectors)
-            with self._lock:
-                same = self._lines.stamp[slots] <= tick
-                self._lines.indexed[slots[same]] = True
-                self._left += ids[~same].tolist()
-        return max(0, len(lacking) - limit)
+            tick, slots = self._tick, self._slots_of(held.ids)
+            known = slots >= 0
+            vectors = self._take(self._blocks, slots[known])
+        theirs = (one for one, there in zip(held.prints, known.tolist(), strict=True) if there)
+        known[known] = [own == other for own, other in zip(prints_of(vectors), theirs, strict=True)]
+        with self._lock:
+            known &= self._lines.live[slots] & (self._lines.stamp[slots] <= tick)
+            self._lines.indexed[slots[known]] = True
+        return known
 
-    def _candidates(
-        self, view: _View, vectors: Vector, count: int, besides: NDArray[np.int32] | None = None
-    ) -> tuple[Slots, Slots]:
-        """Rows of ``vectors``, and for each slots that the index names, and those of ``besides``, shaped (rows, some),
-        that it has; none of them twice."""
-        assert view.nearest is not None
-        rows, ids = view.nearest.search(vectors, min(count, _MOST_CANDIDATES))
+    def _catch_up(self, index: VectorIndex, limit: int) -> int:
         with self._lock:
-            slots = self._slots_of(ids)
-        if besides is not None:
-            more, at = np.nonzero(besides >= 0)
-            rows, slots = np.concatenate([rows, more]), np.concatenate([slots, besides[more, at]])
+            left, self._left = self._left, set()
+            lacking = np.flatnonzero(self._lines.live[: self._used] & ~self._lines.indexed[: self._used])
+        brought = 0
+        try:
+            index.remove(np.array(sorted(left), np.int64))
+            self.moved += len(left)
+            for start in range(0, min(limit, len(lacking)), _BROUGHT_AT_ONCE):
+                slots = lacking[start : min(start + _BROUGHT_AT_ONCE, limit)]
+                with self._lock:
+                    tick = self._tick
+                    slots = slots[self._lines.live[slots]]
+                    ids, vectors = self._lines.ids[slots], self._take(self._blocks, slots)
+                    left = set(ids.tolist())
+                taken = index.add(ids, vectors)
+                with self._lock:
+                    taken &= self._lines.stamp[slots] <= tick
+                    taken &= self._index is index
+                    self._lines.indexed[slots[taken]] = True
+                    self._left.update(ids[~taken].tolist())
+                    left = set()
+                brought += int(taken.sum())
+                self.moved += len(ids)
+        except IndexUnavailable as error:
+            with self._lock:
+                self._left |= left
+            if isinstance(error, IndexLost):
+                self.leave()
+            raise
+        return len(lacking) - brought
+
+    def _named(self, view: _View, vectors: Vector, count: int) -> tuple[Pairs, Flags] | None:
+        """Rows of ``vectors`` with slots that the index names, none of them twice; and of which rows what it says of
+        them is right. None: there is none to ask."""
+        if view.nearest is None or view.nearest is not self._index:
+            return None
+        try:
+            named = view.nearest.search(vectors, min(count, _MOST_CANDIDATES))
+        except IndexUnavailable as error:
+            if isinstance(error, IndexLost):
+                self.leave()
+            return None
+        with self._lock:
+            slots = self._slots_of(named.ids)
         there = (slots >= 0) & (slots < view.used)
-        rows, slots = rows[there], slots[there]
-        there = view.live[slots] & view.indexed[slots]
-        pairs = np.unique(rows[there] * view.used + slots[there])
-        return np.divmod(pairs, view.used)
+        there[there] = view.live[slots[there]] & view.indexed[slots[there]]
+        rows, slots, said = named.rows[there], slots[there], named.scores[there]
+        once = np.unique(rows * view.used + slots, return_index=True)[1]
+        rows, slots, said = rows[once], slots[once], said[once]
+        pairs = Pairs(rows, slots, self._scores(view, vectors, rows, slots))
+        right = np.ones(len(vectors), np.bool_)
+        right[rows[np.abs(said - pairs.micro / MILLION) > _ROUGH]] = False
+        return pairs, right
 
     # --- under the lock ----------------------------------------------------------------------------------------------
 
     def _view(self) -> _View:
         used, lines = self._used, self._lines
-        nearest = self._nearest if self._count > self._exact_up_to else None
+        nearest = self._index if self._count > self._exact_up_to else None
         live, indexed = lines.live[:used].copy(), lines.indexed[:used].copy()
         return _View(self._tick, used, lines, live, indexed, tuple(self._blocks), nearest)
 
@@ -680,6 +783,8 @@ class Space:
     def _take_out(self, one: int) -> None:
         slot = self._slots.get(one)
         if slot is None or not self._lines.live[slot]:
+            if self._outside:
+                self._left.add(one)
             return
         self._leave(slot)
         self._count -= 1
@@ -691,9 +796,14 @@ class Space:
 
     def _leave(self, slot: int) -> None:
         """The index has another vector from now on than the document."""
-        if self._lines.indexed[slot]:
+        if self._lines.indexed[slot] or self._outside:
             self._lines.indexed[slot] = False
-            self._left.append(int(self._lines.ids[slot]))
+            self._left.add(int(self._lines.ids[slot]))
+
+    @property
+    def _outside(self) -> bool:
+        """There is an index of which nobody knows what it has."""
+        return self._mirrored and self._index is None and len(self._left) < _MOST_LEFT
 
     def _new_slot(self) -> int:
         if self._used == len(self._lines.ids):
@@ -723,6 +833,11 @@ class Space:
         if not (np.isfinite(found).all() and abs(np.linalg.norm(found.astype(np.float64)) - 1) <= TOLERANCE):
             raise InvalidRequest("vector: it is not of unit length", field="vector", allowed=allowed)
         return one, found
+
+
+def _indexed(view: _View) -> int:
+    """Documents that an index may name."""
+    return int(np.count_nonzero(view.live & view.indexed))
 
 
 def _blocks(view: _View, looked_at: Flags) -> Iterator[tuple[int, Vector, Slots | None]]:

@@ -6,19 +6,20 @@ import json
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from nexus.graph_conformance import GraphConformance, GraphInMemory, holds, some_change, told
+from nexus.told_server import Answer, Seen, ToldServer
 from processes import answering, free_port
 
 from common.errors import InvalidRequest
-from control_plane.nexus.graph.nexus import MAX_ANSWER_BYTES, MAX_BODY_BYTES, ROWS, NexusGraph
+from control_plane.nexus.graph.nexus import MAX_BODY_BYTES, ROWS, NexusGraph
 from control_plane.nexus.graph.port import Change, DocumentNode, GraphRefused, GraphUnavailable, Mention, Similar
+from control_plane.nexus.wire import MAX_ANSWER_BYTES
 
 DOCUMENT = DocumentNode(1, "v1", "c", "books", "Title", "general", "page", 1_700_000_000_000, 1)
 OVERLOADED = {
@@ -26,38 +27,6 @@ OVERLOADED = {
     "retry_after_ms": 10_000,
     "reason": "server overloaded: waited 5001 ms, queue_timeout 5000 ms",
 }
-
-
-class Seen(NamedTuple):
-    """A request that came."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    """Names in lower case."""
-    raw: bytes
-
-    @property
-    def body(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.raw)
-        return found
-
-    @property
-    def query(self) -> str:
-        return str(self.body["query"])
-
-
-class Answer(NamedTuple):
-    """What is answered."""
-
-    status: int
-    body: bytes
-    kind: str = "application/json"
-    headers: Mapping[str, str] = MappingProxyType({})
-    length: int | None = None
-    """That is told; None: the body's own."""
-    over: bool = False
-    """The connection is cut after it."""
 
 
 def rows(*found: list[Any], columns: int = 1) -> Answer:
@@ -191,16 +160,12 @@ class Nexus:
     }
 
 
-class Wire:
-    """A server; ``answer`` says what comes back."""
+class Wire(ToldServer):
+    """A server that speaks as Nexus does."""
 
     def __init__(self) -> None:
-        self.url = ""
-        self.seen: list[Seen] = []
         self.nexus = Nexus()
-        self.answer: Callable[[Seen], Answer | None] = self.nexus.usual
-        """None: nothing, and the connection is cut."""
-        self.over = threading.Event()
+        super().__init__(self.nexus.usual)
 
     def sent(self, beginning: str) -> list[dict[str, Any]]:
         """Bodies of statements."""
@@ -210,36 +175,8 @@ class Wire:
 @pytest.fixture
 def wire() -> Iterator[Wire]:
     known = Wire()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None: ...
-
-        def do_GET(self) -> None:
-            self.do_POST()
-
-        def do_POST(self) -> None:
-            raw = self.rfile.read(int(self.headers.get("content-length", 0)))
-            seen = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, raw)
-            known.seen.append(seen)
-            answer = known.answer(seen)
-            if answer is None:
-                self.close_connection = True
-                return
-            self.send_response(answer.status)
-            length = len(answer.body) if answer.length is None else answer.length
-            for name, value in {"Content-Type": answer.kind, "Content-Length": str(length), **answer.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.close_connection = answer.over
-            self.wfile.write(answer.body)
-
-    with answering(Handler) as url:
-        known.url = url
+    with known.running():
         yield known
-        known.over.set()
 
 
 @contextmanager

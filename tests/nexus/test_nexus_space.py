@@ -19,8 +19,9 @@ from common.frames.build import frames
 from common.graph.canonical import canonical
 from common.graph.read import read_graph
 from control_plane.nexus import nearest
+from control_plane.nexus.index import prints_of
 from control_plane.nexus.lists import MAX_ID, scores_of
-from control_plane.nexus.nearest import Nearest, prints_of
+from control_plane.nexus.nearest import Nearest
 from control_plane.nexus.records import Near, Vector, pack_near, unpack_near
 from control_plane.nexus.space import SPARE, Space
 
@@ -454,6 +455,7 @@ def test_all_at_once_from_many_threads_ends_as_one_by_one(exact_up_to: int) -> N
     space = Space(8, top_k=4, exact_up_to=exact_up_to)
     steady = {one: draw() for one in range(100)}
     space.put(steady)
+    space.catch_up(0)
     versions: dict[int, list[Vector]] = {one: [] for one in range(100, 200)}
     now: dict[int, Vector | None] = {}
     over = threading.Event()
@@ -700,7 +702,7 @@ def test_who_left_the_index_and_came_back_is_named_again() -> None:
         index.add(rng.permutation(away), vectors[away])
         # Keys may be those of others by now: only what is brought last counts.
         index.add(ids, vectors)
-    rows, found = index.search(vectors, 40)
+    rows, found, _ = index.search(vectors, 40)
     assert np.mean([one in found[rows == one] for one in range(500)]) > 0.97
     assert len(index) == 500
 
@@ -708,11 +710,11 @@ def test_who_left_the_index_and_came_back_is_named_again() -> None:
 def test_an_index_of_nothing_names_nobody() -> None:
     index = Nearest(2)
     index.remove(np.array([5]))
-    rows, found = index.search(np.array([[1, 0]], np.float32), 5)
+    rows, found, _ = index.search(np.array([[1, 0]], np.float32), 5)
     assert (rows.tolist(), found.tolist()) == ([], [])
     index.add(np.array([5]), np.array([[1, 0]], np.float32))
     for many in (1, 2, 33, 64):
-        rows, found = index.search(np.tile(np.array([[1, 0]], np.float32), (many, 1)), 5)
+        rows, found, _ = index.search(np.tile(np.array([[1, 0]], np.float32), (many, 1)), 5)
         assert (rows.tolist(), found.tolist()) == (list(range(many)), [5] * many)
 
 
@@ -798,7 +800,8 @@ def test_a_snapshot_of_another_dimension_counts_as_none(snapshot: Path) -> None:
     assert Nearest.open(snapshot, 16) is None
     found = Nearest.open(snapshot, 32)
     assert found is not None
-    assert len(found.nearest) == len(found.ids) == len(found.prints) == 2_000
+    (held,) = found.held(np.arange(2_000))
+    assert len(found) == len(held.ids) == len(held.prints) == 2_000
 
 
 def test_until_a_snapshot_is_whole_the_one_before_counts(snapshot: Path, crowd: dict[int, Vector]) -> None:

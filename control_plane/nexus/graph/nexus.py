@@ -23,15 +23,12 @@ import hashlib
 import itertools
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import httpx
 import msgspec
 
-from common.errors import InvalidRequest
 from control_plane.nexus.graph.port import (
     Change,
     DocumentNode,
@@ -39,13 +36,12 @@ from control_plane.nexus.graph.port import (
     GraphUnavailable,
     Held,
 )
+from control_plane.nexus.wire import Wire
 
 SECONDS = 30.0
 """For one request and its answer."""
 CLEAR_SECONDS = 600.0
 """For what is left without a shelf when all is cleared, which is one request."""
-CONNECT_SECONDS = 5.0
-MAX_ANSWER_BYTES = 64 << 20
 MAX_BODY_BYTES = 512 << 10
 """Of rows in one request, where they are more than one; nginx takes 1 MiB, Nexus 16."""
 ROWS = 500
@@ -156,30 +152,14 @@ class NexusGraph:
     damage what is here. Folders ``adjacency.outgoing.store`` and ``adjacency.incoming.store`` in its data directory,
     made before it starts for the first time, keep it from files that nothing uses and that make each write slower the
     more edges there are.
-
-    Neither redirects nor proxies are followed, and nothing of the environment plays a part.
     """
 
     def __init__(self, url: str, key: str | None = None, *, seconds: float = SECONDS) -> None:
         """``url`` may have a path, under which Nexus answers; ``key`` is sent as ``X-API-Key``; ``seconds`` bounds one
         request. Raises InvalidRequest."""
-        if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
-            raise InvalidRequest("key: printable ASCII without spaces", field="key", allowed="printable ASCII")
-        try:
-            found = httpx.URL(url)
-        except httpx.InvalidURL:
-            found = httpx.URL("")
-        odd = not found.host or "%" in found.host or found.userinfo or found.query or found.fragment
-        if odd or found.scheme not in ("http", "https"):
-            message = "url: an http(s) URL without credentials, query and fragment"
-            raise InvalidRequest(message, field="url", allowed="http://host:port/path")
+        self._wire = Wire(url, key, GraphUnavailable)
+        self._host = self._wire.host
         self._seconds = seconds
-        self._host = found.netloc.decode("ascii")
-        self._url = f"{found.scheme}://{self._host}{found.raw_path.decode('ascii').rstrip('/')}"
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "memvid-export"}
-        self._client = httpx.Client(
-            headers=headers | ({"X-API-Key": key} if key else {}), trust_env=False, follow_redirects=False
-        )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="nexus-reader")
 
     def prepare(self) -> None:
@@ -244,7 +224,7 @@ class NexusGraph:
     def close(self) -> None:
         """Close all connections."""
         self._readers.shutdown()
-        self._client.close()
+        self._wire.close()
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -428,7 +408,7 @@ class NexusGraph:
         return answer.rows
 
     def _answer(self, method: str, path: str, body: _Row | None, seconds: float, kind: type[_T]) -> _T:
-        status, headers, read = self._bounded(method, path, None if body is None else _json(body), seconds)
+        status, headers, read = self._wire.ask(method, path, None if body is None else _json(body), seconds)
         shown = f"{self._host} answers {status}: {read[:200].decode(errors='replace')}"
         if status == 413:
             raise _TooLarge(shown)
@@ -441,30 +421,6 @@ class NexusGraph:
             return msgspec.json.decode(read, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise GraphUnavailable(f"not an answer of Nexus ({error}): {shown}") from error
-
-    def _bounded(
-        self, method: str, path: str, content: bytes | None, seconds: float
-    ) -> tuple[int, httpx.Headers, bytes]:
-        """Status, headers and body of an answer, bound in time and size."""
-        until = time.monotonic() + seconds
-        times = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        try:
-            with self._client.stream(
-                method, self._url + path, content=content, headers=headers, timeout=times
-            ) as response:
-                read = bytearray()
-                for piece in response.iter_raw():
-                    read += piece
-                    if len(read) > MAX_ANSWER_BYTES:
-                        raise GraphUnavailable(f"{self._host} answers more than {MAX_ANSWER_BYTES:,} bytes")
-                    if time.monotonic() > until:
-                        raise GraphUnavailable(f"{self._host} has not answered whole within {seconds:g} s")
-                return response.status_code, response.headers, bytes(read)
-        except httpx.TimeoutException as error:
-            raise GraphUnavailable(f"{self._host} has not answered within {seconds:g} s") from error
-        except httpx.HTTPError as error:
-            raise GraphUnavailable(f"{self._host}: {type(error).__name__}: {error}") from error
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
