@@ -38,10 +38,14 @@ EventType = Literal[
     "job_expired",
 ]
 WriterName = Literal["native", "sdk", "cli"]
+ImportStatus = Literal["pending", "importing", "done", "failed"]
 
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What ``msgspec`` raises for bytes that are not the message that is looked for."""
+
+COLLECTION_NAME = r"(?!\.+$)[A-Za-z0-9._-]{1,128}"
+"""The whole name of a collection."""
 
 Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
@@ -75,6 +79,8 @@ class ExportOptions(Wire, kw_only=True):
     max_node_frames: int = 50_000
     max_relation_frames: int = 120_000
     profile: str | None = None
+    collection: str | msgspec.UnsetType = msgspec.UNSET
+    """A collection of the job's client that is to hold the node frames once they are there."""
 
 
 # --- progress, events, jobs ---------------------------------------------------
@@ -152,6 +158,17 @@ class JobMetadata(Wire, kw_only=True):
     worker_metrics: dict[str, Any] | None = None
 
 
+class JobCollection(Wire, kw_only=True):
+    """The collection that an export is to become, and how far that is."""
+
+    name: str
+    status: ImportStatus
+    documents: int
+    """Node frames that it has been given so far, those too that it had already."""
+    error: JobError | None
+    """Why it was given up, or why it has to be tried again."""
+
+
 class JobCreated(Wire, kw_only=True):
     """The 202 answer of ``POST /v1/exports``."""
 
@@ -180,6 +197,8 @@ class Job(Wire, kw_only=True):
     artifact: Artifact | None
     error: JobError | None
     metadata: JobMetadata
+    collection: JobCollection | msgspec.UnsetType = msgspec.UNSET
+    """Only where one was asked for."""
 
 
 class JobPage(Wire, kw_only=True):

@@ -488,16 +488,20 @@ def submit(
     url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
     wait: Annotated[bool, typer.Option("--wait", help="Follow the export to its end and fetch the files.")] = False,
     out: Annotated[Path, typer.Option(help="With --wait: the folder for the files.")] = Path(),
+    collection: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The collection on the server that the nodes are to be in.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Send a graph to a server; the key is taken from MEMVID_EXPORT_API_KEY or MEMVID_EXPORT_API_KEY_FILE."""
     from control_plane.client import ExportClient, api_key
     from control_plane.terminal import Show
+    from handler.protocol import export_error
 
     if not graph.is_file():
         raise InvalidRequest(f"There is no file {graph}", field="GRAPH")
     with Show(json=json) as show, ExportClient(url, api_key(os.environ)) as client:
-        created = client.submit(graph, show.amount(f"Sending {graph.name}"))
+        created = client.submit(graph, show.amount(f"Sending {graph.name}"), collection=collection)
         if not wait:
             show.data(created)
             show.result(f"{created.job_id}: {created.message}")
@@ -506,6 +510,10 @@ def submit(
         _folder(out, "--out")
         *capsules, sidecar, manifest = client.fetch(job.job_id, out, lambda name: show.amount(f"Fetching {name}"))
         files = [*(("capsule", path) for path in capsules), ("sidecar", sidecar), ("manifest", manifest)]
+        if (imported := client.imported(job.job_id)) is not None:
+            if imported.error is not None:
+                raise export_error(imported.error)
+            show.note(f"Collection {imported.name}: {imported.documents:,} documents")
         show.report(client.report(job.job_id), *files)
 
 

@@ -133,6 +133,7 @@ class Child:
             files=len(request.files),
             base_name=request.source.base_name,
             profile=request.options.profile,
+            collection=request.options.collection or None,
         )
 
     def _run(self, command: Run) -> Done:

@@ -74,6 +74,7 @@ class Checked(msgspec.Struct, tag="checked", kw_only=True):
     files: int
     base_name: str
     profile: str | None
+    collection: str | None = None
 
 
 class Reported(msgspec.Struct, tag="progress", kw_only=True):

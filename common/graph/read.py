@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 import msgspec
 
-from common.contract import ExportOptions, InputReport, Source
+from common.contract import COLLECTION_NAME, ExportOptions, InputReport, Source
 from common.errors import InvalidRequest, PayloadTooLarge
 from common.graph.model import ExportRequest, GraphLimits, Node, Relation, WarningCounter
 from common.graph.names import safe_base_name
@@ -21,6 +21,7 @@ _ERROR_TEXT_CHARS = 500
 _QUOTED_ID = re.compile(r"'([^']*)'")
 _RELATION_KEYS = frozenset({"id", "sourceId", "targetId", "type", "confidence", "reason", "step"})
 _NODE_KEYS = frozenset({"id", "label", "properties"})
+_COLLECTION = re.compile(COLLECTION_NAME)
 _MAX_TEXT_FIELD = 2_000
 _MAX_STEP = 2**53
 """JSON numbers are exact up to here."""
@@ -359,6 +360,12 @@ class _Reader:
                 _wrong("options.semanticEnabled", "true or false", semantic)
             options.semantic_enabled = semantic
         options.profile = _text(value, "profile", "options.profile")
+        collection = value.get("collection")
+        if collection is not None:
+            if type(collection) is not str or not _COLLECTION.fullmatch(collection):
+                what = "1 to 128 letters, digits, dots, dashes and underscores, not dots alone"
+                _wrong("options.collection", what, collection)
+            options.collection = collection
         options.max_snippet_chars = _number(value, "maxSnippetChars", options.max_snippet_chars)
         options.max_node_frames = _number(value, "maxNodeFrames", options.max_node_frames)
         options.max_relation_frames = _number(value, "maxRelationFrames", options.max_relation_frames)

@@ -36,7 +36,7 @@ from control_plane.digests import sha256_in
 from control_plane.errors import QUOTA_HEADERS, JobNotFailed, PayloadGone, QueueFull, QuotaReached
 from control_plane.exports.admission import Admission
 from control_plane.jobs.layout import Layout
-from control_plane.jobs.records import NO_QUOTA, JobRecord, NewJob
+from control_plane.jobs.records import NO_QUOTA, JobRecord, NewJob, Quota
 from control_plane.jobs.store import JobStore, now_ms
 from control_plane.operations.disk import Disk
 from control_plane.operations.keys import Caller
@@ -94,9 +94,10 @@ class Intake:
         self._max_bytes = max_bytes
 
     async def accept(
-        self, headers: Mapping[str, str], chunks: AsyncIterator[bytes], caller: Caller
+        self, headers: Mapping[str, str], chunks: AsyncIterator[bytes], caller: Caller, collection: str | None = None
     ) -> tuple[JobRecord, bool]:
-        """Stage, check and queue a job of ``caller``; answers the job and whether it is a new one.
+        """Stage, check and queue a job of ``caller``; answers the job and whether it is a new one. ``collection``
+        stands in for the body's option.
 
         Raises InvalidRequest, PayloadTooLarge, UnsupportedMediaType, QueueUnavailable, RateLimited, StorageFailed.
         """
@@ -111,7 +112,7 @@ class Intake:
             with self._uploads.place(caller.client):
                 if key is None:  # with one it may be a retry, which is answered with the job that counts already
                     await self._store.check_quota(caller.client, caller.quota)
-                return await self._accept(_Upload(chunks, encoding, announced), key, source, caller)
+                return await self._accept(_Upload(chunks, encoding, announced), key, source, caller, collection)
 
     async def retry(self, job: JobRecord, caller: Caller) -> tuple[JobRecord, bool]:
         """Queue a failed job once more, as a new job with the same payload, of the same client; answers that job and
@@ -164,6 +165,7 @@ class Intake:
                     client=job.client,
                     trace=current().traceparent,
                     retry_of=job.id,
+                    collection=job.collection,
                 ),
                 quota=caller.quota if caller.client == job.client else NO_QUOTA,
                 entry=caller.did("export.retry", job_id),
@@ -200,7 +202,7 @@ class Intake:
         return path
 
     async def _accept(
-        self, upload: _Upload, key: str | None, source: Source | None, caller: Caller
+        self, upload: _Upload, key: str | None, source: Source | None, caller: Caller, collection: str | None
     ) -> tuple[JobRecord, bool]:
         job_id = str(uuid.uuid4())
         structlog.contextvars.bind_contextvars(job_id=job_id)
@@ -209,6 +211,9 @@ class Intake:
         try:
             size, sha256 = await self._staged(path, upload)
             if key is not None and (first := await self._store.find_key(caller.client, key, sha256)) is not None:
+                if collection not in (None, first.collection):
+                    message = "This Idempotency-Key was used before with another collection; use a new key."
+                    raise InvalidRequest(message, field="Idempotency-Key")
                 return first, False
             try:
                 checked = await self._checker.check(job_id, self._layout.incoming_ref(job_id), size, source)
@@ -218,7 +223,7 @@ class Intake:
             await self._admission.check(self._profiles.get(checked.profile))
             staged = await self._put(path, ref, sha256)
             record, new = await self._store.create(
-                self._new_job(job_id, staged, checked, caller),
+                self._new_job(job_id, staged, checked, caller, collection or checked.collection),
                 key,
                 quota=caller.quota,
                 entry=caller.did("export.create", job_id),
@@ -252,8 +257,8 @@ class Intake:
         """How many jobs the client may have by each quota of its key, and how many more."""
         used = await self._store.quota_used(caller.client, caller.quota)
         return {
-            name: f"limit={limit}, remaining={max(0, limit - count)}"
-            for name, limit, count in zip(QUOTA_HEADERS.values(), caller.quota, used, strict=True)
+            QUOTA_HEADERS[name]: f"limit={limit}, remaining={max(0, limit - count)}"
+            for name, limit, count in zip(Quota._fields, caller.quota, used, strict=True)
             if limit is not None and count is not None
         }
 
@@ -265,7 +270,7 @@ class Intake:
             log.error("the storage does not take a payload", code=error.code, reason=error.message)
             raise StorageFailed("The storage does not take the payload now. Try again later.") from error
 
-    def _new_job(self, job_id: str, staged: Stored, checked: Checked, caller: Caller) -> NewJob:
+    def _new_job(self, job_id: str, staged: Stored, checked: Checked, caller: Caller, collection: str | None) -> NewJob:
         counts = {"nodes": checked.nodes, "relationships": checked.relationships, "files": checked.files}
         return NewJob(
             id=job_id,
@@ -282,6 +287,7 @@ class Intake:
             base_name=checked.base_name,
             client=caller.client,
             trace=current().traceparent,
+            collection=collection,
         )
 
     async def _give_up(self, job_id: str, ref: str) -> None:

@@ -14,7 +14,18 @@ from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import Parameter
 from litestar.types import ASGIApp
 
-from common.contract import EventPage, EventType, Job, JobCreated, JobPage, Manifest, Report, SearchAnswer, Status
+from common.contract import (
+    COLLECTION_NAME,
+    EventPage,
+    EventType,
+    Job,
+    JobCreated,
+    JobPage,
+    Manifest,
+    Report,
+    SearchAnswer,
+    Status,
+)
 from common.errors import InvalidRequest
 from common.graph.model import GraphLimits
 from control_plane.exports.intake import CONTENT_TYPES, MAX_KEY, Intake
@@ -22,6 +33,7 @@ from control_plane.exports.search import MAX_HITS, MODES, ExportSearch, Question
 from control_plane.exports.service import ExportService
 from control_plane.exports.views import created_view
 from control_plane.jobs.records import JobRecord
+from control_plane.nexus.incoming import check_collection
 from control_plane.operations.auth import AUDITED, EXPORT, FOLLOW, NEEDS, READ
 from control_plane.operations.keys import Caller
 from control_plane.operations.openapi import REFUSALS, error_specs
@@ -33,6 +45,7 @@ PAYLOAD_SHA256 = "X-Payload-SHA256"
 """Of the 202 answer: the SHA-256 (hex) of the body as it came."""
 
 _OBJECT = Schema(type=OpenAPIType.OBJECT)
+_NAMED = f"^{COLLECTION_NAME}$"
 _NAME = Schema(type=OpenAPIType.STRING, min_length=1, max_length=GraphLimits().max_id_chars)
 _RELATIONSHIPS = Schema(
     type=OpenAPIType.ARRAY,
@@ -75,12 +88,16 @@ _GRAPH = Schema(
         ),
         "relationships": _RELATIONSHIPS,
         "fileContents": Schema(type=OpenAPIType.OBJECT, additional_properties=Schema(type=OpenAPIType.STRING)),
-        "options": _OBJECT,
+        "options": Schema(
+            type=OpenAPIType.OBJECT,
+            properties={"collection": Schema(type=[OpenAPIType.STRING, OpenAPIType.NULL], pattern=_NAMED)},
+        ),
     },
 )
 _SEQ = {"type": [OpenAPIType.INTEGER, OpenAPIType.STRING], "minimum": 0, "pattern": "^[0-9]*$", "default": 0}
 _KEY = {"min_length": 1, "max_length": MAX_KEY, "pattern": "^[ -~]+$"}
 _PART = {"minimum": 1}
+_COLLECTION = {"pattern": _NAMED}
 _MODE = {"enum": list(MODES)}
 _LIMIT = {"minimum": 1, "maximum": MAX_HITS}
 _BINARY = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
@@ -199,9 +216,14 @@ class ExportController(Controller):
                 description="`sha-256=:<base64>:` of the body as it is sent (RFC 9530); other bytes are refused.",
             ),
         ] = None,
+        collection: Annotated[
+            str | None, Parameter(schema_extra=_COLLECTION, description="In place of the body's `options.collection`.")
+        ] = None,
     ) -> Response[JobCreated]:
         """The answer comes when the graph has been read and is safe on disk."""
-        job, new = await intake.accept(request.headers, request.stream(), caller)
+        if collection is not None:
+            check_collection(collection)
+        job, new = await intake.accept(request.headers, request.stream(), caller, collection)
         return _accepted(job, new=new, quotas=await intake.quota_headers(caller))
 
     @get(

@@ -11,17 +11,17 @@ from common.contract import EventPage, Job, JobPage, Manifest, Progress, Report,
 from common.errors import InvalidRequest
 from control_plane.backends.port import Backend
 from control_plane.cursors import cursor_of, parse_cursor
-from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired, JobNotFound
+from control_plane.errors import ArtifactMissing, JobNotFound
 from control_plane.exports.downloads import Artifact, Download, Downloads
 from control_plane.exports.stream import EventStream
 from control_plane.exports.views import job_view, report_view
 from control_plane.jobs.audit import AuditEntry
+from control_plane.jobs.holds import manifest_of, ref_beside
 from control_plane.jobs.hub import EventHub
 from control_plane.jobs.records import JobRecord, NewEvent
-from control_plane.jobs.store import JobStore, now_ms
+from control_plane.jobs.store import JobStore
 from control_plane.operations.keys import Caller
 from control_plane.operations.shares import Shares
-from handler.job import ref_of
 
 MAX_EVENTS = 2_000
 MAX_PAGE = 200
@@ -124,7 +124,7 @@ class ExportService:
         found = manifest.parts[part - 1]
         artifact = Artifact(
             "capsule",
-            self._ref(job, found.file_name),
+            ref_beside(job, found.file_name),
             found.file_name,
             "application/octet-stream",
             found.size_bytes,
@@ -138,7 +138,7 @@ class ExportService:
         name = manifest.sidecar_file_name
         artifact = Artifact(
             "sidecar",
-            self._ref(job, name),
+            ref_beside(job, name),
             name,
             "application/vnd.sqlite3",
             manifest.sidecar_size_bytes,
@@ -157,17 +157,4 @@ class ExportService:
     async def finished(self, caller: Caller, job_id: str) -> tuple[JobRecord, Manifest]:
         """A job whose files are there. Raises JobNotFound, JobExpired, ArtifactNotReady, ArtifactMissing."""
         job = await self.record(caller, job_id)
-        past = job.status == "completed" and job.expires_at is not None and job.expires_at <= now_ms()
-        if job.status == "expired" or past:
-            raise JobExpired("The files of this export were removed after their time.")
-        if job.status == "completed" and (job.damage is not None or job.manifest is None):
-            what = job.damage or "its record is damaged"
-            raise ArtifactMissing(f"The files of this export cannot be given out: {what}.", damage=what)
-        if job.status != "completed" or job.manifest is None:
-            state = {"failed": "The export failed", "canceled": "The export was canceled"}.get(job.status)
-            raise ArtifactNotReady(f"{state or 'The export is not finished yet'}; there is nothing to download.")
-        return job, job.manifest
-
-    def _ref(self, job: JobRecord, name: str) -> str:
-        assert job.output is not None
-        return ref_of(job.output.artifact_ref.rsplit("/", 1)[0] + "/", name)
+        return job, manifest_of(job)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from common.contract import Artifact, InputReport, Job, JobCreated, JobMetadata, Report, Timings
+from common.contract import Artifact, InputReport, Job, JobCollection, JobCreated, JobMetadata, Report, Timings
 from control_plane.jobs.records import TERMINAL, JobRecord, iso
 from control_plane.jobs.store import now_ms
 from handler.logs import trace_id_of
@@ -56,6 +56,18 @@ def job_view(job: JobRecord, retried_by: str | None = None) -> Job:
             artifact_ref=output.artifact_ref if output else None,
             worker_metrics=output.metrics if output else None,
         ),
+        collection=_collection(job),
+    )
+
+
+def _collection(job: JobRecord) -> JobCollection | msgspec.UnsetType:
+    if job.collection is None:
+        return msgspec.UNSET
+    return JobCollection(
+        name=job.collection,
+        status=job.import_state or "pending",
+        documents=job.import_documents or 0,
+        error=job.import_error,
     )
 
 

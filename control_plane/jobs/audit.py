@@ -33,12 +33,16 @@ Action = Literal[
     "nexus.trigger",
     "nexus.verify",
     "nexus.rebuild",
+    "nexus.events",
+    "nexus.webhook",
     "key.refused",
     "access.forbidden",
     "keys.reload",
 ]
 """``export.read`` is a look at the job of another client, which ``admin`` allows; ``export.search`` is a search or a
-read tool, whoever's export it is. ``collection.read`` is a look at a collection, or at documents of it."""
+read tool, whoever's export it is. ``collection.read`` is a look at a collection, or at documents of it.
+``nexus.webhook`` is a change that a graph told, whose client it is about; a wrong signature is
+``key.refused``."""
 
 
 class AuditEntry(NamedTuple):

@@ -10,9 +10,11 @@ from contextlib import asynccontextmanager, contextmanager
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from control_plane.errors import JobExpired
+from common.contract import Manifest
+from control_plane.errors import ArtifactMissing, ArtifactNotReady, JobExpired
 from control_plane.jobs.records import JobRecord
 from control_plane.jobs.store import JobStore, now_ms
+from handler.job import ref_of
 
 log = structlog.get_logger()
 
@@ -91,6 +93,26 @@ class Holds:
                 count = self._readers.pop(job_id, 0) + change
                 if count > 0:
                     self._readers[job_id] = count
+
+
+def manifest_of(job: JobRecord) -> Manifest:
+    """What the files of a job are that are there. Raises JobExpired, ArtifactNotReady, ArtifactMissing."""
+    past = job.status == "completed" and job.expires_at is not None and job.expires_at <= now_ms()
+    if job.status == "expired" or past:
+        raise JobExpired("The files of this export were removed after their time.")
+    if job.status == "completed" and (job.damage is not None or job.manifest is None or job.output is None):
+        what = job.damage or "its record is damaged"
+        raise ArtifactMissing(f"The files of this export cannot be given out: {what}.", damage=what)
+    if job.status != "completed" or job.manifest is None:
+        state = {"failed": "The export failed", "canceled": "The export was canceled"}.get(job.status)
+        raise ArtifactNotReady(f"{state or 'The export is not finished yet'}; there is nothing to download.")
+    return job.manifest
+
+
+def ref_beside(job: JobRecord, name: str) -> str:
+    """The ref of a file of a job that has files."""
+    assert job.output is not None
+    return ref_of(job.output.artifact_ref.rsplit("/", 1)[0] + "/", name)
 
 
 def _ends_soon(job: JobRecord) -> bool:

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 from sqlalchemy import Row
 
-from common.contract import MALFORMED, Event, EventType, JobError, JobOutput, Manifest, Progress, Stage, Status
+from common.contract import (
+    MALFORMED,
+    Event,
+    EventType,
+    ImportStatus,
+    JobError,
+    JobOutput,
+    Manifest,
+    Progress,
+    Stage,
+    Status,
+)
 from common.progress import EMOJI
 
 TERMINAL_EVENTS: frozenset[EventType] = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
@@ -31,6 +42,7 @@ _COUNTS = (
     *("retries", "timeouts", "told", "read_until"),
 )
 _TIMES = ("created_at", "updated_at", "started_at", "finished_at", "expires_at", "submitted_at")
+_DECODED = (("error", JobError), ("import_error", JobError), ("output", JobOutput), ("manifest", Manifest))
 _LATEST = 253_402_300_799_999
 """The last millisecond of the year 9999."""
 
@@ -85,6 +97,8 @@ class NewJob:
     """The request that made it, as a W3C ``traceparent``; empty: not told."""
     retry_of: str | None = None
     """The failed job that this one does again."""
+    collection: str | None = None
+    """Of the client, that is to hold the nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +161,15 @@ class JobRecord:
     """Somebody downloads it at least so long; it is not removed before."""
     damage: str | None
     """What a look at its stored files found wrong with them; None: nothing."""
+    collection: str | None
+    """That is to hold the nodes; where there is none, the following are None too."""
+    import_state: ImportStatus | None
+    import_at: int | None
+    """Not brought into the collection before, by the database's clock; None: never (again)."""
+    import_attempts: int | None
+    import_documents: int | None
+    """Nodes brought there so far."""
+    import_error: JobError | None
 
     @classmethod
     def of(cls, row: Row[Any]) -> JobRecord:
@@ -154,7 +177,7 @@ class JobRecord:
         no reason to hide all others. One whose status is none has failed."""
         values = dict(row._mapping)
         wrong = []
-        for name, kind in (("error", JobError), ("output", JobOutput), ("manifest", Manifest)):
+        for name, kind in _DECODED:
             if values[name] is not None:
                 try:
                     values[name] = msgspec.json.decode(values[name], type=kind)

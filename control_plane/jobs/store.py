@@ -58,6 +58,7 @@ PACE_RUNS = 50
 """So many of the last runs say how long one takes."""
 SWEPT = 100
 """Jobs that one look of a sweep takes, so that nobody waits long for the database."""
+_TO_IMPORT = {"import_state": "pending", "import_at": 0, "import_attempts": 0, "import_documents": 0}
 _DEAD_LETTER = (jobs.c.status == "failed") & jobs.c.expires_at.is_not(None)
 """Given up, and its payload is kept."""
 
@@ -115,6 +116,7 @@ def _columns(job: NewJob, now: int) -> dict[str, Any]:
         "trace": job.trace,
         "retry_of": job.retry_of,
         "read_until": 0,
+        **({} if job.collection is None else {"collection": job.collection, **_TO_IMPORT}),
     }
 
 

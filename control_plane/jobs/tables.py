@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, text
 
 metadata = MetaData()
 
@@ -51,12 +51,32 @@ jobs = Table(
     Column("retry_of", String(36)),
     Column("read_until", BigInteger, nullable=False),
     Column("damage", Text),
+    # The collection that is to hold its nodes; the others are NULL where there is none.
+    Column("collection", String(128)),
+    Column("import_state", String(9)),
+    Column("import_at", BigInteger),
+    Column("import_attempts", Integer),
+    Column("import_documents", BigInteger),
+    Column("import_error", Text),
     Index("ix_jobs_status_created", "status", "created_at", "id"),
     Index("ix_jobs_created", "created_at", "id"),
     Index("ix_jobs_owner_status", "owner", "status"),
     Index("ix_jobs_finished", "status", "finished_at", "frames", "error_code"),
     Index("ix_jobs_client_created", "client", "created_at", "id"),
     Index("ix_jobs_retry_of", "retry_of", unique=True),
+    Index(
+        "ix_jobs_import",
+        "import_at",
+        sqlite_where=text("import_at IS NOT NULL"),
+        postgresql_where=text("import_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_jobs_collection",
+        "client",
+        "collection",
+        sqlite_where=text("collection IS NOT NULL"),
+        postgresql_where=text("collection IS NOT NULL"),
+    ),
 )
 
 events = Table(

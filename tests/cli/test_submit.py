@@ -59,6 +59,24 @@ def test_without_waiting_it_answers_the_job(server: str, tmp_path: Path) -> None
     assert answer.json()["jobId"] == job["jobId"]
 
 
+def test_the_nodes_come_into_the_collection_that_is_named(server: str, tmp_path: Path) -> None:
+    nodes = [{"id": name, "label": "Function", "properties": {"name": name}} for name in ("parse", "build")]
+    call = {"id": "e", "sourceId": "parse", "targetId": "build", "type": "CALLS"}
+    graph = tmp_path / "graph.json"
+    graph.write_text(json.dumps({"nodes": nodes, "relationships": [call], "options": {"collection": "other"}}))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    to = ("--collection", "code", "--wait", "--out", tmp_path / "out")
+    code, _, stderr = submit(server, graph, *to)
+    assert code == 0, stderr
+    assert b"Collection code: 2 documents" in stderr
+    assert httpx.get(f"{server}/v1/collections/code", headers=headers).json()["documents"] == 2
+    assert httpx.get(f"{server}/v1/collections/other", headers=headers).status_code == 404
+    httpx.put(f"{server}/v1/collections/full", headers=headers, json={"dimension": 2}).raise_for_status()
+    code, _, stderr = submit(server, graph, "--collection", "full", "--wait", "--out", tmp_path / "again")
+    assert code == 3
+    assert b"of the model full with 2 numbers" in stderr
+
+
 def test_a_plain_file_is_sent_compressed(server: str, tmp_path: Path) -> None:
     plain = tmp_path / "graph.ndjson"
     plain.write_bytes(gzip.decompress(EXAMPLE.read_bytes()))

@@ -21,7 +21,7 @@ CEILING = "[profiles.thrifty]\nmax_tokens = {}\n"
 def costly(name: str) -> dict[str, Any]:
     """A graph that passes the ceiling of tokens, by texts that no cache has."""
     body = graph(5, name=name)
-    body["options"] |= {"semanticEnabled": True, "profile": "thrifty"}
+    body["options"] |= {"semanticEnabled": True, "profile": "thrifty", "collection": name}
     return body
 
 
@@ -92,6 +92,14 @@ def test_a_failed_export_is_started_again_after_what_was_wrong_is_mended(tmp_pat
         assert (new["metadata"]["retryOf"], old["metadata"]["retriedBy"]) == (job_id, new_id)
         assert new["metadata"]["payloadSha256"] == old["metadata"]["payloadSha256"]
         assert new["artifact"]["fileName"].startswith("mended-")
+        eventually(lambda: server.job(job_id)["collection"]["status"] == "failed")
+        eventually(lambda: server.job(new_id)["collection"]["status"] == "done")
+        assert server.job(new_id)["collection"] | {"status": ""} == {
+            "name": "mended",
+            "status": "",
+            "documents": 5,
+            "error": None,
+        }
         report = server.client.get(f"/v1/exports/{new_id}/report").json()
         assert report["profile"] == "thrifty" or report["capsule"]["vectors"] == 5
 

@@ -12,7 +12,8 @@ _Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
-    """All of it is new."""
+    """All of it is new, but for what an export says of the collection that it is to become."""
+    _jobs()
     _collections()
     _documents()
     _back_channel()
@@ -44,6 +45,18 @@ def _some(name: str, table: str, columns: list[str], condition: str, *, unique: 
     op.create_index(
         name, table, columns, unique=unique, sqlite_where=sa.text(on_sqlite), postgresql_where=sa.text(condition)
     )
+
+
+def _jobs() -> None:
+    with op.batch_alter_table("jobs") as table:
+        table.add_column(sa.Column("collection", sa.String(128)))
+        table.add_column(sa.Column("import_state", sa.String(9)))
+        table.add_column(sa.Column("import_at", sa.BigInteger))
+        table.add_column(sa.Column("import_attempts", sa.Integer))
+        table.add_column(sa.Column("import_documents", sa.BigInteger))
+        table.add_column(sa.Column("import_error", sa.Text))
+    _some("ix_jobs_import", "jobs", ["import_at"], "import_at IS NOT NULL")
+    _some("ix_jobs_collection", "jobs", ["client", "collection"], "collection IS NOT NULL")
 
 
 def _collections() -> None:
@@ -79,6 +92,7 @@ def _documents() -> None:
         sa.Column("doc_id", sa.String(256), nullable=False),
         sa.Column("doc_type", sa.String(64), nullable=False),
         sa.Column("permissions", sa.Text, nullable=False),
+        sa.Column("exported", sa.String(64), nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("updated_at", sa.BigInteger, nullable=False),
         sa.Column("deleted", sa.Boolean, nullable=False),
@@ -100,10 +114,12 @@ def _documents() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_documents_collection", "documents", ["collection", "id", "deleted"])
+    _some("ix_documents_open", "documents", ["collection"], "deleted = false AND permissions = '[]'")
+    _some("ix_documents_restricted", "documents", ["collection"], "deleted = false AND permissions <> '[]'")
     op.create_index("ix_documents_space_version", "documents", ["space", "version"])
     op.create_index("ix_documents_space_id", "documents", ["space", "id"])
-    _some("ix_documents_unrelated", "documents", ["version"], "related < version")
-    _some("ix_documents_ungraphed", "documents", ["next_at", "id"], "graphed < wanted")
+    _some("ix_documents_unrelated", "documents", ["space", "version"], "related < version")
+    _some("ix_documents_ungraphed", "documents", ["next_at", "space", "id"], "graphed < wanted")
     _some("ix_documents_deleted", "documents", ["updated_at", "id"], "deleted = true")
     op.create_table(
         "document_contents",
@@ -121,9 +137,15 @@ def _documents() -> None:
         sa.Column("entity", sa.String(256), primary_key=True),
         sa.Column("wanted", sa.Boolean, nullable=False),
         sa.Column("held", sa.Integer, nullable=False),
+        sa.Column("space", sa.BigInteger, nullable=False),
         sqlite_with_rowid=False,
     )
-    op.create_index("ix_mentions_entity", "mentions", ["entity", "document"])
+    op.create_index("ix_mentions_entity", "mentions", ["entity", "space", "document"])
+    op.create_table(
+        "client_changes",
+        sa.Column("client", sa.String(64), primary_key=True),
+        sa.Column("changes", sa.BigInteger, nullable=False),
+    )
 
 
 def _back_channel() -> None:
