@@ -2,7 +2,8 @@
 the graph does.
 
 A document's own list has the best twenty of both directions: whoever has it in its list without being in that one is
-less similar than all twenty there, or would be there.
+less similar than all twenty there, or would be there. Answers about one document are kept until something of its client
+changes, as long as an hour: then they cost one small query.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from litestar import Controller, get
 from litestar.di import NamedDependency
@@ -24,7 +25,9 @@ from control_plane.errors import DocumentNotFound
 from control_plane.jobs.database import Database
 from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.finding import Finder, Wanted
-from control_plane.nexus.incoming import MAX_ID
+from control_plane.nexus.incoming import MAX_ID, check_domain
+from control_plane.nexus.kept import Kept
+from control_plane.nexus.metrics import NexusMetrics
 from control_plane.nexus.records import THRESHOLD, TOP_K, Collection, Document, Near, Viewer, unpack_near
 from control_plane.nexus.sight import Sight
 from control_plane.nexus.store import CollectionStore, seen_by
@@ -103,40 +106,69 @@ class DuplicateGroups(Wire):
     """Groups there are; a hundred are shown."""
 
 
+class Sought(NamedTuple):
+    """What of the documents around one is asked for."""
+
+    limit: int = 10
+    elsewhere: bool = False
+    """Those of other collections."""
+    domain: str | None = None
+    """Those of this one, the nearest of all collections with comparable vectors, however near they are."""
+
+
 class Contexts:
     """Answers for one client at a time."""
 
     def __init__(
-        self, database: Database, store: CollectionStore, sight: Sight, finder: Finder, events: BackStore
+        self,
+        database: Database,
+        store: CollectionStore,
+        sight: Sight,
+        finder: Finder,
+        events: BackStore,
+        *,
+        metrics: NexusMetrics,
     ) -> None:
         self._database = database
         self._store = store
         self._sight = sight
         self._finder = finder
         self._events = events
+        self._kept = Kept(DocumentContext, metrics)
 
-    async def around(self, caller: Caller, name: str, doc_id: str, *, limit: int, elsewhere: bool) -> DocumentContext:
+    async def around(self, caller: Caller, name: str, doc_id: str, sought: Sought = Sought()) -> DocumentContext:  # noqa: B008
         """What is around a document. Raises CollectionNotFound, DocumentNotFound, InvalidRequest."""
-        if not 1 <= limit <= TOP_K:
+        if not 1 <= sought.limit <= TOP_K:
             raise InvalidRequest(f"limit: must be 1 to {TOP_K}", field="limit", allowed=TOP_K)
+        if sought.domain is not None:
+            check_domain("domain", sought.domain)
+        if len(doc_id) > MAX_ID:
+            raise _no_document()
         viewer = Viewer(caller.client, None if caller.sees_all else caller.key)
-        collection = await self._store.collection(caller.client, name)
-        found = await self._store.get(collection, [doc_id], viewer) if len(doc_id) <= MAX_ID else []
+
+        async def made() -> DocumentContext:
+            return await self._around(viewer, await self._store.collection(caller.client, name), doc_id, sought)
+
+        change = await self._store.changes(caller.client)
+        return await self._kept.get((viewer, name, doc_id, sought), change, made)
+
+    async def _around(self, viewer: Viewer, collection: Collection, doc_id: str, sought: Sought) -> DocumentContext:
+        found = await self._store.get(collection, [doc_id], viewer)
         if not found:
-            raise DocumentNotFound("There is no document of this id.")
+            raise _no_document()
         document = found[0]
-        if elsewhere:
-            near = await self._elsewhere(collection, document, viewer, limit)
+        if sought.elsewhere or sought.domain is not None:
+            near = await self._compared(collection, document, viewer, sought)
         else:
-            near = (await self._store.near_of([document.id])).get(document.id, [])
-        named = await self._names(caller.client)
+            near = (await self._finder.nearest([document.id], viewer, sought.limit)).get(document.id, [])
+        named = await self._names(collection.client)
         others = await self._store.by_ids([one.id for one in near], viewer)
         told = await self._events.graph_payload([document.id], viewer)
         return DocumentContext(
             id=document.doc_id,
             domain=document.domain,
             entities=await self._entities(document.id, viewer),
-            related=[_line(one, others[one.id], named) for one in near if one.id in others][:limit],
+            related=[_line(one, others[one.id], named) for one in near if one.id in others],
             graph=told.get(document.id, {"properties": {}, "relationships": []}),
         )
 
@@ -174,20 +206,22 @@ class Contexts:
             total=len(several),
         )
 
-    async def _elsewhere(
-        self, collection: Collection, document: Document, viewer: Viewer, limit: int
+    async def _compared(
+        self, collection: Collection, document: Document, viewer: Viewer, sought: Sought
     ) -> Sequence[Near]:
-        """The nearest of the client's other collections with comparable vectors."""
-        others = [
+        """The nearest of the client's collections with comparable vectors."""
+        searched = [
             one
             for one in await self._all(collection.client)
-            if one.space == collection.space and one.id != collection.id
+            if one.space == collection.space and not (sought.elsewhere and one.id == collection.id)
         ]
         vector = await self._sight.vector(document.id)
-        if not others or vector is None:
+        if not searched or vector is None:
             return []
-        wanted = Wanted(others, viewer, None, None, {collection.space: vector}, THRESHOLD, limit)
-        return [Near(row, score) for row, score in await self._finder.by_vector(wanted)]
+        least, domains = (THRESHOLD, ()) if sought.domain is None else (-1.0, (sought.domain,))
+        wanted = Wanted(searched, viewer, None, None, {collection.space: vector}, least, sought.limit + 1, domains)
+        found = [Near(*one) for one in await self._finder.by_vector(wanted) if one[0] != document.id]
+        return found[: sought.limit]
 
     async def _groups(self, space: str, viewer: Viewer, threshold: float) -> list[list[int]]:
         """Rows that hang together, of those that the viewer sees."""
@@ -249,10 +283,14 @@ class ContextController(Controller):
         id_: Annotated[str, QueryParameter(name="id", description="The document's id")],
         limit: Annotated[int, QueryParameter(description=f"Related documents, 1 to {TOP_K}")] = 10,
         elsewhere: Annotated[bool, QueryParameter(description="Related ones of other collections only")] = False,
+        domain: Annotated[str | None, QueryParameter(description="Related ones of this domain only")] = None,
     ) -> DocumentContext:
         """Its domain, what it names, what resembles it, what the graph told of it. ``elsewhere`` finds what other
-        collections, such as other repositories, have of the same."""
-        return await contexts.around(caller, collection, id_, limit=limit, elsewhere=elsewhere)
+        collections, such as other repositories, have of the same. ``domain=legal`` asks what in ``legal`` is nearest to
+        it, in all collections of the client whose vectors can be compared with its own: few documents of different
+        domains resemble each other enough to be related, so these are listed however near they are, and ``score`` says
+        how near."""
+        return await contexts.around(caller, collection, id_, Sought(limit, elsewhere, domain))
 
 
 class DuplicatesController(Controller):
@@ -277,6 +315,10 @@ class DuplicatesController(Controller):
         """Such as code that one repository copied from another. Of more than twenty copies of one document each is in
         the group of those that it is nearest to."""
         return await contexts.duplicates(caller, threshold)
+
+
+def _no_document() -> DocumentNotFound:
+    return DocumentNotFound("There is no document of this id.")
 
 
 def _line(near: Near, document: Document, names: Mapping[int, str]) -> RelatedLine:

@@ -7,27 +7,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, case, func, or_, select
+from sqlalchemy import ColumnElement, FromClause, Select, String, and_, cast, func, literal_column, select
 
 from control_plane.jobs.database import Database
 from control_plane.nexus.records import MAX_ATTEMPTS, Vector, Viewer
+from control_plane.nexus.statements import INSIDE, UNGRAPHED, UNRELATED
 from control_plane.nexus.store import seen_by
-from control_plane.nexus.tables import collections, document_contents, documents
+from control_plane.nexus.tables import collections, document_contents, documents, mentions, relations, spaces
 
 AT_ONCE = 1_000
 """Ids in one statement."""
-_PENDING = or_(documents.c.related < documents.c.version, documents.c.graphed < documents.c.wanted)
-_FAILED = and_(_PENDING, documents.c.attempts >= MAX_ATTEMPTS)
 
 
 class Scope(NamedTuple):
     """Documents that a question is about."""
 
-    collections: Sequence[int]
-    """Ids."""
+    collections: Sequence[int] | None
+    """Ids; None: all that the viewer sees."""
     viewer: Viewer
-    doc_type: str | None
+    doc_type: str | None = None
     """None: any."""
+    domains: Sequence[str] = ()
+    """None of them: any."""
 
 
 class Counts(NamedTuple):
@@ -62,15 +63,25 @@ class Sight:
         return np.sort(np.array(found, dtype=np.int64))
 
     async def counts(self, collection: int, viewer: Viewer) -> Counts:
-        """Figures of a collection."""
-        query = (
-            select(func.count(), func.sum(case((_PENDING, 1), else_=0)), func.sum(case((_FAILED, 1), else_=0)))
-            .select_from(documents.join(collections, collections.c.id == documents.c.collection))
-            .where(documents.c.collection == collection, seen_by(viewer))
-        )
+        """Figures of a collection. Documents that every key sees are counted in an index that has nothing else; rows
+        are read of restricted ones, and of those that the graph does not have."""
+        seen, open_to_all = seen_by(viewer), documents.c.permissions == literal_column("'[]'")
+        living = select(func.count()).select_from(documents.join(collections, INSIDE))
+        living = living.where(documents.c.collection == collection)
+        # As a sum no index knows the collection: SQLite takes that of the condition.
+        given_up = documents.c.attempts >= MAX_ATTEMPTS
+        late = select(given_up, func.count()).group_by(given_up)
+        late = late.select_from(documents.join(collections, collections.c.id == documents.c.collection + 0))
+        late = late.where(documents.c.collection + 0 == collection, seen)
+        behind = {False: 0, True: 0}
         async with self._database.read.connect() as connection:
-            living, pending, failed = (await connection.execute(query)).one()
-        return Counts(living, int(pending or 0) - int(failed or 0), int(failed or 0))
+            count = 0
+            for some in ((open_to_all, seen_by(viewer._replace(key=None))), (~open_to_all, seen)):
+                count += await connection.scalar(living.where(*some)) or 0
+            for condition in (UNRELATED, and_(UNGRAPHED, ~UNRELATED)):
+                for failed, several in await connection.execute(late.where(condition)):
+                    behind[bool(failed)] += several
+        return Counts(count, behind[False], behind[True])
 
     async def vector(self, document: int) -> Vector | None:
         """The vector of a document; None where it was deleted."""
@@ -79,11 +90,77 @@ class Sight:
             data = await connection.scalar(query)
         return None if data is None else np.frombuffer(data, dtype="<f4")
 
+    async def space(self, document: int) -> str:
+        """The name of the space of a document; empty where its row is gone."""
+        query = select(spaces.c.name).join(documents, documents.c.space == spaces.c.id)
+        async with self._database.read.connect() as connection:
+            return await connection.scalar(query.where(documents.c.id == document)) or ""
+
+    async def domains(self, rows: Sequence[int]) -> dict[int, str]:
+        """Of rows that are there."""
+        found: dict[int, str] = {}
+        async with self._database.read.connect() as connection:
+            for start in range(0, len(rows), AT_ONCE):
+                query = select(documents.c.id, documents.c.domain).where(
+                    documents.c.id.in_(rows[start : start + AT_ONCE])
+                )
+                found.update((row, domain) for row, domain in await connection.execute(query))
+        return found
+
+    # --- what hangs together -----------------------------------------------------------------------------------------
+
+    async def naming(self, rows: Sequence[int], scope: Scope, most: int) -> list[list[int]]:
+        """Of each thing that some of these rows name, the documents that name it: of those that the viewer sees in the
+        spaces of the collections, and only where they are at most so many."""
+        own = select(mentions.c.entity).where(mentions.c.document.in_(rows), mentions.c.wanted).distinct().subquery()
+        of = mentions.alias()
+        searched = select(collections.c.space).where(collections.c.id.in_(scope.collections or ()))
+        there = (
+            select(of.c.document.label("other"))
+            .select_from(of.join(documents, documents.c.id == of.c.document).join(collections, INSIDE))
+            .where(of.c.entity == own.c.entity, of.c.wanted, of.c.space.in_(searched), seen_by(scope.viewer))
+        )
+        async with self._database.read.connect() as connection:
+            found = await connection.scalars(select(_listed(there, own, most)).select_from(own))
+            groups = [_ids(group) for group in found]
+        return [group for group in groups if len(group) <= most]
+
+    async def told(self, rows: Sequence[int], viewer: Viewer, most: int) -> dict[int, list[int]]:
+        """Which documents that the viewer sees graphs told to have a relationship with these, in any direction; of rows
+        that have at most so many."""
+        this = select(documents.c.id).where(documents.c.id.in_(rows)).subquery()
+
+        def others(mine: ColumnElement[int], other: ColumnElement[int]) -> Select[Any]:
+            return (
+                select(other.label("other"))
+                .distinct()
+                .select_from(relations.join(documents, documents.c.id == other).join(collections, INSIDE))
+                .where(mine == this.c.id, other != mine, relations.c.deleted.is_(False), seen_by(viewer))
+            )
+
+        ends = relations.c.source, relations.c.target
+        both = [_listed(others(*way), this, most) for way in (ends, ends[::-1])]
+        async with self._database.read.connect() as connection:
+            found = (await connection.execute(select(this.c.id, *both))).all()
+        joined = {row: sorted({*_ids(out), *_ids(into)}) for row, out, into in found}
+        return {row: there for row, there in joined.items() if len(there) <= most}
+
+
+def _listed(query: Select[Any], of: FromClause, most: int) -> ColumnElement[Any]:
+    """The column ``other`` of a query that is asked for each row of something, as text; one more than ``most``, so
+    that no more rows are read."""
+    few = query.limit(most + 1).correlate(of).subquery()
+    return select(func.aggregate_strings(cast(few.c.other, String), ",")).correlate(of).scalar_subquery()
+
+
+def _ids(listed: str | None) -> list[int]:
+    return sorted(map(int, listed.split(","))) if listed else []
+
 
 def _inside(scope: Scope) -> Select[Any]:
-    query = (
-        select(documents.c.id)
-        .join(collections, collections.c.id == documents.c.collection)
-        .where(documents.c.collection.in_(scope.collections), seen_by(scope.viewer))
-    )
-    return query if scope.doc_type is None else query.where(documents.c.doc_type == scope.doc_type)
+    query = select(documents.c.id).join(collections, INSIDE).where(seen_by(scope.viewer))
+    if scope.collections is not None:
+        query = query.where(documents.c.collection.in_(scope.collections))
+    if scope.doc_type is not None:
+        query = query.where(documents.c.doc_type == scope.doc_type)
+    return query.where(documents.c.domain.in_(scope.domains)) if scope.domains else query

@@ -15,7 +15,7 @@ from common.errors import InvalidRequest
 from control_plane.errors import CollectionNotFound, DocumentNotFound
 from control_plane.jobs.store import now_ms
 from control_plane.nexus.backstore import BackStore, DocumentRef, NodeChange
-from control_plane.nexus.context import Contexts
+from control_plane.nexus.context import Contexts, Sought
 from control_plane.nexus.finding import Finder
 from control_plane.nexus.metrics import NexusMetrics
 from control_plane.nexus.records import NewDocument
@@ -53,16 +53,17 @@ def told(url: str, folder: Path, story: Story) -> None:
         async with parts.running():
             await parts.settled()
         sight = Sight(parts.database)
-        events = BackStore(parts.database, NexusMetrics(CollectorRegistry()), sends=False)
+        metrics = NexusMetrics(CollectorRegistry())
+        events = BackStore(parts.database, metrics, sends=False)
         finder = Finder(parts.store, sight, parts.engine.spaces)
-        await story(parts, Contexts(parts.database, parts.store, sight, finder, events))
+        await story(parts, Contexts(parts.database, parts.store, sight, finder, events, metrics=metrics))
 
     play(url, folder, inside)
 
 
 def test_a_document_is_shown_with_what_is_around_it(url: str, tmp_path: Path) -> None:
     async def story(parts: Synced, contexts: Contexts) -> None:
-        answer = await contexts.around(RED, "ours", "copy", limit=20, elsewhere=False)
+        answer = await contexts.around(RED, "ours", "copy", Sought(20))
         assert (answer.id, answer.domain) == ("copy", "general")
         assert [(one.kind, one.name, one.documents) for one in answer.entities] == [
             ("identifier", "parse_graph", 5),
@@ -76,7 +77,7 @@ def test_a_document_is_shown_with_what_is_around_it(url: str, tmp_path: Path) ->
             (name, "near") for name in ("ours", "theirs", "third")
         }
         assert [one.score for one in answer.related] == sorted((one.score for one in answer.related), reverse=True)
-        short = await contexts.around(RED, "ours", "copy", limit=2, elsewhere=False)
+        short = await contexts.around(RED, "ours", "copy", Sought(2))
         assert short.related == answer.related[:2]
 
     told(url, tmp_path, story)
@@ -84,7 +85,7 @@ def test_a_document_is_shown_with_what_is_around_it(url: str, tmp_path: Path) ->
 
 def test_what_a_key_may_not_see_is_in_no_answer_and_no_count(url: str, tmp_path: Path) -> None:
     async def story(parts: Synced, contexts: Contexts) -> None:
-        answer = await contexts.around(GUEST, "ours", "copy", limit=20, elsewhere=False)
+        answer = await contexts.around(GUEST, "ours", "copy", Sought(20))
         assert [(one.name, one.documents) for one in answer.entities] == [("parse_graph", 2), ("src/a.py", 1)]
         assert {(one.collection, one.id) for one in answer.related} == {
             ("theirs", "copy"), ("third", "copy"), ("ours", "near"), ("theirs", "near"), ("third", "near"),
@@ -94,19 +95,19 @@ def test_what_a_key_may_not_see_is_in_no_answer_and_no_count(url: str, tmp_path:
             [("ours", "copy"), ("theirs", "copy"), ("third", "copy")]
         ]
         with pytest.raises(DocumentNotFound):
-            await contexts.around(GUEST, "ours", "secret", limit=5, elsewhere=False)
+            await contexts.around(GUEST, "ours", "secret")
         assert (await contexts.duplicates(BLUE, 0.8)).groups == []
-        assert (await contexts.around(BLUE, "ours", "copy", limit=20, elsewhere=True)).related == []
+        assert (await contexts.around(BLUE, "ours", "copy", Sought(20, elsewhere=True))).related == []
 
     told(url, tmp_path, story)
 
 
 def test_what_other_repositories_have_of_the_same_is_found(url: str, tmp_path: Path) -> None:
     async def story(parts: Synced, contexts: Contexts) -> None:
-        answer = await contexts.around(RED, "ours", "copy", limit=3, elsewhere=True)
+        answer = await contexts.around(RED, "ours", "copy", Sought(3, elsewhere=True))
         assert {one.collection for one in answer.related} <= {"theirs", "third"}
         assert [one.score for one in answer.related] == [1, 1, 1]
-        assert (await contexts.around(RED, "ours", "alone", limit=3, elsewhere=True)).related == []
+        assert (await contexts.around(RED, "ours", "alone", Sought(3, elsewhere=True))).related == []
         groups = await contexts.duplicates(RED, 0.999999)
         assert (groups.total, groups.groups[0].size, groups.groups[0].collections) == (
             1,
@@ -120,7 +121,7 @@ def test_what_other_repositories_have_of_the_same_is_found(url: str, tmp_path: P
 
 def test_what_the_graph_told_of_a_document_is_shown_with_it(tmp_path: Path) -> None:
     async def story(parts: Synced, contexts: Contexts) -> None:
-        assert (await contexts.around(RED, "ours", "copy", limit=1, elsewhere=False)).graph == {
+        assert (await contexts.around(RED, "ours", "copy")).graph == {
             "properties": {},
             "relationships": [],
         }
@@ -135,7 +136,7 @@ def test_what_the_graph_told_of_a_document_is_shown_with_it(tmp_path: Path) -> N
             properties={"owner": "Ada"},
         )
         assert (await events.take(change, nonce="n" * 8, now=now_ms())).applied
-        graph = (await contexts.around(RED, "ours", "copy", limit=1, elsewhere=False)).graph
+        graph = (await contexts.around(RED, "ours", "copy")).graph
         assert graph["properties"] == {"owner": "Ada"}
 
     told(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
@@ -145,13 +146,13 @@ def test_questions_that_make_no_sense_are_refused_by_their_field(tmp_path: Path)
     async def story(_: Synced, contexts: Contexts) -> None:
         for limit in (0, 21):
             with pytest.raises(InvalidRequest, match=r"^limit: must be 1 to 20$"):
-                await contexts.around(RED, "ours", "copy", limit=limit, elsewhere=False)
+                await contexts.around(RED, "ours", "copy", Sought(limit))
         for threshold in (0.74, 1.01, float("nan")):
             with pytest.raises(InvalidRequest, match=r"^threshold: must be 0.75 to 1$"):
                 await contexts.duplicates(RED, threshold)
         with pytest.raises(CollectionNotFound):
-            await contexts.around(RED, "nothing", "copy", limit=1, elsewhere=False)
+            await contexts.around(RED, "nothing", "copy")
         with pytest.raises(DocumentNotFound):
-            await contexts.around(RED, "ours", "x" * 10_000, limit=1, elsewhere=False)
+            await contexts.around(RED, "ours", "x" * 10_000)
 
     told(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
