@@ -601,6 +601,15 @@ class Settings(WorkerSettings):
     nexus_api_key: SecretStr | None = Field(
         None, validation_alias="MEMVID_NEXUS_API_KEY", description="a key of the Nexus server"
     )
+    vectorizer_url: str | None = Field(
+        None,
+        validation_alias="MEMVID_VECTORIZER_URL",
+        description="an http(s) URL of a Vectorizer server, without a password",
+    )
+    """None: vectors are compared in memory alone."""
+    vectorizer_api_key: SecretStr | None = Field(
+        None, validation_alias="MEMVID_VECTORIZER_API_KEY", description="a key of the Vectorizer server"
+    )
     nexus_domains_file: Path | None = Field(
         None, validation_alias="MEMVID_NEXUS_DOMAINS_FILE", description="a TOML file that can be read"
     )
@@ -619,6 +628,21 @@ class Settings(WorkerSettings):
         description="a number of bytes, at least 67108864",
     )
     """For the vectors of collections that are asked for; one that is larger is held all the same."""
+    nexus_documents_per_minute: int = Field(
+        120_000,
+        ge=1_000,
+        le=60_000_000,
+        validation_alias="MEMVID_NEXUS_DOCUMENTS_PER_MINUTE",
+        description="a number of documents, 1000 to 60000000",
+    )
+    """That a client may write and delete; so many may come at once."""
+    nexus_max_pending: int = Field(
+        100_000,
+        ge=1_000,
+        validation_alias="MEMVID_NEXUS_MAX_PENDING",
+        description="a number of documents, at least 1000",
+    )
+    """Of a client, that wait for the sync; then it takes no more of them."""
     nexus_webhook_secret: SecretStr | None = Field(
         None,
         min_length=16,
@@ -659,7 +683,7 @@ class Settings(WorkerSettings):
             raise ValueError("not a database that this version uses")
         return value
 
-    @field_validator("nexus_url", "nexus_outbound_url")
+    @field_validator("nexus_url", "nexus_outbound_url", "vectorizer_url")
     @classmethod
     def _check_nexus(cls, value: str | None) -> str | None:
         return None if value is None else _host_url(value)

@@ -141,7 +141,11 @@ def create_app(settings: Settings, layout: Layout, hub: EventHub) -> Litestar:  
         replica=layout.replica(),
         embedder=lambda: allowed(settings.choice()),
         metrics=metrics,
+        note=audit.note,
         several=several,
+        storage=storage,
+        holds=holds,
+        room=disk.check,
     )
     probes = Probes(store, storage, layout, disk)
     tasks: dict[str, asyncio.Task[None]] = {}

@@ -28,6 +28,7 @@ from common.contract import (
     Event,
     EventPage,
     Job,
+    JobCollection,
     JobCreated,
     JobPage,
     Manifest,
@@ -48,7 +49,17 @@ from common.errors import (
 )
 from control_plane.digests import digest_of, sha256_in
 from control_plane.nexus.messages import BatchWritten, CollectionView
-from control_plane.nexus.overview import DeadLetter, DeadLetters, Enabled, Kind, LookAsked, Overview, Retried
+from control_plane.nexus.overview import (
+    DeadEvent,
+    DeadEvents,
+    DeadLetter,
+    DeadLetters,
+    Enabled,
+    Kind,
+    LookAsked,
+    Overview,
+    Retried,
+)
 
 T = TypeVar("T")
 TERMINAL = frozenset({"job_completed", "job_failed", "job_canceled", "job_expired"})
@@ -205,10 +216,14 @@ class ExportClient:
     a submission carries an ``Idempotency-Key``, so a retry never starts a second job.
     """
 
-    def __init__(self, url: str, key: str | None, *, tries: int = _TRIES.most) -> None:
-        """``tries`` of a request before it is given up."""
+    def __init__(
+        self, url: str, key: str | None, *, tries: int = _TRIES.most, waits: Callable[[str], None] | None = None
+    ) -> None:
+        """``tries`` of a request before it is given up. Where somebody ``waits``, a server that names a time (429) is
+        asked again however often, and they hear why."""
         self._url = url.rstrip("/")
         self._tries = tries
+        self._waits = waits
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The server sends a ping every 2 s; 30 s of silence is a dead connection.
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=httpx.Timeout(30.0, write=120.0))
@@ -219,8 +234,9 @@ class ExportClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def submit(self, graph: Path, on_bytes: Callable[[int, int], None]) -> JobCreated:
-        """Send a graph file and answer the new job. A file that is not compressed yet goes out as gzip.
+    def submit(self, graph: Path, on_bytes: Callable[[int, int], None], *, collection: str | None = None) -> JobCreated:
+        """Send a graph file, which is to become a ``collection`` where one is named, and answer the new job. A file
+        that is not compressed yet goes out as gzip.
 
         ``on_bytes(sent, total)`` counts bytes of the file. Raises InvalidRequest, PayloadTooLarge,
         UnsupportedMediaType as the server says, StorageFailed when it cannot be reached.
@@ -243,7 +259,13 @@ class ExportClient:
                 "Idempotency-Key": str(uuid.uuid4()),
             }
             total = graph.stat().st_size
-            answer = self._send("POST", "/v1/exports", headers=headers, content=lambda: _upload(body, total, on_bytes))
+            answer = self._send(
+                "POST",
+                "/v1/exports",
+                params={} if collection is None else {"collection": collection},
+                headers=headers,
+                content=lambda: _upload(body, total, on_bytes),
+            )
         if answer.headers.get("X-Payload-SHA256", sha256) != sha256:
             raise StorageFailed(f"{self._url} says that it got other bytes than were sent", url=self._url)
         return self._read(answer, JobCreated)
@@ -251,6 +273,16 @@ class ExportClient:
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
         return self._read(self._send("GET", f"/v1/exports/{job_id}"), Job)
+
+    def imported(self, job_id: str) -> JobCollection | None:
+        """The collection of a completed export, once it holds all or was given up; None where none was asked for."""
+        while True:
+            found = self.job(job_id).collection
+            if not isinstance(found, JobCollection):
+                return None
+            if found.status in ("done", "failed"):
+                return found
+            time.sleep(_POLL_SECONDS)
 
     def report(self, job_id: str) -> Report:
         """The report of a finished job."""
@@ -429,6 +461,15 @@ class ExportClient:
         body = msgspec.json.encode({"collection": collection} if collection is not None else {})
         return self._read(self._send_json("POST", "/v1/nexus/trigger", body), Retried)
 
+    def nexus_events(self, limit: int) -> list[DeadEvent]:
+        """Events for outside that were given up, oldest first."""
+        answer = self._send("GET", "/v1/nexus/events", params={"limit": limit})
+        return self._read(answer, DeadEvents).events
+
+    def nexus_retry_events(self) -> Retried:
+        """Have events sent again that were given up."""
+        return self._read(self._send("POST", "/v1/nexus/events/retry"), Retried)
+
     def nexus_look(self, kind: Kind) -> LookAsked:
         """Have the graph compared with the rows, or made anew. Raises StorageFailed while that goes on already."""
         return self._read(self._send("POST", f"/v1/nexus/{kind}"), LookAsked)
@@ -464,7 +505,11 @@ class ExportClient:
                 continue
             if not answer.is_error:
                 return answer
-            failures += 1
+            busy = answer.status_code == 429 and answer.headers.get("Retry-After", "").isdigit()
+            if busy and self._waits is not None:
+                self._waits(self._why(answer))
+            else:
+                failures += 1
             self._wait_or_refuse(answer, failures)
 
     def _wait_or_refuse(self, answer: httpx.Response, failures: int) -> None:
@@ -499,12 +544,17 @@ class ExportClient:
         except MALFORMED as error:
             raise StorageFailed(f"{self._url} answered what is no {kind.__name__}: {error}", url=self._url) from error
 
+    def _why(self, answer: httpx.Response) -> str:
+        try:
+            return msgspec.json.decode(answer.content, type=ErrorBody).error.message
+        except MALFORMED:
+            return f"{self._url} answered {answer.status_code} {answer.reason_phrase}"
+
     def _refuse(self, answer: httpx.Response) -> NoReturn:
         try:
             said = msgspec.json.decode(answer.content, type=ErrorBody).error
         except MALFORMED as error:
-            text = f"{self._url} answered {answer.status_code} {answer.reason_phrase}"
-            raise StorageFailed(text) from error
+            raise StorageFailed(self._why(answer)) from error
         details: dict[str, Any] = {} if said.details is msgspec.UNSET else said.details
         classes: dict[str, type[ExportError]] = {
             c.code: c for c in (InvalidRequest, PayloadTooLarge, UnsupportedMediaType, Canceled)

@@ -151,7 +151,7 @@ class RateLimited(ExportError):
 
 
 class QuotaReached(RateLimited):
-    """A client has as many jobs as it may; ``details`` has the name of the ``quota`` and its ``limit``."""
+    """A client has as many jobs or documents as it may; ``details`` has the name of the ``quota`` and its ``limit``."""
 
 
 class QueueUnavailable(ExportError):
@@ -243,7 +243,12 @@ def body_of(error: ExportError) -> ErrorBody:
     return ErrorBody(error=ErrorInfo(code=error.code, message=error.message, details=details))
 
 
-QUOTA_HEADERS = {"active_jobs": "X-Quota-Active-Jobs", "jobs_per_day": "X-Quota-Jobs-Per-Day"}
+QUOTA_HEADERS = {
+    "active_jobs": "X-Quota-Active-Jobs",
+    "jobs_per_day": "X-Quota-Jobs-Per-Day",
+    "documents_per_minute": "X-Quota-Documents-Per-Minute",
+    "pending_documents": "X-Quota-Pending-Documents",
+}
 """By the name of the quota; ``limit=5, remaining=2``."""
 
 

@@ -22,6 +22,8 @@ from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.engine import SyncEngine
 from control_plane.nexus.overview import (
     CollectionLag,
+    DeadEvent,
+    DeadEvents,
     DeadLetter,
     DeadLetters,
     Enabled,
@@ -44,6 +46,9 @@ from control_plane.operations.openapi import REFUSALS, error_specs
 MAX_COLLECTIONS = 1_000
 """Of an overview; its sums are of all."""
 MAX_FAILURES = 500
+"""Documents or events of one answer."""
+MAX_EVENT = 2**63 - 1
+"""The largest number that a database knows."""
 
 
 class Operator:
@@ -111,6 +116,25 @@ class Operator:
                 for one in await self._store.failures(None, limit)
             ]
         )
+
+    async def dead_events(self, after: int, limit: int) -> DeadEvents:
+        """Events that were given up, by their ids, above ``after``."""
+        return DeadEvents(
+            events=[
+                DeadEvent(
+                    id=one.id,
+                    created_at=one.created_at,
+                    attempts=one.attempts,
+                    error=one.error,
+                    event=msgspec.json.decode(one.body),
+                )
+                for one in await self._events.dead_letters(after, limit)
+            ]
+        )
+
+    async def retry_events(self) -> Retried:
+        """Have events sent again that were given up."""
+        return Retried(retried=await self._events.retry_dead())
 
 
 def _lag(counts: CollectionCounts, now: int) -> CollectionLag:
@@ -240,3 +264,31 @@ class NexusController(Controller):
     ) -> DeadLetters:
         """Of all clients; the graph refused them several times, and `error` is why."""
         return await operator.failures(min(max(limit, 1), MAX_FAILURES))
+
+    @get(
+        "/events",
+        opt={NEEDS: ADMIN},
+        operation_id="listNexusEvents",
+        summary="Events that were given up",
+        responses=_errors("INVALID_EXPORT_REQUEST"),
+    )
+    async def events(
+        self,
+        operator: NamedDependency[Operator],
+        after: Annotated[int, QueryParameter(description="Only events with ids above this one")] = 0,
+        limit: Annotated[int, QueryParameter(description=f"1 to {MAX_FAILURES}")] = 100,
+    ) -> DeadEvents:
+        """Of all clients, oldest first. Whoever is told did not take them, or there was no room for them."""
+        return await operator.dead_events(min(max(after, 0), MAX_EVENT), min(max(limit, 1), MAX_FAILURES))
+
+    @post(
+        "/events/retry",
+        status_code=200,
+        opt={NEEDS: ADMIN, AUDITED: "nexus.events"},
+        operation_id="retryNexusEvents",
+        summary="Send events again that were given up",
+        responses=_errors(),
+    )
+    async def retry_events(self, operator: NamedDependency[Operator]) -> Retried:
+        """The oldest ones, as many as there is room for."""
+        return await operator.retry_events()

@@ -38,7 +38,7 @@ from control_plane.jobs.database import Database
 from control_plane.nexus.metrics import NexusMetrics
 from control_plane.nexus.records import Viewer
 from control_plane.nexus.signing import WINDOW_SECONDS
-from control_plane.nexus.store import seen_by
+from control_plane.nexus.store import note_changes, seen_by
 from control_plane.nexus.tables import collections, documents, node_changes, outbound, relations, webhook_nonces
 
 ORIGIN = "memvid-export"
@@ -190,6 +190,8 @@ class BackStore:
                 refused = error
             if applied and self._sends:
                 waits = await self._put_events(connection, [_told(change)], now)
+            if applied:
+                await note_changes(connection, [change.client])
         if refused is not None:
             raise refused
         if waits:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,12 +31,13 @@ nexus = typer.Typer(
 )
 
 FAILURES = 20
-"""Documents that were given up that ``stats`` shows."""
+"""Documents that were given up that ``stats`` shows, and events that ``events`` does."""
 POLL_SECONDS = 0.5
 SKEW_SECONDS = 5.0
 """That the clocks of server and database may differ."""
 PATIENCE = 12
-"""Requests with the same documents: a server may be away for two minutes."""
+"""Requests with the same documents: a server may be away for two minutes. One that says when to come again (429) is
+waited for as long as it says so."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Url = Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")]
@@ -90,8 +91,8 @@ def stats(url: Url, json: JsonFlag = False) -> None:
         ]
         show.result(*_table(heads, rows), *([] if rows else ["There are no collections."]))
         for lost in failures:
-            attempts = "1 attempt" if lost.attempts == 1 else f"{lost.attempts:,} attempts"
-            show.result(f"given up: {lost.client}/{lost.collection} {lost.id}, after {attempts}: {lost.error}")
+            tried = _attempts(lost.attempts)
+            show.result(f"given up: {lost.client}/{lost.collection} {lost.id}, after {tried}: {lost.error}")
 
 
 @nexus.command()
@@ -108,6 +109,31 @@ def trigger(
         found = client.nexus_trigger(collection)
         show.data(found)
         show.result(f"{_documents(found.retried)} tried again.")
+
+
+@nexus.command()
+def events(
+    url: Url,
+    retry: Annotated[bool, typer.Option("--retry", help="Send them again.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show events for outside that were given up, the oldest first, or send them again."""
+    with _server(url, json=json) as (show, client):
+        if retry:
+            found = client.nexus_retry_events()
+            show.data(found)
+            show.result("1 event is sent again." if found.retried == 1 else f"{found.retried:,} events are sent again.")
+            return
+        lost = client.nexus_events(FAILURES)
+        show.data({"events": lost})
+        show.result(
+            *(
+                f"{_time(one.created_at)}  {one.event.get('kind')} of {one.event.get('client')}, "
+                f"after {_attempts(one.attempts)}: {one.error}"
+                for one in lost
+            ),
+            *([] if lost else ["No event was given up."]),
+        )
 
 
 @nexus.command()
@@ -258,7 +284,7 @@ def batch(
         sync, error = None, None
         try:
             made = _collection(client, collection, dimension, model)
-            with ExportClient(url, api_key(os.environ), tries=PATIENCE) as patient:
+            with ExportClient(url, api_key(os.environ), tries=PATIENCE, waits=_said_once(show)) as patient:
                 sending.run(patient, made, size=size, max_wrong=max_wrong)
             sync = _until_synced(client, collection, show) if wait else None
         except ExportError as failure:
@@ -280,6 +306,18 @@ def batch(
         raise NexusFailed(f"{_lines(len(told.failed))} no documents and not sent, such as {told.failed[0]}")
     if sync is not None and sync.failed:
         raise NexusFailed(f"{_documents(sync.failed)} given up by the sync; memvid-export nexus stats says why")
+
+
+def _said_once(show: Show) -> Callable[[str], None]:
+    """Says why a server is waited for, each reason once."""
+    known: set[str] = set()
+
+    def waits(why: str) -> None:
+        if why not in known:
+            known.add(why)
+            show.note(f"It waits: {why}")
+
+    return waits
 
 
 def _collection(client: ExportClient, name: str, dimension: int | None, model: str | None) -> CollectionView:
@@ -348,6 +386,10 @@ def _said(found: LookReport) -> str:
 
 def _documents(count: int) -> str:
     return "1 document was" if count == 1 else f"{count:,} documents were"
+
+
+def _attempts(count: int) -> str:
+    return "1 attempt" if count == 1 else f"{count:,} attempts"
 
 
 def _lines(count: int) -> str:

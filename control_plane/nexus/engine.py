@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import random
 import secrets
@@ -109,7 +110,10 @@ class SyncEngine:
         self.graph_lock = asyncio.Lock()
         """Held by whoever changes the graph, or needs it not to change."""
         self._written, self._related = asyncio.Event(), asyncio.Event()
+        self._turns = itertools.count(), itertools.count()
         self._leading = asyncio.Event()
+        self._unsure = False
+        """Nobody knows whether the lists of the last step were written."""
         self._enabled = True
         self._answers = ""
         self._prepared = False
@@ -225,20 +229,27 @@ class SyncEngine:
 
     async def _relate(self) -> int:
         """Compare what was written with the rest of its space."""
-        rows = await self.store.unrelated(RELATED)
+        if self._unsure:
+            # A database that gave no answer may still write: this waits until it has.
+            await self.store.take_lease()
+            self._unsure = False
+        rows = await self.store.unrelated(RELATED, next(self._turns[0]))
         groups: dict[str, list[Unrelated]] = defaultdict(list)
         for row in rows:
             groups[row.space].append(row)
-        for name, group in groups.items():
+        for name, written in groups.items():
             with self.spaces.using(name):
-                space = await self.spaces.listed(name)
+                space, version = await self.spaces.listed(name)
+                group = [row for row in written if row.version <= version]  # what was not seen is not compared
                 began = time.perf_counter()
                 lists, done = await asyncio.to_thread(self._compare, space, group)
                 try:
                     await self.store.put_related(done, lists)
                 except BaseException:
                     self.spaces.drop(name)  # its lists are not those of the rows
+                    self._unsure = True
                     raise
+                self.spaces.drop(name, unless=space)  # read meanwhile, it may have the lists of before
                 self._metrics.batch.labels("relate").observe(len(group))
                 self._metrics.stage_seconds.labels("relate").observe(time.perf_counter() - began)
             self._related.set()
@@ -262,10 +273,11 @@ class SyncEngine:
 
     async def _project(self) -> int:
         """Tell the graph what changed."""
-        rows = await self.store.ungraphed(PROJECTED, now_ms())
+        turn = next(self._turns[1])
+        rows = await self.store.ungraphed(PROJECTED, now_ms(), turn)
         if rows and not self._prepared:
             await self.ready()
-            rows = await self.store.ungraphed(PROJECTED, now_ms())
+            rows = await self.store.ungraphed(PROJECTED, now_ms(), turn)
         if rows:
             async with self.graph_lock:
                 began = time.perf_counter()
@@ -288,13 +300,27 @@ class SyncEngine:
                 mark = secrets.token_hex(16)
                 await self.mark(mark)
             told = await self.store.graph()
-            if told != mark:
-                log.info("this graph was not told yet: all documents are told anew", graph=self._answers)
+            ahead = await self._remove_beyond(await self.store.last_row())
+            if told != mark or ahead:
+                log.info(
+                    "this graph was told of other documents than there are: all are told anew",
+                    graph=self._answers,
+                    removed=ahead,
+                )
                 await self.store.distrust_all()
                 await self.store.put_graph(mark)
                 if told is not None:
                     await self.store.ask("verify")  # what it holds beyond
         self._prepared = True
+
+    async def _remove_beyond(self, last: int) -> int:
+        """Remove documents whose ids no row has had yet, and new ones will get: a graph knows such after the rows were
+        put back from a backup. Answers how many."""
+        count = 0
+        while ids := await asyncio.to_thread(self.graph.documents, last, PROJECTED):
+            await self._apply(Change(removed=ids))
+            count += len(ids)
+        return count
 
     async def mark(self, mark: str) -> None:
         """Write into the graph which one it is, so that one that is put in its place is noticed."""
@@ -312,7 +338,7 @@ class SyncEngine:
     async def _tell(self, rows: Sequence[Row]) -> None:
         """One change for these rows; where the graph refuses it, one for each half."""
         change = await self._change(rows)
-        await self.store.put_intended({row.id: _either(row) for row in rows if row.told is not None})
+        await self.store.put_intended({row.id: _either(row) for row in rows if row.told is not None}, rows)
         try:
             await self._apply(change)
         except GraphRefused as error:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw
 
-from common.contract import MALFORMED
+from common.contract import COLLECTION_NAME, MALFORMED
 from common.errors import InvalidRequest
 from control_plane.nexus.messages import (
     ALL,
@@ -43,7 +43,11 @@ MAX_QUERY = 2_000
 """Characters."""
 MAX_NAMED = 64
 """Collections that one search names beside its own."""
-_COLLECTION = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,128}")
+MAX_DOMAINS = 64
+"""Domains that one search names."""
+MAX_DOMAIN = 64
+"""Characters of one."""
+_COLLECTION = re.compile(COLLECTION_NAME)
 _MODEL = re.compile(r"[A-Za-z0-9._/@:-]{1,128}")
 _DOC_TYPE = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _KEY = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -81,6 +85,10 @@ class Question(NamedTuple):
     """Names of further collections."""
     everywhere: bool
     """In all of the client."""
+    domains: Sequence[str]
+    """None of them: any."""
+    per_domain: int | None
+    """Hits of one domain, at most."""
 
 
 def settings_of(body: bytes) -> CollectionSettings:
@@ -100,6 +108,12 @@ def check_collection(name: str) -> None:
     if not _COLLECTION.fullmatch(name):
         allowed = "must be 1 to 128 letters, digits, dots, dashes and underscores, and not dots alone"
         raise _wrong("collection", allowed, "[A-Za-z0-9._-]{1,128}")
+
+
+def check_domain(field: str, domain: str) -> None:
+    """Raise InvalidRequest for what no domain is called; which there are, each server decides for itself."""
+    if not 1 <= len(domain) <= MAX_DOMAIN or not domain.isprintable():
+        raise _wrong(field, f"must be 1 to {MAX_DOMAIN} printable characters", MAX_DOMAIN)
 
 
 def document_of(doc_id: str, body: bytes, dimension: int) -> Incoming:
@@ -143,6 +157,12 @@ def question_of(body: bytes, dimension: int) -> Question:
     others = [name for name in asked.collections if name != ALL]
     if len(others) > MAX_NAMED:
         raise _wrong("collections", f"must be at most {MAX_NAMED} names, or {ALL} for all", MAX_NAMED)
+    if len(asked.domains) > MAX_DOMAINS:
+        raise _wrong("domains", f"must be at most {MAX_DOMAINS} names", MAX_DOMAINS)
+    for number, domain in enumerate(asked.domains):
+        check_domain(f"domains[{number}]", domain)
+    if asked.per_domain is not None and not 1 <= asked.per_domain <= asked.limit:
+        raise _wrong("perDomain", f"must be 1 to {asked.limit}, the limit", [1, asked.limit])
     query = asked.query if asked.query and asked.query.strip() else None
     if query is not None and len(query) > MAX_QUERY:
         raise _wrong("query", f"must have at most {MAX_QUERY:,} characters", MAX_QUERY)
@@ -158,6 +178,8 @@ def question_of(body: bytes, dimension: int) -> Question:
         threshold=-1.0 if asked.threshold is None else asked.threshold,
         others=others,
         everywhere=ALL in asked.collections,
+        domains=tuple(dict.fromkeys(asked.domains)),
+        per_domain=asked.per_domain,
     )
 
 

@@ -72,6 +72,10 @@ class SearchQuestion(Asked, kw_only=True):
     """The least cosine that resembles."""
     collections: list[str] = field(default_factory=list)
     """Others of the same client that are searched as well; ``*``: all."""
+    domains: list[str] = field(default_factory=list)
+    """In documents of these alone; none: of any."""
+    per_domain: int | None = None
+    """Hits of one domain, at most."""
 
 
 class SyncCounts(Wire, kw_only=True):
@@ -176,6 +180,9 @@ class Why(Wire, kw_only=True):
     """The cosine to the question; None: it was not found by that."""
     lexical_score: float | None
     """How well words fit; compares hits of one answer only."""
+    graph_score: float | None
+    """Its own place among the best hits, and what it has of those that resemble it, name the same or are related to
+    it; None: it is not among these, or one hop from them."""
     ranks: dict[str, int]
     """Its place among those that a way of searching found, by the name of the way; 1 is the best."""
 

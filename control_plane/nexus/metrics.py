@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from control_plane.operations.metrics import SHORT
 
-MAX_COLLECTIONS = 1_000
-"""Names of collections that are told apart in a process; all that come after them are ``other``."""
+MAX_COLLECTIONS = 200
+"""Names of collections that are told apart in a process, some twenty series each; all that come after them are
+``other``."""
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 """Documents, of what is handled at once."""
@@ -22,6 +24,7 @@ REFUSALS = (
     "body",
     "signature",
     "invalid",
+    "rate",
     "replayed",
     "unknown",
     "full",
@@ -30,10 +33,13 @@ REFUSALS = (
 OUTCOMES = ("sent", "retried", "dead", "full", "dropped")
 """Of events for outside: taken; not taken, and tried again; given up; given up at once, as too many wait; given up
 before, and not kept any longer."""
+IMPORTED = ("done", "retried", "failed")
+"""Of exports that are to become collections; the last: given up."""
 
 
 class NexusMetrics:
-    """What is counted while the server runs, in this process alone."""
+    """What is counted while the server runs, in this process alone; gauges but for ``trouble`` are of all replicas, and
+    each of these tells the same."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._collections: set[str] = set()
@@ -62,6 +68,21 @@ class NexusMetrics:
         self.queue_depth = Gauge(
             "vectorizer_nexus_queue_depth", "Documents that the graph does not have as they are", registry=registry
         )
+        self.oldest = Gauge(
+            "vectorizer_nexus_oldest_pending_seconds", "Wait of the one that has waited longest", registry=registry
+        )
+        self.given_up = Gauge("vectorizer_nexus_given_up", "Documents that were given up", registry=registry)
+        self.trouble = Gauge(
+            "vectorizer_nexus_trouble",
+            "1 where this replica syncs, and the graph does not answer or cannot be used",
+            registry=registry,
+        )
+        self.differences = Gauge(
+            "vectorizer_nexus_differences",
+            "Between documents and graph, that the last look found and had repaired",
+            registry=registry,
+        )
+        self.events = Gauge("vectorizer_nexus_events", "Events for outside that are kept", ["state"], registry=registry)
         self.batch = Histogram(
             "vectorizer_nexus_batch_size",
             "Documents handled at once, by stage",
@@ -91,11 +112,27 @@ class NexusMetrics:
         self.outbound = Counter(
             "vectorizer_nexus_outbound", "Events for outside, by what came of them", ["outcome"], registry=registry
         )
+        self.imports = Counter(
+            "vectorizer_nexus_imports",
+            "Exports that are to become collections, by what came of an attempt",
+            ["outcome"],
+            registry=registry,
+        )
+        self.context_cache = Counter(
+            "vectorizer_nexus_context_cache",
+            "Answers about what is around a document: kept from before, or made anew",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("hit", "miss"):
+            self.context_cache.labels(outcome)
         # From 0 on, so that the first one is a rise: an alert hears of it.
         for reason in REFUSALS:
             self.webhook_refused.labels(reason)
         for outcome in OUTCOMES:
             self.outbound.labels(outcome)
+        for outcome in IMPORTED:
+            self.imports.labels(outcome)
 
     def synced(self, collection: str, status: Literal["synced", "retried", "failed"], seconds: float | None) -> None:
         """Count a document that the graph was told, and the seconds since it changed where it has it now."""
@@ -103,6 +140,13 @@ class NexusMetrics:
         self._sync.labels(label, status).inc()
         if seconds is not None:
             self._sync_seconds.labels(label).observe(seconds)
+
+    def unknown(self) -> None:
+        """The database does not say what the gauges of all replicas tell."""
+        for gauge in (self.queue_depth, self.oldest, self.given_up, self.differences):
+            gauge.set(math.nan)
+        for state in ("waiting", "dead"):
+            self.events.labels(state).set(math.nan)
 
     def _label(self, collection: str) -> str:
         if collection not in self._collections:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import field
 
@@ -119,7 +119,7 @@ class Trigger(Wire, forbid_unknown_fields=True):
 
 
 class Retried(Wire):
-    """How many documents are tried again that were given up."""
+    """How many documents, or events, are tried again that were given up."""
 
     retried: int
 
@@ -144,3 +144,21 @@ class DeadLetters(Wire):
     """``GET /v1/nexus/failures``."""
 
     failures: list[DeadLetter]
+
+
+class DeadEvent(Wire):
+    """An event that whoever is told did not take until it was given up."""
+
+    id: int
+    created_at: int
+    """Milliseconds since 1970."""
+    attempts: int
+    error: str
+    event: dict[str, Any]
+    """As it is sent."""
+
+
+class DeadEvents(Wire):
+    """``GET /v1/nexus/events``."""
+
+    events: list[DeadEvent]

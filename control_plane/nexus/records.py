@@ -72,6 +72,8 @@ class NewDocument(NamedTuple):
     """Names of the keys that see it; empty: all of its client."""
     vector: Vector
     """Of unit length."""
+    exported: str = ""
+    """Of what an export wrote: a hash that tells whether another export has the same. Empty: a client wrote it."""
 
 
 class Document(NamedTuple):
@@ -231,6 +233,17 @@ class CollectionCounts(NamedTuple):
     """Those that were given up."""
     pending_since: int | None
     """When the one that waits longest was made, in milliseconds since 1970."""
+
+
+class Backlog(NamedTuple):
+    """What the graph has not got of a client's documents."""
+
+    pending: int
+    """As of ``CollectionCounts``, as the following two."""
+    failed: int
+    pending_since: int | None
+    written: int
+    """Of ``pending``, without those that are told anew as nobody knows what the graph holds of them."""
 
 
 class Failure(NamedTuple):

@@ -19,6 +19,8 @@ from common.errors import InvalidRequest, UnsupportedMediaType
 from control_plane.nexus.incoming import (
     MAX_BATCH,
     MAX_DIMENSION,
+    MAX_DOMAIN,
+    MAX_DOMAINS,
     MAX_HITS,
     MAX_ID,
     MAX_NAMED,
@@ -98,6 +100,18 @@ _QUESTION = _object(
         items=Schema(type=OpenAPIType.STRING),
         max_items=MAX_NAMED,
         description="Further collections of the client; `*`: all of them.",
+    ),
+    domains=Schema(
+        type=OpenAPIType.ARRAY,
+        items=Schema(type=OpenAPIType.STRING, min_length=1, max_length=MAX_DOMAIN),
+        max_items=MAX_DOMAINS,
+        description="In documents of these domains alone; none: of any. One that no document has finds nothing.",
+    ),
+    perDomain=Schema(
+        type=[OpenAPIType.INTEGER, _NULL],
+        minimum=1,
+        maximum=MAX_HITS,
+        description="Hits of one domain at most, up to `limit`, so that others are heard as well.",
     ),
 )
 
@@ -251,9 +265,10 @@ class CollectionController(Controller):
         collections: NamedDependency[Collections],
         caller: NamedDependency[Caller],
         collection: FromPath[str],
-    ) -> BatchWritten:
+    ) -> Response[BatchWritten]:
         """All of them, or none. What is there under an id is replaced as a whole."""
-        return await collections.write_all(caller, collection, _json(request))
+        found = await collections.write_all(caller, collection, _json(request))
+        return Response(found, headers=collections.quotas(caller))
 
     @put(
         "/{collection:str}/documents/{doc_id:path}",
@@ -279,7 +294,7 @@ class CollectionController(Controller):
         """With a text, a vector, or both. The id is the rest of the path, slashes included. One that the key does not
         see is not replaced (404)."""
         found = await collections.write(caller, collection, _doc_id(request, doc_id), _json(request))
-        return Response(found, status_code=201 if found.created else 200)
+        return Response(found, status_code=201 if found.created else 200, headers=collections.quotas(caller))
 
     @get(
         "/{collection:str}/documents/{doc_id:path}",
@@ -315,9 +330,10 @@ class CollectionController(Controller):
         caller: NamedDependency[Caller],
         collection: FromPath[str],
         doc_id: FromPath[str],
-    ) -> None:
+    ) -> Response[None]:
         """One that the key does not see is not there."""
         await collections.delete(caller, collection, _doc_id(request, doc_id))
+        return Response(None, status_code=204, headers=collections.quotas(caller))
 
     @post(
         "/{collection:str}/deletions",
@@ -335,9 +351,10 @@ class CollectionController(Controller):
         collections: NamedDependency[Collections],
         caller: NamedDependency[Caller],
         collection: FromPath[str],
-    ) -> Deleted:
+    ) -> Response[Deleted]:
         """Those of them that are there. Not below `documents`: any text there is the id of a document."""
-        return await collections.delete_all(caller, collection, _json(request))
+        found = await collections.delete_all(caller, collection, _json(request))
+        return Response(found, headers=collections.quotas(caller))
 
     @post(
         "/{collection:str}/search",
@@ -356,6 +373,8 @@ class CollectionController(Controller):
         caller: NamedDependency[Caller],
         collection: FromPath[str],
     ) -> DocumentHits:
-        """By a `query`, by a `vector`, or by both; best first. A collection whose vectors are of another model than the
-        question's is searched by words alone, which `warnings` says."""
+        """By a `query`, by a `vector`, or by both; best first. `hybrid` also goes one hop from the best hits: to what
+        resembles them, what names the same rare things, and what a graph told to be related to them. A
+        collection whose vectors are of another model than the question's is searched by words alone, which `warnings`
+        says."""
         return await collections.search(caller, collection, _json(request))

@@ -41,6 +41,7 @@ from control_plane.nexus.messages import (
     Why,
     Written,
 )
+from control_plane.nexus.pace import Pace
 from control_plane.nexus.records import Collection, Document, NewDocument, Vector, Viewer
 from control_plane.nexus.sight import Sight
 from control_plane.nexus.store import CollectionStore
@@ -85,8 +86,11 @@ class Collections:
         texts: Texts,
         wake: Callable[[], None],
         places: Shares,
+        pace: Pace,
+        room: Callable[[int], None],
     ) -> None:
-        """``wake`` hears that documents were written; ``places`` are ``MAX_WRITES``."""
+        """``wake`` hears that documents were written; ``places`` are ``MAX_WRITES``; ``room`` raises where the disk has
+        none for so many bytes."""
         self._store = store
         self._sight = sight
         self._events = events
@@ -94,6 +98,8 @@ class Collections:
         self._texts = texts
         self._wake = wake
         self._places = places
+        self._pace = pace
+        self._room = room
         self._threads = CapacityLimiter(THREADS)
         self._questions = CapacityLimiter(QUESTIONS)
 
@@ -143,8 +149,8 @@ class Collections:
 
     async def write(self, caller: Caller, name: str, doc_id: str, body: AsyncIterator[bytes]) -> Written:
         """Write a document in place of what has its id. Raises CollectionNotFound, InvalidRequest, PayloadTooLarge,
-        RateLimited, SemanticUnavailable, and DocumentNotFound where the id is that of a document that the caller does
-        not see."""
+        RateLimited, QueueUnavailable, SemanticUnavailable, and DocumentNotFound where the id is that of a document that
+        the caller does not see."""
         [written] = await self._write(
             caller, name, body, lambda data, dimension: [incoming.document_of(doc_id, data, dimension)]
         )
@@ -161,15 +167,18 @@ class Collections:
         body: AsyncIterator[bytes],
         read: Callable[[bytes, int], Sequence[Incoming]],
     ) -> list[Written]:
+        self._pace.check(caller.client)
         collection = await self._store.collection(caller.client, name)
         with self._places.place(caller.client):
             data = await _whole(body, MAX_BODY)
 
             def complete() -> list[NewDocument]:
+                self._room(len(data))
                 return self._texts.complete(collection, read(data, collection.dimension))
 
             documents = await self._thread(complete)
             written = await self._store.write(collection, documents, now=now_ms(), viewer=_viewer(caller))
+        self._pace.count(caller.client, len(written))
         self._wake()
         return [Written(id=one.doc_id, version=one.version, created=one.created) for one in written]
 
@@ -206,20 +215,28 @@ class Collections:
         return DocumentPage(documents=await self._shown(found[:limit], _viewer(caller)), next_cursor=following)
 
     async def delete(self, caller: Caller, name: str, doc_id: str) -> None:
-        """Delete a document. Raises CollectionNotFound, DocumentNotFound."""
+        """Delete a document. Raises CollectionNotFound, DocumentNotFound, RateLimited."""
+        self._pace.check(caller.client)
         if not await self._delete(caller, name, [doc_id]):
             raise _no_document()
 
     async def delete_all(self, caller: Caller, name: str, body: AsyncIterator[bytes]) -> Deleted:
-        """Delete those of several that are there for the caller. Raises CollectionNotFound, InvalidRequest."""
+        """Delete those of several that are there for the caller. Raises CollectionNotFound, InvalidRequest,
+        RateLimited."""
+        self._pace.check(caller.client)
         return Deleted(deleted=await self._delete(caller, name, incoming.ids_of(await _whole(body, MAX_ASKED))))
 
     async def _delete(self, caller: Caller, name: str, doc_ids: Sequence[str]) -> int:
         collection = await self._store.collection(caller.client, name)
         deleted = await self._store.delete(collection, doc_ids, now=now_ms(), viewer=_viewer(caller))
+        self._pace.count(caller.client, len(doc_ids))
         if deleted:
             self._wake()
         return deleted
+
+    def quotas(self, caller: Caller) -> dict[str, str]:
+        """Headers that say how many documents the caller's client may still change."""
+        return self._pace.headers(caller.client)
 
     # --- search ------------------------------------------------------------------------------------------------------
 
@@ -243,10 +260,11 @@ class Collections:
             question.query,
             vectors,
             question.threshold,
-            max(DEPTH, question.limit) if question.mode == "hybrid" else question.limit,
+            question.limit if question.mode != "hybrid" and question.per_domain is None else DEPTH,
+            question.domains,
         )
         legs = [leg for leg in self._finder.legs if question.mode in ("hybrid", leg)]
-        hits = (await self._finder.find(wanted, legs))[: question.limit]
+        hits = await self._finder.find(wanted, legs, limit=question.limit, per_domain=question.per_domain)
         found = await self._store.by_ids([hit.id for hit in hits], viewer)
         names = {one.id: one.name for one in searched.values()}
         return DocumentHits(
@@ -368,6 +386,7 @@ def _hit(hit: Hit, document: Document, names: Mapping[int, str]) -> DocumentHit:
         why=Why(
             vector_score=hit.scores.get("vector"),
             lexical_score=hit.scores.get("lexical"),
+            graph_score=hit.scores.get("graph"),
             ranks=dict(hit.ranks),
         ),
         domain=document.domain,

@@ -40,8 +40,10 @@ NEVER = 2**62
 QUERY_WORDS, WORD_LENGTH = 64, 256
 """Words of a question that are looked for, and characters of one; what is beyond is left out."""
 
-PENDING = or_(documents.c.related < documents.c.version, documents.c.graphed < documents.c.wanted)
-GIVEN_UP = and_(documents.c.graphed < documents.c.wanted, documents.c.next_at == NEVER)
+UNRELATED = documents.c.related < documents.c.version
+UNGRAPHED = documents.c.graphed < documents.c.wanted
+PENDING = or_(UNRELATED, UNGRAPHED)
+GIVEN_UP = and_(UNGRAPHED, documents.c.next_at == NEVER)
 TOMBSTONE = documents.c.deleted == true()
 LIVES = and_(~documents.c.deleted, ~collections.c.deleted)
 INSIDE = collections.c.id == documents.c.collection
@@ -55,16 +57,17 @@ ROWS = (
 NEXT_VERSIONS = text("UPDATE last_version SET version = version + :count RETURNING version")
 _PUT_DOCUMENT = """
 INSERT INTO documents (
-    collection, space, doc_id, doc_type, permissions, created_at, updated_at, deleted, version, first_version,
+    collection, space, doc_id, doc_type, permissions, exported, created_at, updated_at, deleted, version, first_version,
     related, domain, wanted, graphed, distrusted, changed_at, attempts, next_at, near, graphed_near
 )
 SELECT
-    id, space, :doc_id, :doc_type, :permissions, :now, :now, false, :version, :version,
+    id, space, :doc_id, :doc_type, :permissions, :exported, :now, :now, false, :version, :version,
     0, '', 0, 0, 0, :now, 0, 0, :nothing, :nothing
 FROM collections WHERE id = :collection AND NOT deleted
 ON CONFLICT (collection, doc_id) DO UPDATE SET
     doc_type = excluded.doc_type,
     permissions = excluded.permissions,
+    exported = excluded.exported,
     created_at = CASE WHEN documents.deleted THEN excluded.created_at ELSE documents.created_at END,
     first_version = CASE WHEN documents.deleted THEN excluded.version ELSE documents.first_version END,
     updated_at = excluded.updated_at,
@@ -77,7 +80,8 @@ ON CONFLICT (collection, doc_id) DO UPDATE SET
     attempts = 0,
     next_at = 0,
     error = NULL
-WHERE :key = '' OR documents.deleted OR documents.permissions = '[]' OR instr(documents.permissions, :key) > 0
+WHERE (:key = '' OR documents.deleted OR documents.permissions = '[]' OR instr(documents.permissions, :key) > 0)
+    AND (excluded.exported = '' OR documents.deleted OR documents.exported <> '')
 """
 WRITTEN = text("""
 SELECT version, id, first_version FROM documents
@@ -97,6 +101,7 @@ UPDATE documents SET
     updated_at = :now,
     changed_at = CASE WHEN related < version OR graphed < wanted THEN changed_at ELSE :now END,
     doc_type = '',
+    exported = '',
     domain = '',
     near = :nothing,
     attempts = 0,
@@ -160,6 +165,16 @@ DISTRUSTED: Mapping[str, Any] = {
 _MENTION = and_(mentions.c.document == bindparam("row"), mentions.c.entity == bindparam("name"))
 CHANGE_MENTION = update(mentions).where(_MENTION).values(wanted=bindparam("is_wanted"), held=bindparam("is_held"))
 DROP_MENTION = delete(mentions).where(_MENTION)
+_PUT_MENTION = """
+INSERT INTO mentions (document, entity, wanted, held, space)
+VALUES (:row, :name, :is_wanted, :is_held, (SELECT space FROM documents WHERE id = :row))
+"""
+PUT_MENTION = text(_PUT_MENTION)
+NOTE_MENTION = text(_PUT_MENTION + "ON CONFLICT (document, entity) DO UPDATE SET held = excluded.held")
+NOTE_CHANGE = text("""
+INSERT INTO client_changes (client, changes) VALUES (:client, 1)
+ON CONFLICT (client) DO UPDATE SET changes = client_changes.changes + 1
+""")
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -178,6 +193,15 @@ def _sqlite_place(element: Place, compiler: SQLCompiler, **more: Any) -> str:
 @compiles(Place, "postgresql")
 def _postgres_place(element: Place, compiler: SQLCompiler, **more: Any) -> str:
     return f"strpos({compiler.process(element.clauses, **more)})"
+
+
+def spaces_with(condition: ColumnElement[bool]) -> Select[Any]:
+    """Ids of spaces with documents that an index finds by this condition and the space: a step in it for each."""
+    first = select(func.min(documents.c.space).label("space")).where(condition)
+    found = first.cte("waiting", recursive=True)
+    following = select(func.min(documents.c.space)).where(condition, documents.c.space > found.c.space)
+    found = found.union_all(select(following.correlate(found).scalar_subquery()).where(found.c.space.is_not(None)))
+    return select(found.c.space).where(found.c.space.is_not(None))
 
 
 def put_document(*, postgres: bool) -> tuple[TextClause, TextClause]:

@@ -7,10 +7,11 @@ What the graph was told is put here by the replica that has the lease, and by no
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 import msgspec
@@ -23,6 +24,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     String,
+    TextClause,
     Update,
     and_,
     any_,
@@ -49,6 +51,7 @@ from control_plane.nexus.records import (
     MAX_ATTEMPTS,
     MAYBE_HELD,
     NOT_HELD,
+    Backlog,
     Collection,
     CollectionCounts,
     Document,
@@ -80,20 +83,27 @@ from control_plane.nexus.statements import (
     MERGE_WORDS,
     NEVER,
     NEXT_VERSIONS,
+    NOTE_CHANGE,
+    NOTE_MENTION,
     PENDING,
     PUT_CONTENTS,
     PUT_GRAPHED,
     PUT_INTENDED,
+    PUT_MENTION,
     PUT_NEAR,
     PUT_RELATED,
     ROWS,
     TOMBSTONE,
+    UNGRAPHED,
+    UNRELATED,
     WRITTEN,
     Place,
     lexical,
     put_document,
+    spaces_with,
 )
 from control_plane.nexus.tables import (
+    client_changes,
     collections,
     document_contents,
     documents,
@@ -113,6 +123,9 @@ TOMBSTONE_MS = 3_600_000
 """The row of a deleted document stays for so long, so that the memory of other replicas hears of it."""
 STEP = 1_000
 """Documents of one transaction, where something is done to all: so nobody waits long for the database."""
+SPACES = 10
+"""Whose documents are taken at once, where more wait than are taken."""
+NO_BACKLOG = Backlog(0, 0, None, 0)
 MAX_ERROR = 1_000
 """Characters kept of what a graph said."""
 
@@ -214,6 +227,7 @@ class CollectionStore:
                 raise _no_collection()
             living = select(func.count()).where(documents.c.collection == collection.id, ~documents.c.deleted)
             count = await connection.scalar(living) or 0
+            await note_changes(connection, [collection.client])
         while await self._bury_some(collection.id):
             pass
         return count
@@ -221,21 +235,27 @@ class CollectionStore:
     # --- documents ---------------------------------------------------------------------------------------------------
 
     async def write(
-        self, collection: Collection, new: Sequence[NewDocument], *, now: int, viewer: Viewer = EVERYTHING
+        self,
+        collection: Collection,
+        new: Sequence[NewDocument],
+        *,
+        now: int,
+        viewer: Viewer = EVERYTHING,
+        leading: bool = False,
     ) -> list[Written]:
         """Write documents, as many as fit into one transaction, each in place of the one that has its id, all of them
-        or none.
+        or none; ``leading``: only as the replica that has the lease.
 
-        Raises CollectionNotFound where it was deleted, DocumentNotFound where an id is that of a document that the
-        viewer does not see, and InvalidRequest for an id that comes twice or that no database takes, or a vector of
-        another dimension.
+        Raises LeaseLost, CollectionNotFound where it was deleted, DocumentNotFound where an id is that of a document
+        that the viewer does not see, or that a client wrote while this one is of an export, and InvalidRequest for an
+        id that comes twice or that no database takes, or a vector of another dimension.
         """
         if not new:
             return []
         _check(collection, new)
         rows = [_document_row(collection, one, now, viewer) for one in new]
         contents = [_contents_row(one) for one in new]
-        async with self._database.write.begin() as connection:
+        async with self._writing(leading=leading) as connection:
             base = await _versions(connection, len(rows))
             for version, row in enumerate(rows, base + 1):
                 row["version"] = version
@@ -256,6 +276,7 @@ class CollectionStore:
             for row, content in zip(rows, contents, strict=True):
                 content["document"] = put[row["version"]].id
             await connection.execute(PUT_CONTENTS, contents)
+            await note_changes(connection, [collection.client])
         written = (put[row["version"]] for row in rows)
         return [
             Written(one.doc_id, row.id, row.version, row.first_version == row.version)
@@ -263,18 +284,47 @@ class CollectionStore:
         ]
 
     async def delete(
-        self, collection: Collection, doc_ids: Sequence[str], *, now: int, viewer: Viewer = EVERYTHING
+        self,
+        collection: Collection,
+        doc_ids: Sequence[str],
+        *,
+        now: int,
+        viewer: Viewer = EVERYTHING,
+        exported: bool = False,
     ) -> int:
-        """Delete those that are there for the viewer; answers how many. What they said is gone with that. Of the names
+        """Delete those that are there for the viewer; answers how many. ``exported``: those alone that an export wrote,
+        as the replica that has the lease (raises LeaseLost). What they said is gone with that. Of the names
         that they mention those stay that the graph holds, until it does not any more."""
-        async with self._database.write.begin() as connection:
+        async with self._writing(leading=exported) as connection:
             base = await _versions(connection, len(doc_ids))
             query = select(documents.c.id).join(collections, collections.c.id == documents.c.collection)
             query = query.where(self._of(collection, doc_ids), seen_by(viewer)).with_for_update(of=documents)
+            if exported:
+                query = query.where(documents.c.exported != "")
             # As a sum no index has this order: SQLite would read the whole collection in it.
             ids = list(await connection.scalars(query.order_by(documents.c.id + 0)))
             await self._bury(connection, ids, base, now)
+            await note_changes(connection, [collection.client] if ids else [])
             return len(ids)
+
+    async def exported(self, collection: Collection, doc_ids: Sequence[str]) -> dict[str, str]:
+        """Of those that live what exports wrote, by id; empty where a client did."""
+        query = select(documents.c.doc_id, documents.c.exported)
+        query = query.where(self._of(collection, doc_ids), ~documents.c.deleted)
+        async with self._database.read.connect() as connection:
+            return {row.doc_id: row.exported for row in await connection.execute(query)}
+
+    async def exported_after(self, collection: Collection, after: int, limit: int) -> list[tuple[int, str]]:
+        """Rows and ids of those that live and that exports wrote, with ids of rows above ``after``, in their order."""
+        query = select(documents.c.id, documents.c.doc_id).where(
+            documents.c.collection == collection.id,
+            documents.c.id > after,
+            ~documents.c.deleted,
+            documents.c.exported != "",
+        )
+        async with self._database.read.connect() as connection:
+            found = await connection.execute(query.order_by(documents.c.id).limit(limit))
+            return [(row.id, row.doc_id) for row in found]
 
     async def get(self, collection: Collection, doc_ids: Sequence[str], viewer: Viewer) -> list[Document]:
         """Those that are there for the viewer, in the order that was asked for."""
@@ -352,8 +402,9 @@ class CollectionStore:
         """Lists of rows that are there."""
         return {number: unpack_near(near) for number, near in await self._column(documents.c.near, ids)}
 
-    async def unrelated(self, limit: int) -> list[Unrelated]:
-        """Changes that were not compared yet, in their order."""
+    async def unrelated(self, limit: int, turn: int = 0) -> list[Unrelated]:
+        """Changes that were not compared yet, by their spaces and in their order. Where there are more, of several
+        spaces as many, of others at the next ``turn``: nobody waits for what another one writes."""
         contents = document_contents.c
         query = (
             select(
@@ -367,12 +418,11 @@ class CollectionStore:
                 func.coalesce(contents.text, ""),
             )
             .select_from(ROWS)
-            .where(documents.c.related < documents.c.version)
-            .order_by(documents.c.version)
-            .limit(limit)
+            .where(UNRELATED)
+            .order_by(documents.c.space, documents.c.version)
         )
         async with self._database.read.connect() as connection:
-            return [Unrelated(*row) for row in await connection.execute(query)]
+            return [Unrelated._make(row) for row in await _in_turn(connection, query, UNRELATED, limit, turn)]
 
     async def put_related(self, done: Sequence[Related], lists: Mapping[int, Sequence[Near]]) -> None:
         """What came of comparing: changes that were, and new lists of any documents. One that changed meanwhile is
@@ -398,23 +448,37 @@ class CollectionStore:
             wanted = [(one.id, entity) for one in found for entity in one.entities]
             target = dropped | {key: (True, known.get(key, (True, NOT_HELD))[1]) for key in wanted}
             await _put_mentions(connection, known, target)
+            whose = select(collections.c.client).distinct().select_from(documents.join(collections, INSIDE))
+            whose = whose.where(self._among(documents.c.id, [*there]))
+            await note_changes(connection, list(await connection.scalars(whose)))
 
     # --- what the graph holds ----------------------------------------------------------------------------------------
 
-    async def ungraphed(self, limit: int, now: int) -> list[Row]:
+    async def ungraphed(self, limit: int, now: int, turn: int = 0) -> list[Row]:
         """Documents of which the graph does not hold what it should, but for those that were given up or wait to be
-        tried again; those that never failed first."""
-        query = _rows().where(documents.c.graphed < documents.c.wanted, documents.c.next_at <= now)
-        return await self._read_rows(query.order_by(documents.c.next_at, documents.c.id).limit(limit))
+        tried again; those that never failed first. Where there are more, of several spaces as many, of others at the
+        next ``turn``."""
+        query = _rows().where(UNGRAPHED, documents.c.next_at <= now)
+        query = query.order_by(documents.c.next_at, documents.c.space, documents.c.id)
+        async with self._database.read.connect() as connection:
+            fresh = and_(UNGRAPHED, documents.c.next_at == 0)
+            return await self._with_mentions(connection, await _in_turn(connection, query, fresh, limit, turn))
 
     async def rows(self) -> int:
         """How many rows of documents there are, deleted ones too."""
         async with self._database.read.connect() as connection:
             return await connection.scalar(select(func.count()).select_from(documents)) or 0
 
+    async def last_row(self) -> int:
+        """The largest id of a row; 0 where there is none."""
+        async with self._database.read.connect() as connection:
+            return await connection.scalar(select(func.max(documents.c.id))) or 0
+
     async def rows_after(self, after: int, limit: int) -> list[Row]:
         """All rows with ids above ``after``, in their order."""
-        return await self._read_rows(_rows().where(documents.c.id > after).order_by(documents.c.id).limit(limit))
+        query = _rows().where(documents.c.id > after).order_by(documents.c.id).limit(limit)
+        async with self._database.read.connect() as connection:
+            return await self._with_mentions(connection, (await connection.execute(query)).all())
 
     async def told_of(self, ids: Sequence[int]) -> dict[int, bytes | None]:
         """Packed lists that the graph may have of rows that are there; None: nobody knows."""
@@ -430,9 +494,10 @@ class CollectionStore:
         async with self._database.read.connect() as connection:
             return set(entities) - set(await connection.scalars(query))
 
-    async def put_intended(self, lists: Mapping[int, Sequence[Near]]) -> None:
+    async def put_intended(self, lists: Mapping[int, Sequence[Near]], rows: Sequence[Row] = ()) -> None:
         """Lists that the graph may have from now on, put before it is told; the mentions that it is to get or to lose
-        it may have then too. Where nobody knows what the graph holds of a row, that stays so. Raises LeaseLost."""
+        it may have then too. Where nobody knows what the graph holds of a row, that stays so. ``rows``: as they are
+        told, whatever was written of them since. Raises LeaseLost."""
         async with self._leading() as connection:
             there = await self._locked(connection, list(lists))
             sure = [row for row, one in there.items() if one.known]
@@ -441,6 +506,14 @@ class CollectionStore:
             settled = mentions.c.held == case((mentions.c.wanted, HELD), else_=NOT_HELD)
             unsettled = update(mentions).where(self._among(mentions.c.document, sure), ~settled)
             await connection.execute(unsettled.values(held=MAYBE_HELD))
+            changed = [
+                {"row": one.id, "name": mention.entity, "is_wanted": False, "is_held": MAYBE_HELD}
+                for one in rows
+                if one.id in sure and (there[one.id].version, there[one.id].wanted) != (one.version, one.wanted)
+                for mention in one.mentions
+                if mention.held != (HELD if mention.wanted else NOT_HELD)
+            ]
+            await _for_each(connection, NOTE_MENTION, changed)
 
     async def put_graphed(self, done: Sequence[Graphed], now: int) -> None:
         """The graph holds what these rows said when they were read. Raises LeaseLost."""
@@ -570,15 +643,32 @@ class CollectionStore:
         for row in known:
             if row.deleted and row.id not in late:
                 continue
-            pending, failed, since = late.get(row.id, (0, 0, None))
+            its = late.get(row.id, NO_BACKLOG)
             one = found.get((row.client, row.name), CollectionCounts(row.client, row.name, 0, 0, 0, None))
             found[row.client, row.name] = one._replace(
                 documents=one.documents + (0 if row.deleted else documents_of.get(row.id, 0)),
-                pending=one.pending + pending,
-                failed=one.failed + failed,
-                pending_since=_earlier(one.pending_since, since),
+                pending=one.pending + its.pending,
+                failed=one.failed + its.failed,
+                pending_since=_earlier(one.pending_since, its.pending_since),
             )
         return [found[key] for key in sorted(found)]
+
+    async def backlogs(self) -> dict[str, Backlog]:
+        """How far the graph is behind each client that it is behind of; reads rows of such documents alone."""
+        async with self._database.read.connect() as connection:
+            late = await _late(connection)
+            known = select(collections.c.id, collections.c.client).where(self._among(collections.c.id, [*late]))
+            clients = (await connection.execute(known)).all()
+        found: dict[str, Backlog] = {}
+        for number, client in clients:
+            found[client] = _both(found.get(client, NO_BACKLOG), late[number])
+        return found
+
+    async def changes(self, client: str) -> int:
+        """A number that is another one after each change of what answers about a client's documents are made of."""
+        query = select(client_changes.c.changes).where(client_changes.c.client == client)
+        async with self._database.read.connect() as connection:
+            return await connection.scalar(query) or 0
 
     # --- one replica does it -----------------------------------------------------------------------------------------
 
@@ -642,6 +732,9 @@ class CollectionStore:
 
     # --- within a transaction ----------------------------------------------------------------------------------------
 
+    def _writing(self, *, leading: bool) -> AbstractAsyncContextManager[AsyncConnection]:
+        return self._leading() if leading else self._database.write.begin()
+
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction whose first statement may be a query: on SQLite nobody else writes from its begin on."""
@@ -662,7 +755,8 @@ class CollectionStore:
     async def _locked(self, connection: AsyncConnection, ids: Sequence[int]) -> dict[int, Found[Any]]:
         """Rows that are there, which nobody else changes before the transaction ends. All lock them in this order."""
         known = documents.c.graphed_near.is_not(None).label("known")
-        query = select(documents.c.id, documents.c.deleted, documents.c.related, documents.c.graphed, known)
+        mine = documents.c
+        query = select(mine.id, mine.deleted, mine.version, mine.related, mine.wanted, mine.graphed, known)
         query = query.where(self._among(documents.c.id, ids)).order_by(documents.c.id).with_for_update()
         return {row.id: row for row in await connection.execute(query)}
 
@@ -697,12 +791,10 @@ class CollectionStore:
 
     # --- queries -----------------------------------------------------------------------------------------------------
 
-    async def _read_rows(self, query: Select[Any]) -> list[Row]:
-        async with self._database.read.connect() as connection:
-            found = (await connection.execute(query)).all()
-            named: dict[int, list[Mentioned]] = defaultdict(list)
-            for (row, entity), state in (await self._mentions(connection, [one.id for one in found])).items():
-                named[row].append(Mentioned(entity, *state))
+    async def _with_mentions(self, connection: AsyncConnection, found: Sequence[Found[Any]]) -> list[Row]:
+        named: dict[int, list[Mentioned]] = defaultdict(list)
+        for (row, entity), state in (await self._mentions(connection, [one.id for one in found])).items():
+            named[row].append(Mentioned(entity, *state))
         return [Row._make([*one, named[one.id]]) for one in found]
 
     async def _column(self, wanted: ColumnElement[Any], ids: Sequence[int], *more: ColumnElement[Any]) -> list[Any]:
@@ -713,9 +805,7 @@ class CollectionStore:
 
     async def _steps(self) -> AsyncIterator[list[int]]:
         """The ids of all rows, some at a time; of those that are new meanwhile none."""
-        async with self._database.read.connect() as connection:
-            last = await connection.scalar(select(func.max(documents.c.id))) or 0
-        after = 0
+        last, after = await self.last_row(), 0
         while True:
             query = select(documents.c.id).where(documents.c.id > after, documents.c.id <= last)
             async with self._database.read.connect() as connection:
@@ -739,14 +829,36 @@ class CollectionStore:
         return where.in_(select(each.c.value))
 
 
+async def note_changes(connection: AsyncConnection, clients: Sequence[str]) -> None:
+    """Answers about documents of these clients may be others once the transaction is committed. It is to be its last
+    statement: nobody waits for anything else with these rows locked."""
+    await _for_each(connection, NOTE_CHANGE, [{"client": client} for client in sorted(clients)])
+
+
 async def _versions(connection: AsyncConnection, count: int) -> int:
     """Take numbers for changes; answers the one before the first. Until the transaction ends nobody else gets any, and
     nobody makes a collection."""
     return int((await connection.execute(NEXT_VERSIONS, {"count": count})).scalar_one()) - count
 
 
+async def _in_turn(
+    connection: AsyncConnection, query: Select[Any], waits: ColumnElement[bool], limit: int, turn: int
+) -> list[Found[Any]]:
+    """At most so many rows of a query of documents; where there are more, as many of each of some spaces that wait."""
+    found = list(await connection.execute(query.limit(limit)))
+    if len(found) < limit or len(waiting := list(await connection.scalars(spaces_with(waits)))) <= 1:
+        return found
+    start = turn * SPACES % len(waiting)
+    chosen = [*waiting, *waiting][start : start + min(SPACES, len(waiting))]
+    found.clear()
+    for left, space in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        mine = query.where(documents.c.space == space).limit(math.ceil((limit - len(found)) / left))
+        found += await connection.execute(mine)
+    return found
+
+
 async def _for_each(
-    connection: AsyncConnection, change: Update | Insert | Delete, rows: Sequence[dict[str, Any]]
+    connection: AsyncConnection, change: Update | Insert | Delete | TextClause, rows: Sequence[dict[str, Any]]
 ) -> None:
     if rows:
         await connection.execute(change, rows)
@@ -755,30 +867,37 @@ async def _for_each(
 async def _put_mentions(connection: AsyncConnection, known: _Mentions, wanted: _Mentions) -> None:
     """Make the rows of mentions that are ``known`` those that are ``wanted``."""
     new = [(*key, *state) for key, state in wanted.items() if key not in known]
-    names = "document", "entity", "wanted", "held"
-    await _for_each(connection, insert(mentions), [dict(zip(names, row, strict=True)) for row in new])
-    changed = [(*key, *state) for key, state in wanted.items() if known.get(key, state) != state]
     names = "row", "name", "is_wanted", "is_held"
+    await _for_each(connection, PUT_MENTION, [dict(zip(names, row, strict=True)) for row in new])
+    changed = [(*key, *state) for key, state in wanted.items() if known.get(key, state) != state]
     await _for_each(connection, CHANGE_MENTION, [dict(zip(names, row, strict=True)) for row in changed])
     await _for_each(connection, DROP_MENTION, [{"row": key[0], "name": key[1]} for key in known.keys() - wanted.keys()])
 
 
-async def _late(connection: AsyncConnection) -> dict[int, tuple[int, int, int | None]]:
-    """By collection, how many documents the graph still will be told of, how many were given up, and since when the
-    first of the former waits."""
+async def _late(connection: AsyncConnection) -> dict[int, Backlog]:
+    """By collection."""
     of = documents.c.collection + 0  # or SQLite reads all documents in the order of their collections
     given_up = documents.c.attempts >= MAX_ATTEMPTS
     uncompared = documents.c.related < documents.c.version
-    found: dict[int, tuple[int, int, int | None]] = {}
+    anew = func.sum(case((documents.c.distrusted > documents.c.graphed, 1), else_=0))
+    found: dict[int, Backlog] = {}
     # Each has an index of its own.
     for condition in (uncompared, and_(documents.c.graphed < documents.c.wanted, ~uncompared)):
-        query = select(of, given_up, func.count(), func.min(documents.c.changed_at)).where(condition)
-        for collection, dead, count, since in await connection.execute(query.group_by(of, given_up)):
-            pending, failed, first = found.get(collection, (0, 0, None))
-            found[collection] = (
-                (pending, failed + count, first) if dead else (pending + count, failed, _earlier(first, since))
-            )
+        query = select(of, given_up, func.count(), func.min(documents.c.changed_at), anew).where(condition)
+        for collection, dead, count, since, again in await connection.execute(query.group_by(of, given_up)):
+            written = count if condition is uncompared else count - int(again)
+            some = Backlog(0, count, None, 0) if dead else Backlog(count, 0, since, written)
+            found[collection] = _both(found.get(collection, NO_BACKLOG), some)
     return found
+
+
+def _both(one: Backlog, other: Backlog) -> Backlog:
+    return Backlog(
+        pending=one.pending + other.pending,
+        failed=one.failed + other.failed,
+        pending_since=_earlier(one.pending_since, other.pending_since),
+        written=one.written + other.written,
+    )
 
 
 def _earlier(one: int | None, other: int | None) -> int | None:
@@ -843,6 +962,7 @@ def _document_row(collection: Collection, one: NewDocument, now: int, viewer: Vi
         "doc_id": one.doc_id,
         "doc_type": one.doc_type,
         "permissions": msgspec.json.encode(one.permissions).decode(),
+        "exported": one.exported,
         "now": now,
         "nothing": b"",
         "key": "" if viewer.key is None else _quoted(viewer.key),

@@ -73,6 +73,8 @@ documents = Table(
     Column("doc_id", String(256), nullable=False),
     Column("doc_type", String(64), nullable=False),
     Column("permissions", Text, nullable=False),
+    # What an export wrote, as a hash; empty where a client did.
+    Column("exported", String(64), nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     Column("deleted", Boolean, nullable=False),
@@ -93,10 +95,13 @@ documents = Table(
     Column("graphed_near", LargeBinary),
     UniqueConstraint("collection", "doc_id", name="uq_documents_collection_doc_id"),
     Index("ix_documents_collection", "collection", "id", "deleted"),
+    # Those that every key of the client sees, and the others, for counting alone.
+    _some("ix_documents_open", "deleted = false AND permissions = '[]'", "collection"),
+    _some("ix_documents_restricted", "deleted = false AND permissions <> '[]'", "collection"),
     Index("ix_documents_space_version", "space", "version"),
     Index("ix_documents_space_id", "space", "id"),
-    _some("ix_documents_unrelated", "related < version", "version"),
-    _some("ix_documents_ungraphed", "graphed < wanted", "next_at", "id"),
+    _some("ix_documents_unrelated", "related < version", "space", "version"),
+    _some("ix_documents_ungraphed", "graphed < wanted", "next_at", "space", "id"),
     _some("ix_documents_deleted", "deleted = true", "updated_at", "id"),
     sqlite_autoincrement=True,
 )
@@ -118,7 +123,9 @@ mentions = Table(
     Column("entity", String(256), primary_key=True),
     Column("wanted", Boolean, nullable=False),
     Column("held", Integer, nullable=False),
-    Index("ix_mentions_entity", "entity", "document"),
+    Column("space", BigInteger, nullable=False),
+    # Of a name that many clients have, those of one are read.
+    Index("ix_mentions_entity", "entity", "space", "document"),
     sqlite_with_rowid=False,
 )
 
@@ -137,6 +144,15 @@ relations = Table(
     UniqueConstraint("source", "target", "type", name="uq_relations_pair"),
     Index("ix_relations_target", "target"),
 )
+
+client_changes = Table(
+    "client_changes",
+    metadata,
+    Column("client", String(64), primary_key=True),
+    Column("changes", BigInteger, nullable=False),
+)
+"""How often anything changed that an answer about a client's documents may be made of. Whoever changes that counts it
+last of all before the commit: so nobody waits for documents with this locked."""
 
 node_changes = Table(
     "node_changes",

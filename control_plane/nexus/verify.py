@@ -124,7 +124,7 @@ class Verifier:
         """Who may have these rows in their lists."""
         found: dict[int, list[int]] = {}
         for name in {row.space for row in rows.values()}:
-            space = await self._engine.spaces.listed(name)
+            space, _ = await self._engine.spaces.listed(name)
             mine = [row.id for row in rows.values() if row.space == name]
             found |= {
                 id_: [near.id for near in many] for id_, many in (await asyncio.to_thread(space.reverse, mine)).items()

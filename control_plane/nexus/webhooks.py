@@ -28,6 +28,7 @@ from msgspec import UNSET, UnsetType
 from common.contract import MALFORMED, Wire
 from common.errors import ExportError, InvalidRequest, PayloadTooLarge
 from control_plane.errors import DocumentNotFound, RateLimited, Unauthorized
+from control_plane.jobs.audit import Action, AuditEntry
 from control_plane.jobs.store import now_ms
 from control_plane.nexus.backstore import (
     BackStore,
@@ -39,7 +40,9 @@ from control_plane.nexus.backstore import (
 )
 from control_plane.nexus.metrics import NexusMetrics
 from control_plane.nexus.signing import NONCE, Signer, check_time, read_seal
-from control_plane.operations.auth import OPEN
+from control_plane.operations.auth import OPEN, address_of
+from control_plane.operations.limits import TokenBuckets
+from control_plane.operations.tracing import REQUEST
 
 MAX_BODY = 1 << 20
 """Bytes."""
@@ -47,6 +50,8 @@ BODY_SECONDS = 10.0
 """A body that is not whole by then is given up."""
 MAX_BODIES = 64
 """That are on their way at once."""
+PER_MINUTE = 60_000
+"""Messages whose signature is right, a tenth of them at once; about one client half as many."""
 MAX_NUMBER = 2**53 - 1
 """Of versions and properties: what every reader of JSON holds exactly."""
 MAX_ID = 256
@@ -106,13 +111,27 @@ class WebhookAnswer(Wire):
 class Webhooks:
     """Takes messages one by one; for one event loop."""
 
-    def __init__(self, store: BackStore, secret: str, metrics: NexusMetrics, clock: Callable[[], int]) -> None:
-        """``clock`` tells milliseconds since 1970."""
+    def __init__(
+        self,
+        store: BackStore,
+        secret: str,
+        metrics: NexusMetrics,
+        *,
+        note: Callable[[AuditEntry], None],
+        clock: Callable[[], int],
+        per_minute: int,
+    ) -> None:
+        """``note`` gets what belongs into the audit log; ``clock`` tells milliseconds since 1970."""
         self._store = store
         self._signer = Signer(secret)
         self._metrics = metrics
+        self._note = note
         self._clock = clock
         self._bodies = 0
+        self._rates = {
+            "all clients together": TokenBuckets(per_minute=per_minute, burst=per_minute // 10),
+            "one client": TokenBuckets(per_minute=per_minute // 2, burst=per_minute // 20),
+        }
 
     async def take(self, route: str, request: Request[Any, Any, Any], kind: type[C]) -> WebhookAnswer:
         """Raises Unauthorized, PayloadTooLarge, RateLimited, InvalidRequest, DocumentNotFound."""
@@ -124,15 +143,20 @@ class Webhooks:
             with self._refusing("window"):
                 check_time(seal, self._clock())
             body = await self._body(request)
-            with self._refusing("signature"):
+            with self._noting(request, "key.refused"), self._refusing("signature"):
                 self._signer.check(seal, body)
             with self._refusing("invalid"):
                 change = change_of(body, kind)
-            with self._refusing("unknown", DocumentNotFound), self._refusing("full", InvalidRequest):
-                outcome = await self._store.take(change, nonce=seal.nonce, now=self._clock())
-            with self._refusing("replayed"):
-                if outcome.reason == "replayed":
-                    raise Unauthorized(f"{NONCE}: came before; each message needs its own.", field=NONCE)
+            with self._noting(request, "nexus.webhook", change.client):
+                with self._refusing("rate"):
+                    self._check_rate(change.client)
+                with self._refusing("unknown", DocumentNotFound), self._refusing("full", InvalidRequest):
+                    outcome = await self._store.take(change, nonce=seal.nonce, now=self._clock())
+                with self._refusing("replayed"):
+                    if outcome.reason == "replayed":
+                        raise Unauthorized(f"{NONCE}: came before; each message needs its own.", field=NONCE)
+            if outcome.applied:
+                self._note(_entry(request, "nexus.webhook", change.client, "ok"))
             self._metrics.webhooks.labels(route, outcome.reason or "applied").inc()
         finally:
             self._metrics.webhook_seconds.labels(route).observe(time.perf_counter() - began)
@@ -146,6 +170,26 @@ class Webhooks:
         except kind:
             self._metrics.webhook_refused.labels(reason).inc()
             raise
+
+    @contextmanager
+    def _noting(self, request: Request[Any, Any, Any], action: Action, client: str = "") -> Iterator[None]:
+        """Note a refusal."""
+        try:
+            yield
+        except ExportError as error:
+            self._note(_entry(request, action, client, error.code))
+            raise
+
+    def _check_rate(self, client: str) -> None:
+        """Raises RateLimited."""
+        now = time.monotonic()
+        for (of, buckets), name in zip(self._rates.items(), ("", client), strict=True):
+            allowance = buckets.take(name, now)
+            if allowance.retry_after_seconds is not None:
+                raise RateLimited(
+                    f"Too many messages about {of}: at most {allowance.limit:,} at once, and then steadily.",
+                    retryAfterSeconds=allowance.retry_after_seconds,
+                )
 
     async def _body(self, request: Request[Any, Any, Any]) -> bytes:
         length = request.headers.get("content-length", "")
@@ -169,12 +213,18 @@ class Webhooks:
 
 
 def webhook_routes(
-    store: BackStore, secret: str | None, metrics: NexusMetrics, *, clock: Callable[[], int] = now_ms
+    store: BackStore,
+    secret: str | None,
+    metrics: NexusMetrics,
+    *,
+    note: Callable[[AuditEntry], None],
+    clock: Callable[[], int] = now_ms,
+    per_minute: int = PER_MINUTE,
 ) -> list[HTTPRouteHandler]:
     """The two routes; none where there is no secret."""
     if not secret:
         return []
-    webhooks = Webhooks(store, secret, metrics, clock)
+    webhooks = Webhooks(store, secret, metrics, note=note, clock=clock, per_minute=per_minute)
     settings: dict[str, Any] = {
         "status_code": 200,
         "request_max_body_size": None,  # it is bounded here, and a body that is too large is counted
@@ -193,6 +243,11 @@ def webhook_routes(
         return await webhooks.take("node", request, NodeChange)
 
     return [relationship, node]
+
+
+def _entry(request: Request[Any, Any, Any], action: Action, client: str, outcome: str) -> AuditEntry:
+    mark = REQUEST.get()
+    return AuditEntry("", client, address_of(request.scope), action, outcome, None, mark.trace if mark else "")
 
 
 def change_of(body: bytes, kind: type[C]) -> C:

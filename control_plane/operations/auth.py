@@ -101,7 +101,7 @@ class BearerAuth(ASGIMiddleware):
 
     def _caller(self, scope: HTTPScope) -> Caller:
         mark = REQUEST.get()
-        address, trace = _address(scope), mark.trace if mark else ""
+        address, trace = address_of(scope), mark.trace if mark else ""
         given = _bearer(scope)
         if not self._keys.asked and (given is None or self._keys.find(given) is None):
             headers = Headers.from_scope(scope)
@@ -190,7 +190,7 @@ def _bearer(scope: HTTPScope) -> bytes | None:
     return key.strip() or None if scheme.lower() == b"bearer" else None
 
 
-def _address(scope: HTTPScope) -> str:
+def address_of(scope: HTTPScope) -> str:
     """Who is connected, or whom a proxy on this machine speaks for (uvicorn reads X-Forwarded-For of those that
     FORWARDED_ALLOW_IPS names, 127.0.0.1 by default); a text of the client's making is none."""
     client = scope.get("client")

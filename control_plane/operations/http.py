@@ -100,7 +100,7 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=list(origins),
-        allow_methods=["GET", "POST", "DELETE", "HEAD", "OPTIONS"],
+        allow_methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"],
         allow_headers=["*"] if "*" in origins else REQUEST_HEADERS,
         expose_headers=[
             "Accept-Ranges",
@@ -118,7 +118,9 @@ def cors(origins: tuple[str, ...]) -> CORSConfig | None:
             "X-Capsule-Part",
             "X-Payload-SHA256",
             "X-Quota-Active-Jobs",
+            "X-Quota-Documents-Per-Minute",
             "X-Quota-Jobs-Per-Day",
+            "X-Quota-Pending-Documents",
             "X-RateLimit-Limit",
             "X-RateLimit-Remaining",
             "X-RateLimit-Reset",

@@ -66,10 +66,7 @@ class TokenBuckets:
         refused = missing > 1e-9 * after  # what adding floats has rounded is no request
         if not refused:
             full_at = after
-            self._full_at[client] = full_at
-            self._full_at.move_to_end(client)
-            if len(self._full_at) > self._clients:
-                self._full_at.popitem(last=False)
+            self._put(client, full_at)
         held = burst - (full_at - now) / seconds
         return Allowance(
             burst,
@@ -77,6 +74,22 @@ class TokenBuckets:
             math.ceil(full_at - now),
             max(1, math.ceil(missing)) if refused else None,
         )
+
+    def owe(self, client: str, now: float, count: int) -> None:
+        """Take more after a request was answered, of a client without a rate of its own; what the bucket does not
+        hold, its next requests wait for."""
+        self._put(client, max(self._full_at.get(client, now), now) + count * 60 / self._per_minute)
+
+    def left(self, client: str, now: float) -> int:
+        """What the bucket of a client holds that has no rate of its own; below 0 where it owes something."""
+        owed = max(self._full_at.get(client, now) - now, 0.0)
+        return math.floor(self._burst - owed * self._per_minute / 60 + 1e-6)
+
+    def _put(self, client: str, full_at: float) -> None:
+        self._full_at[client] = full_at
+        self._full_at.move_to_end(client)
+        if len(self._full_at) > self._clients:
+            self._full_at.popitem(last=False)
 
 
 def rate_headers(allowance: Allowance) -> dict[str, str]:

@@ -125,6 +125,7 @@ def inserts(folder: Path, *, count: int, rate: float, held: int) -> Inserts:
             server.client.post(f"/v1/nexus/{'enable' if on else 'disable'}").raise_for_status()
             if on:
                 settle(server)
+                compared(server)
             begin, due = held + turn * count // rounds, time.perf_counter()
             for number in range(begin, begin + count // rounds):
                 body = {"title": f"document {number}", "text": "what it says", "vector": data[number].tolist()}
@@ -174,6 +175,15 @@ def settle(server: Server) -> None:
         if sync["failed"]:
             raise RuntimeError(f"documents were given up: {sync}")
         if not sync["pending"]:
+            return
+        time.sleep(0.05)
+
+
+def compared(server: Server) -> None:
+    """Wait until the graph was compared, as it is when a server begins to keep it in step."""
+    while True:
+        overview = server.client.get("/v1/nexus").raise_for_status().json()
+        if overview["leads"] and overview["last"] is not None and overview["progress"] is None:
             return
         time.sleep(0.05)
 

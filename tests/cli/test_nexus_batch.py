@@ -22,6 +22,7 @@ from spoken import Say, spoken
 
 from control_plane.cli import main
 from control_plane.nexus.batch import BATCH_BYTES, MAX_LINE_BYTES
+from control_plane.nexus.commands import PATIENCE
 
 WRITES = ("POST", "/v1/collections/books/documents")
 
@@ -415,6 +416,20 @@ def test_a_server_that_is_busy_is_asked_again_when_it_says_so(house: Office, say
     assert [len(ids) for ids in sent(house)] == [100, 100, 100, 50, 50]
     for refused, again in ((0, 1), (1, 2), (3, 4)):
         assert came[again] - came[refused] >= 1
+
+
+def test_a_client_that_is_to_wait_does_so_however_often_it_is_told(house: Office, say: Say, file: Path) -> None:
+    told = {"error": {"code": "RATE_LIMITED", "message": "The graph has to be told first."}}
+    house.before = lambda request: (
+        httpx.Response(429, headers={"Retry-After": "0"}, json=told)
+        if (request.method, request.path) == WRITES and request.number <= 2 * PATIENCE
+        else None
+    )
+    file.write_bytes(lines_of([document(number) for number in range(150)]))
+    code, _, err = say(*arguments(house, file, "--dimension", 2))
+    assert (code, err.count("It waits: The graph has to be told first.")) == (0, 1)
+    assert house.documents("books") == titles(150)
+    assert len(sent(house)) == 2 * PATIENCE + 2
 
 
 def test_a_server_that_is_away_ends_with_3_and_the_report_says_so(say: Say, file: Path) -> None:

@@ -16,7 +16,7 @@ from processes import free_port
 from spoken import Say, spoken
 
 from control_plane.cli import main
-from control_plane.nexus.backstore import OwnEvent
+from control_plane.nexus.backstore import OwnEvent, Unsent
 from control_plane.nexus.overview import LookReport
 
 LOOKS = ("GET", "/v1/nexus")
@@ -148,6 +148,24 @@ def test_documents_that_were_given_up_are_tried_again(house: Office, say: Say) -
     assert say("trigger", "films")[1] == "1 document was tried again.\n"
     assert json.loads(say("trigger", "--json")[1]) == {"retried": 2}
     assert house.ask("GET", "/v1/nexus")["pending"] == 3
+
+
+def test_events_that_were_given_up_are_shown_and_sent_again(house: Office, say: Say) -> None:
+    assert say("events")[:2] == (0, "No event was given up.\n")
+    house.do(house.events.announce([OwnEvent("document.synced", "red", version, {}) for version in (1, 2)], BEGAN))
+    lost = house.do(house.events.due(BEGAN, 2))
+    house.do(house.events.settle([], [Unsent(one.id, 2 - n, f"answered 50{n}", None) for n, one in enumerate(lost)]))
+    code, out, _ = say("events")
+    assert code == 0
+    assert out.splitlines() == [
+        "2027-01-15T08:00:00Z  document.synced of red, after 2 attempts: answered 500",
+        "2027-01-15T08:00:00Z  document.synced of red, after 1 attempt: answered 501",
+    ]
+    assert json.loads(say("events", "--json")[1]) == house.ask("GET", "/v1/nexus/events")
+    assert say("events", "--retry")[:2] == (0, "2 events are sent again.\n")
+    assert json.loads(say("events", "--retry", "--json")[1]) == {"retried": 0}
+    house.do(house.events.settle([], [Unsent(lost[0].id, 1, "answered 400", None)]))
+    assert say("events", "--retry")[1] == "1 event is sent again.\n"
 
 
 @pytest.mark.parametrize("kind", ["verify", "rebuild"])
@@ -346,7 +364,7 @@ def test_a_look_that_is_refused_again_and_again_ends_with_3(house: Office, say: 
 # --- who may, and who answers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["enable", "disable", "status", "stats", "trigger", "verify", "rebuild"])
+@pytest.mark.parametrize("command", ["enable", "disable", "status", "stats", "trigger", "events", "verify", "rebuild"])
 def test_a_key_of_a_client_is_not_enough(say: Say, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMVID_EXPORT_API_KEY", text_of("red"))
     code, out, err = say(command)
@@ -368,6 +386,6 @@ def test_without_a_command_there_is_help(monkeypatch: pytest.MonkeyPatch, capfd:
     assert code == 0
     assert [
         word
-        for word in ("enable", "disable", "status", "stats", "trigger", "verify", "rebuild", "batch")
+        for word in ("enable", "disable", "status", "stats", "trigger", "events", "verify", "rebuild", "batch")
         if word not in out
     ] == []

@@ -32,6 +32,7 @@ from control_plane.nexus.domains import Domains
 from control_plane.nexus.engine import SyncEngine
 from control_plane.nexus.graph.nexus import NexusGraph
 from control_plane.nexus.metrics import NexusMetrics
+from control_plane.nexus.pace import Pace
 from control_plane.nexus.records import MAX_ATTEMPTS, Graphed, Related
 from control_plane.nexus.routes import CollectionController
 from control_plane.nexus.service import MAX_WRITES, Collections
@@ -69,6 +70,7 @@ class Office:
         self.loop: asyncio.AbstractEventLoop
         self.store: CollectionStore
         self.events: BackStore
+        self.pace: Pace
         self.jobs: JobStore
         self.requests: list[Request] = []
         self.before: Callable[[Request], httpx.Response | None] = lambda _: None
@@ -199,6 +201,7 @@ def _app(office: Office, settings: Settings, started: threading.Event) -> Litest
     engines = OpenEngines(settings.engines())
     office.store = store = CollectionStore(database, replica="office")
     office.events = BackStore(database, figures, sends=True)
+    office.pace = Pace(metrics, per_minute=settings.nexus_documents_per_minute, max_pending=settings.nexus_max_pending)
     office.jobs = JobStore(database, EventHub(), queue_capacity=1)
     audit = AuditLog(office.jobs, metrics)
     spaces = Spaces(store, memory_bytes=1 << 30)
@@ -225,6 +228,8 @@ def _app(office: Office, settings: Settings, started: threading.Event) -> Litest
             texts=Texts(lambda: engines.get(settings.choice())),
             wake=engine.wake,
             places=Shares("documents", MAX_WRITES, metrics, several=True),
+            pace=office.pace,
+            room=lambda _: None,
         ),
     }
 

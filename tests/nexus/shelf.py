@@ -29,6 +29,7 @@ from control_plane.jobs.audit import AuditEntry
 from control_plane.jobs.database import Database
 from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.metrics import NexusMetrics
+from control_plane.nexus.pace import Pace
 from control_plane.nexus.routes import CollectionController
 from control_plane.nexus.service import MAX_WRITES, Collections
 from control_plane.nexus.sight import Sight
@@ -36,6 +37,7 @@ from control_plane.nexus.spaces import Spaces
 from control_plane.nexus.store import CollectionStore
 from control_plane.nexus.texts import Texts
 from control_plane.operations.auth import BearerAuth, caller_of
+from control_plane.operations.disk import Disk
 from control_plane.operations.keys import Keys
 from control_plane.operations.metrics import Metrics
 from control_plane.operations.origins import Origins
@@ -186,6 +188,8 @@ def _app(found: Shelf, settings: Settings, writes: int, engine: Callable[[], Emb
         texts=Texts(engine or (lambda: engines.get(settings.choice()))),
         wake=wake,
         places=Shares("documents", writes, metrics, several=True),
+        pace=Pace(metrics, per_minute=settings.nexus_documents_per_minute, max_pending=settings.nexus_max_pending),
+        room=Disk(settings, metrics).check,
     )
 
     @asynccontextmanager

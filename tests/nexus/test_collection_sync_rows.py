@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -25,7 +26,7 @@ from control_plane.nexus.records import (
     pack_near,
     unpack_near,
 )
-from control_plane.nexus.store import MAX_ERROR, STEP, CollectionStore, LeaseLost
+from control_plane.nexus.store import MAX_ERROR, SPACES, STEP, CollectionStore, LeaseLost
 from control_plane.nexus.tables import documents, mentions, sync_state
 
 __all__ = ["url"]
@@ -247,6 +248,52 @@ def test_a_name_that_is_told_just_now_is_not_forgotten_when_it_is_dropped(url: s
         await house.put("a")
         await house.relate(a=[])
         assert await house.table(mentions) == []
+
+    run(url, scenario)
+
+
+def test_who_writes_a_lot_keeps_nobody_waiting(url: str) -> None:
+    async def scenario(house: House) -> None:
+        others = [(await house.store.put_collection(f"c{one}", "few", "model", 2))[0] for one in range(SPACES + 2)]
+        await house.put(*[f"d{one}" for one in range(60)])
+        for other in others:
+            await house.store.write(other, [new("one"), new("two")], now=NOW)
+        for step in (house.store.unrelated, lambda limit, turn: house.store.ungraphed(limit, NOW, turn)):
+            seen: Counter[str] = Counter()
+            for turn in range(2):
+                rows = await step(40, turn)
+                assert len(rows) <= 40
+                assert len({row.id for row in rows}) == len(rows)
+                seen.update(row.space for row in rows)
+            assert seen.keys() == {house.books.space, *(other.space for other in others)}
+            assert min(seen.values()) >= 2
+            assert len(await step(1_000, 3)) == 60 + 2 * len(others)
+            await house.relate()
+
+    run(url, scenario)
+
+
+def test_a_name_that_is_told_just_now_may_be_held_whatever_was_written_since_it_was_read(url: str) -> None:
+    async def scenario(house: House) -> None:
+        [a, b] = await house.put("a", "b")
+        await house.relate(a=["name:x"], b=["name:y"])
+        await house.graph()
+        await house.put("b")
+        await house.relate(b=[])
+        [loses] = await house.store.ungraphed(9, NOW)
+        await house.put("a", "b")
+        await house.relate(a=["name:x", "name:z"], b=["name:y"])
+        [gets, _] = await house.store.ungraphed(9, NOW)
+        assert (loses.id, gets.id) == (b, a)
+        await house.store.delete(house.books, ["a"], now=NOW)
+        assert await named(house, a) == {"name:x": (False, HELD)}
+        assert await named(house, b) == {"name:y": (True, HELD)}
+        # Told as they were read; then the process ends, and the next one has to know that "a" may have z, "b" not y.
+        await house.store.put_intended({a: [], b: []}, [gets, loses])
+        await house.put("a")
+        await house.relate(a=[])
+        assert await named(house, a) == {"name:x": (False, MAYBE_HELD), "name:z": (False, MAYBE_HELD)}
+        assert await named(house, b) == {"name:y": (True, MAYBE_HELD)}
 
     run(url, scenario)
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
+from litestar.handlers import HTTPRouteHandler
 from nexus.office import Office, office
 from sqlalchemy import Row, insert, select, update
 
-from control_plane.jobs.audit import AuditQuery
+from control_plane.jobs.audit import Action, AuditQuery
 from control_plane.jobs.database import Database
 from control_plane.jobs.store import now_ms
 from control_plane.nexus import admin
+from control_plane.nexus.admin import NexusController
 from control_plane.nexus.backstore import OwnEvent, Unsent
+from control_plane.nexus.context import ContextController, DuplicatesController
 from control_plane.nexus.overview import LookReport
+from control_plane.nexus.routes import CollectionController
 from control_plane.nexus.tables import collections, sync_state
+from control_plane.operations.auth import AUDITED
 
 ROUTES = [
     ("GET", "", None),
@@ -28,6 +33,8 @@ ROUTES = [
     ("POST", "/trigger", "nexus.trigger"),
     ("POST", "/verify", "nexus.verify"),
     ("POST", "/rebuild", "nexus.rebuild"),
+    ("GET", "/events", None),
+    ("POST", "/events/retry", "nexus.events"),
 ]
 
 
@@ -135,6 +142,32 @@ def test_events_for_outside_are_counted(house: Office) -> None:
     assert overview(house)["outbound"] == {"waiting": 2, "dead": 1}
 
 
+def test_events_that_were_given_up_are_listed_and_sent_again(house: Office) -> None:
+    now = now_ms()
+    told = {"document": {"collection": "books", "id": "a"}}
+    house.do(house.events.announce([OwnEvent("document.synced", "red", version, told) for version in range(3)], now))
+    lost = house.do(house.events.due(now, 2))
+    house.do(house.events.settle([], [Unsent(one.id, 8, "answered 500", None) for one in lost]))
+    found = house.ask("GET", "/v1/nexus/events")["events"]
+    assert [(one["id"], one["createdAt"], one["attempts"], one["error"]) for one in found] == [
+        (one.id, now, 8, "answered 500") for one in lost
+    ]
+    assert [(one["event"]["version"], one["event"]["document"]["id"]) for one in found] == [(0, "a"), (1, "a")]
+    for params, ids in (
+        ({"limit": 1}, [lost[0].id]),
+        ({"after": lost[0].id}, [lost[1].id]),
+        ({"after": -1, "limit": 0}, [lost[0].id]),
+        ({"after": 10**30}, []),
+    ):
+        page = house.ask("GET", "/v1/nexus/events", params=params)["events"]
+        assert [one["id"] for one in page] == ids
+    assert house.ask("POST", "/v1/nexus/events/retry") == {"retried": 2}
+    assert house.ask("GET", "/v1/nexus/events") == {"events": []}
+    assert [one.id for one in house.do(house.events.due(now_ms(), 9))][:2] == [one.id for one in lost]
+    assert overview(house)["outbound"] == {"waiting": 3, "dead": 0}
+    assert house.ask("POST", "/v1/nexus/events/retry") == {"retried": 0}
+
+
 def test_documents_that_were_given_up_are_tried_again_of_one_collection_or_of_all(house: Office) -> None:
     for collection, key in (("books", "red"), ("books", "blue"), ("films", "red")):
         house.write(collection, ["a", "b"], key=key)
@@ -218,6 +251,16 @@ def test_the_replica_that_syncs_is_named_as_long_as_its_lease_lasts(house: Offic
 
     house.do(lapse())
     assert overview(house)["owner"] is None
+
+
+def test_every_route_that_changes_something_is_in_the_audit_log() -> None:
+    changing = 0
+    for controller in (CollectionController, ContextController, DuplicatesController, NexusController):
+        for handler in vars(controller).values():
+            if isinstance(handler, HTTPRouteHandler) and handler.http_methods - {"GET", "HEAD", "OPTIONS"}:
+                changing += 1
+                assert handler.opt.get(AUDITED) in get_args(Action), handler
+    assert changing >= 12
 
 
 def test_only_an_operator_may_and_everything_that_changes_something_is_in_the_audit_log(house: Office) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from nexus.brute_force import lists
 from nexus.rows import url
 from nexus.synced import DIMENSION, Synced, around, play, synced, tricky
 
 from control_plane.nexus.graph.port import Change, DocumentNode, GraphRefused, GraphUnavailable, Mention, Similar
-from control_plane.nexus.records import MAX_ATTEMPTS, Collection
+from control_plane.nexus.records import MAX_ATTEMPTS, Collection, Near, Related
 from control_plane.nexus.store import EVERYTHING
 
 __all__ = ["url"]
@@ -101,10 +102,8 @@ def test_a_change_whose_end_nobody_heard_is_made_good(url: str, tmp_path: Path, 
     play(url, tmp_path, story)
 
 
-def test_an_engine_that_ends_anywhere_goes_on_from_the_rows(tmp_path: Path) -> None:
+def test_an_engine_that_ends_anywhere_goes_on_from_the_rows(url: str, tmp_path: Path) -> None:
     """As after kill -9: a new engine with empty memory, again and again, in the middle of whatever it does."""
-
-    url = f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
 
     async def whole() -> None:
         rng = random.Random(7)
@@ -128,6 +127,36 @@ def test_an_engine_that_ends_anywhere_goes_on_from_the_rows(tmp_path: Path) -> N
                 parts.check()
 
     asyncio.run(whole())
+
+
+def test_lists_that_somebody_reads_before_a_step_wrote_its_own_are_not_gone_on_with(tmp_path: Path) -> None:
+    """The lead goes in the middle of a step and comes back, and a comparison with the graph reads the lists between."""
+
+    async def story(parts: Synced) -> None:
+        rng = np.random.default_rng(11)
+        centre = around(rng, np.zeros(DIMENSION), 1)
+        code = await parts.collection()
+        put, steps = parts.store.put_related, 0
+
+        async def slow(done: Sequence[Related], new: Mapping[int, Sequence[Near]]) -> None:
+            nonlocal steps
+            steps += 1
+            if steps % 2:
+                parts.engine._let_go()
+                await parts.engine.spaces.listed(code.space)
+            await put(done, new)
+
+        parts.store.put_related = slow  # type: ignore[method-assign]
+        async with parts.running():
+            for turn in range(4):
+                await parts.write(code, **{f"d{turn}-{one}": around(rng, centre, 0.1) for one in range(15)})
+                await parts.settled()
+        near = await parts.store.near_of(list(parts.vectors))
+        assert near == lists(parts.vectors)
+        assert steps >= 4
+
+    url = f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
+    play(url, tmp_path, story)
 
 
 def test_what_the_graph_refuses_is_given_up_and_tried_again_when_somebody_says_so(url: str, tmp_path: Path) -> None:

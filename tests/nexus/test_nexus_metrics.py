@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from control_plane.nexus.metrics import MAX_COLLECTIONS, OUTCOMES, REFUSALS, NexusMetrics
+from control_plane.nexus.metrics import MAX_COLLECTIONS, OTHER, OUTCOMES, REFUSALS, NexusMetrics
 
 
 def test_documents_are_counted_by_collection_and_by_how_it_ended() -> None:
@@ -47,3 +47,15 @@ def test_refusals_and_events_are_told_from_zero_on() -> None:
         assert registry.get_sample_value("vectorizer_nexus_webhook_refused_total", {"reason": reason}) == 0
     for outcome in OUTCOMES:
         assert registry.get_sample_value("vectorizer_nexus_outbound_total", {"outcome": outcome}) == 0
+
+
+def test_a_client_that_makes_ten_thousand_collections_leaves_the_figures_small() -> None:
+    registry = CollectorRegistry()
+    metrics = NexusMetrics(registry)
+    for number in range(10_000):
+        metrics.synced(f"c{number}", "synced", 1.0)
+        metrics.synced(f"c{number}", "retried", None)
+        metrics.synced(f"c{number}", "failed", None)
+    assert sum("collection" in sample.labels for family in registry.collect() for sample in family.samples) < 5_000
+    others = registry.get_sample_value("vectorizer_nexus_sync_total", {"collection": OTHER, "status": "failed"})
+    assert others == 10_000 - MAX_COLLECTIONS

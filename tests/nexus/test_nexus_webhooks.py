@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 import pytest
@@ -18,9 +18,10 @@ from clocks import Ahead
 from nexus.back_channel import NOW, SECRET, Clock, House, house, node, relationship, seed, served
 from sqlalchemy import text
 
+from control_plane.jobs.audit import AuditEntry
 from control_plane.nexus.records import Viewer
 from control_plane.nexus.tables import node_changes, outbound, relations, webhook_nonces
-from control_plane.nexus.webhooks import BODY_SECONDS, MAX_BODIES, MAX_BODY, webhook_routes
+from control_plane.nexus.webhooks import BODY_SECONDS, MAX_BODIES, MAX_BODY, PER_MINUTE, webhook_routes
 from control_plane.operations.auth import OPEN
 
 TRACES = (relations, node_changes, webhook_nonces, outbound)
@@ -46,6 +47,7 @@ class Door(NamedTuple):
     client: httpx.AsyncClient
     clock: Clock
     numbers: list[int]
+    notes: list[AuditEntry]
 
     async def tell(self, path: str, body: dict[str, Any] | bytes, **seal: str) -> httpx.Response:
         """Send a signed message with a nonce of its own."""
@@ -63,30 +65,34 @@ class Door(NamedTuple):
 
 
 @asynccontextmanager
-async def _door(url: str) -> AsyncIterator[Door]:
+async def _door(url: str, per_minute: int = PER_MINUTE) -> AsyncIterator[Door]:
     clock = Clock()
     async with house(url) as made:
         await seed(made, ["a", "b"])
-        routes = webhook_routes(made.store, SECRET, made.metrics, clock=clock)
+        notes: list[AuditEntry] = []
+        routes = webhook_routes(made.store, SECRET, made.metrics, note=notes.append, clock=clock, per_minute=per_minute)
         async with served(routes) as base, httpx.AsyncClient(base_url=base, trust_env=False, timeout=30) as client:
-            yield Door(made, client, clock, [])
+            yield Door(made, client, clock, [], notes)
+
+
+class Opened(Protocol):
+    """Runs a scenario."""
+
+    def __call__(self, scenario: Callable[[Door], Awaitable[None]], per_minute: int = PER_MINUTE) -> None: ...
 
 
 @pytest.fixture
-def open_door(tmp_path: Path) -> Callable[[Callable[[Door], Awaitable[None]]], None]:
+def open_door(tmp_path: Path) -> Opened:
     """Run a scenario with a server over an empty database."""
 
-    def run(scenario: Callable[[Door], Awaitable[None]]) -> None:
+    def run(scenario: Callable[[Door], Awaitable[None]], per_minute: int = PER_MINUTE) -> None:
         async def inside() -> None:
-            async with _door(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}") as door:
+            async with _door(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}", per_minute) as door:
                 await scenario(door)
 
         asyncio.run(inside())
 
     return run
-
-
-Opened = Callable[[Callable[[Door], Awaitable[None]]], None]
 
 
 def _error(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -409,11 +415,48 @@ def test_a_sender_that_goes_away_before_its_message_is_whole_leaves_no_trace(ope
     open_door(scenario)
 
 
+def test_messages_that_storm_are_told_to_come_again_and_leave_others_their_room(open_door: Opened) -> None:
+    async def scenario(door: Door) -> None:
+        for version in (1, 2):
+            assert (await door.tell(NODE, node(version=version))).status_code == 200
+        traces = await door.traces()
+        late = await door.tell(NODE, node(version=3), nonce="nonce-late")
+        assert "about one client: at most 2 at once" in _error(late, 429, "RATE_LIMITED")["message"]
+        assert late.headers["retry-after"] == "3"  # twenty a minute
+        assert await door.traces() == traces
+        assert (await door.tell(NODE, node(client="blue"))).status_code == 404
+        full = await door.tell(NODE, node(client="green"))
+        assert "about all clients together: at most 4 at once" in _error(full, 429, "RATE_LIMITED")["message"]
+        assert door.refused("rate") == 2
+        forged = await door.tell(NODE, node(), secret="another")
+        assert forged.status_code == 401  # and takes nothing of the rate
+
+    open_door(scenario, per_minute=40)
+
+
+def test_what_was_changed_and_what_was_refused_is_in_the_audit_log(open_door: Opened) -> None:
+    async def scenario(door: Door) -> None:
+        await door.tell(NODE, node(version=2), nonce="nonce-once")
+        await door.tell(NODE, node(version=2), nonce="nonce-once")
+        await door.tell(NODE, node(version=1))
+        await door.tell(RELATIONSHIP, relationship(client="blue"))
+        await door.tell(RELATIONSHIP, relationship(), secret="another")
+        await door.tell(RELATIONSHIP, b"{}")
+        assert [(one.action, one.client, one.outcome, one.address) for one in door.notes] == [
+            ("nexus.webhook", "red", "ok", "127.0.0.1"),
+            ("nexus.webhook", "red", "UNAUTHORIZED", "127.0.0.1"),
+            ("nexus.webhook", "blue", "DOCUMENT_NOT_FOUND", "127.0.0.1"),
+            ("key.refused", "", "UNAUTHORIZED", "127.0.0.1"),
+        ]
+
+    open_door(scenario)
+
+
 @pytest.mark.parametrize("secret", [None, ""])
 def test_without_a_secret_there_are_no_such_routes(tmp_path: Path, secret: str | None) -> None:
     async def inside() -> None:
         async with house(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}") as made:
-            routes = webhook_routes(made.store, secret, made.metrics)
+            routes = webhook_routes(made.store, secret, made.metrics, note=lambda _: None)
             async with served(routes) as base, httpx.AsyncClient(base_url=base, trust_env=False) as client:
                 body = json.dumps(relationship()).encode()
                 nowhere = await client.post("/webhooks/nexus/nowhere", content=body)
@@ -429,7 +472,7 @@ def test_the_routes_want_no_key_and_the_real_time(tmp_path: Path) -> None:
     async def inside() -> None:
         async with house(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}") as made:
             await seed(made, ["a"])
-            routes = webhook_routes(made.store, SECRET, made.metrics)
+            routes = webhook_routes(made.store, SECRET, made.metrics, note=lambda _: None)
             assert [route.opt[OPEN] for route in routes] == [True, True]
             async with served(routes) as base, httpx.AsyncClient(base_url=base, trust_env=False) as client:
                 body = json.dumps(node()).encode()

@@ -17,6 +17,7 @@ from runpod_house import eventually
 
 from common.contract import EmbeddingReport, Report
 from control_plane.jobs.store import Waiting
+from control_plane.nexus.metrics import NexusMetrics
 from control_plane.operations.metrics import Metrics
 
 RULES = [
@@ -52,12 +53,15 @@ def selectors(node: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Every series that a live server shows after an export, with its labels; what it could show besides (another
-    backend, failures, engines, limits) is made to show in a registry of the same class."""
+    """Every series that a live server shows after an export and a document, with its labels; what it could show besides
+    (another backend, failures, engines, limits, webhooks) is made to show in a registry of the same class."""
     server = Server(tmp_path_factory.mktemp("shown") / "root", worker_slots=1)
     try:
         server.start()
         assert server.wait(server.submit(graph()))["type"] == "job_completed"
+        server.client.put("/v1/collections/notes", json={"dimension": 2}).raise_for_status()
+        server.client.put("/v1/collections/notes/documents/a", json={"vector": [1, 1]}).raise_for_status()
+        eventually(lambda: "vectorizer_nexus_sync_total" in server.client.get("/metrics").text)
         eventually(lambda: "event_loop_lag_seconds_bucket" in server.client.get("/metrics").text)
         live = server.client.get("/metrics").text
     finally:
@@ -67,7 +71,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     report.embedding = EmbeddingReport(provider="p", model="m", texts=1)
     report.timings.write = report.timings.cold_start = report.timings.embed = 1.0
     metrics.completed(report, "b", 1.0)
-    for series in vars(metrics).values():
+    figures = NexusMetrics(metrics.registry)
+    for series in [*vars(metrics).values(), *vars(figures).values()]:
         if labels := getattr(series, "_labelnames", ()):
             series.labels(*("x" for _ in labels))
     rest = metrics.text(Waiting({}, 0.0, 0), streams=0, free={"root": 1}, troubles={}).decode()

@@ -52,6 +52,8 @@ ALLOWED = {
     "verifyNexus": ADMIN,
     "rebuildNexus": ADMIN,
     "listNexusFailures": ADMIN,
+    "listNexusEvents": ADMIN,
+    "retryNexusEvents": ADMIN,
 }
 """Who of those with one scope may ask; ``admin`` may everywhere. A new route needs its line here."""
 OPEN = {"health", "ready"}
