@@ -120,7 +120,7 @@ class NexusMetrics:
         )
         self.context_cache = Counter(
             "vectorizer_nexus_context_cache",
-            "Answers about what is around a document: kept from before, or made anew",
+            "Answers about what is around a document: kept from before, or new",
             ["outcome"],
             registry=registry,
         )

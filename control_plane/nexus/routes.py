@@ -321,7 +321,10 @@ class CollectionController(Controller):
         opt={NEEDS: EXPORT, AUDITED: "document.delete"},
         operation_id="deleteDocument",
         summary="Delete a document",
-        responses=_errors("INVALID_EXPORT_REQUEST", "COLLECTION_NOT_FOUND", "DOCUMENT_NOT_FOUND"),
+        responses={
+            204: ResponseSpec(None, description="It is deleted"),
+            **_errors("INVALID_EXPORT_REQUEST", "COLLECTION_NOT_FOUND", "DOCUMENT_NOT_FOUND"),
+        },
     )
     async def delete_document(
         self,
