@@ -122,10 +122,7 @@ def inserts(folder: Path, *, count: int, rate: float, held: int) -> Inserts:
         rounds = 4
         for turn in range(2 * rounds):
             on = turn % 2 == 0
-            server.client.post(f"/v1/nexus/{'enable' if on else 'disable'}").raise_for_status()
-            if on:
-                settle(server)
-                compared(server)
+            switch(server, on=on)
             begin, due = held + turn * count // rounds, time.perf_counter()
             for number in range(begin, begin + count // rounds):
                 body = {"title": f"document {number}", "text": "what it says", "vector": data[number].tolist()}
@@ -138,7 +135,7 @@ def inserts(folder: Path, *, count: int, rate: float, held: int) -> Inserts:
                 answered[name] = time.time()
             if on:
                 settle(server)
-        settle(server)
+        switch(server, on=True)
         back = [webhook(server, f"on-{held + number}") for number in range(count // rounds)]
         deadline = time.monotonic() + 30
         wanted = [name for name in answered if name.startswith("on-")]
@@ -179,13 +176,17 @@ def settle(server: Server) -> None:
         time.sleep(0.05)
 
 
-def compared(server: Server) -> None:
-    """Wait until the graph was compared, as it is when a server begins to keep it in step."""
+def switch(server: Server, *, on: bool) -> None:
+    """Have the graph kept in step or not; waits until that is so, with all that waited and the comparison at its begin
+    done."""
+    server.client.post(f"/v1/nexus/{'enable' if on else 'disable'}").raise_for_status()
     while True:
         overview = server.client.get("/v1/nexus").raise_for_status().json()
-        if overview["leads"] and overview["last"] is not None and overview["progress"] is None:
-            return
+        if overview["leads"] is on and (not on or (overview["last"] is not None and overview["progress"] is None)):
+            break
         time.sleep(0.05)
+    if on:
+        settle(server)
 
 
 def webhook(server: Server, name: str) -> float:
