@@ -61,6 +61,9 @@ RELATED = 100
 """Documents of one step of the first stage."""
 PROJECTED = 500
 """Documents of one step of the second: a commit of the graph for all of them."""
+GATHER_SECONDS = 0.15
+"""After a step that took all that waited: what comes meanwhile goes into one step. A step is several transactions, and
+inserts wait for each of them."""
 LOOK_SECONDS = 0.25
 """Between two looks at the rows where nobody says that there is something: other replicas write too."""
 RENEW_SECONDS = LEASE_MS / 1_000 / 3
@@ -134,7 +137,11 @@ class SyncEngine:
 
     async def run(self) -> None:
         """Sync until canceled; then another replica may at once."""
-        loops = [self._lease(), self._loop(self._relate, self._written), self._loop(self._project, self._related)]
+        loops = [
+            self._lease(),
+            self._loop(self._relate, RELATED, self._written),
+            self._loop(self._project, PROJECTED, self._related),
+        ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             await asyncio.gather(*tasks)
@@ -195,7 +202,7 @@ class SyncEngine:
 
     # --- the loops ---------------------------------------------------------------------------------------------------
 
-    async def _loop(self, step: Callable[[], Awaitable[int]], woken: asyncio.Event) -> None:
+    async def _loop(self, step: Callable[[], Awaitable[int]], full: int, woken: asyncio.Event) -> None:
         failures = 0
         while True:
             await self._leading.wait()
@@ -220,6 +227,8 @@ class SyncEngine:
             else:
                 if not count:
                     await _wait(woken, LOOK_SECONDS)
+                elif count < full:
+                    await asyncio.sleep(GATHER_SECONDS)
                 continue
             pause = PAUSES[min(failures, len(PAUSES) - 1)]
             failures += 1

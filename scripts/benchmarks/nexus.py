@@ -96,6 +96,8 @@ class _Listener(ThreadingHTTPServer):
 
 class _Take(BaseHTTPRequestHandler):
     server: _Listener
+    protocol_version = "HTTP/1.1"
+    """Connections stay open, as those of a real receiver."""
 
     def do_POST(self) -> None:
         now = time.time()
@@ -177,16 +179,17 @@ def settle(server: Server) -> None:
 
 
 def switch(server: Server, *, on: bool) -> None:
-    """Have the graph kept in step or not; waits until that is so, with all that waited and the comparison at its begin
-    done."""
+    """Have the graph kept in step or not; waits until that is so, with all that waited, the comparison at its begin
+    and the events before done."""
     server.client.post(f"/v1/nexus/{'enable' if on else 'disable'}").raise_for_status()
-    while True:
-        overview = server.client.get("/v1/nexus").raise_for_status().json()
-        if overview["leads"] is on and (not on or (overview["last"] is not None and overview["progress"] is None)):
-            break
-        time.sleep(0.05)
     if on:
         settle(server)
+    while True:
+        overview = server.client.get("/v1/nexus").raise_for_status().json()
+        begun = overview["last"] is not None and overview["progress"] is None and not overview["outbound"]["waiting"]
+        if overview["leads"] is on and (begun or not on):
+            return
+        time.sleep(0.05)
 
 
 def webhook(server: Server, name: str) -> float:
