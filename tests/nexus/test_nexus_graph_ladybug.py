@@ -110,8 +110,8 @@ def test_a_change_is_there_whole_or_not_at_all_when_its_process_is_killed(path: 
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=chance.uniform(0, 0.05))
             process.kill()
-            last = [line.split() for line in process.stdout.read().splitlines()]
-        done = [int(number) for what, number in last if what == "done"]
+            *last, _ = process.stdout.read().split("\n")  # what is after the last newline was cut off with its writer
+        done = [int(line.removeprefix("done ")) for line in last if line.startswith("done ")]
         graph = LadybugGraph(path)
         graph.prepare()
         held = graph.read([TELLER])[TELLER].node
