@@ -6,6 +6,7 @@ import argparse
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +181,7 @@ def _first_result(capsule: Path) -> Row:
 def sidecar(folder: Path, *, short: bool) -> list[Row]:
     """Building the sidecar alone."""
     count, rounds = (5_000, 1) if short else (50_000, 5)
-    frames = list(islice(real_frames(), count))
+    frames = list(itertools.islice(real_frames(), count))
     rates = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -456,7 +456,7 @@ def _p95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
-def nexus(folder: Path, *, short: bool) -> list[Row]:
+def nexus(folder: Path, *, short: bool, documents: list[int] | None = None) -> list[Row]:
     """Collections and their graph: the embedded one, or the Nexus server that MEMVID_NEXUS_URL names."""
     count, rate, held = (40, 20, 200) if short else (3_000, 50, 10_000)
     graph = "Nexus" if os.environ.get("MEMVID_NEXUS_URL") else "embedded graph"
@@ -472,7 +472,7 @@ def nexus(folder: Path, *, short: bool) -> list[Row]:
         row("lag, insert to event of its sync: p99", sync.percentile(found.out, 0.99), "s", note, at_most=1),
         row("lag, webhook to payload: p99", sync.percentile(found.back, 0.99), "s", note, at_most=1),
     ]
-    sizes = (500, 1_000) if short else (10_000, 100_000)
+    sizes = sorted(documents or ((500, 1_000) if short else (10_000, 100_000)))
     times = {}
     for size in sizes:
         bulk = sync.bulk(folder / f"bulk-{size}", size)
@@ -485,8 +485,9 @@ def nexus(folder: Path, *, short: bool) -> list[Row]:
             row(f"{size:,} documents compared with the graph", bulk.verified, "s", "every edge"),
             row(f"{size:,} documents: differences", bulk.different, "", at_most=0),
         ]
-    exponent = math.log(times[sizes[1]] / times[sizes[0]]) / math.log(sizes[1] / sizes[0])
-    rows.append(row(f"growth exponent of sync, {sizes[0]:,} → {sizes[1]:,}", exponent, "", "1 is linear"))
+    for less, more in itertools.pairwise(sizes):
+        exponent = math.log(times[more] / times[less]) / math.log(more / less)
+        rows.append(row(f"growth exponent of sync, {less:,} → {more:,}", exponent, "", "1 is linear"))
     return rows
 
 
@@ -511,9 +512,13 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="small inputs, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--graph", type=Path, action="append", help="graphs for retrieval, in place of those here")
+    parser.add_argument(
+        "--documents", type=int, action="append", help="sizes of collections for nexus, in place of 10000 and 100000"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
     BENCHMARKS["retrieval"] = partial(retrieval, graphs=arguments.graph)
+    BENCHMARKS["nexus"] = partial(nexus, documents=arguments.documents)
     console = Console(width=150 if not sys.stdout.isatty() else None)
     CACHE.mkdir(exist_ok=True)
     for name in arguments.names or BENCHMARKS:
