@@ -13,31 +13,9 @@ from control_plane.errors import NotFound
 from control_plane.operations.auth import OPEN
 
 _FILES = Path(__file__).parent / "static"
-_SCRIPTS = [
-    "api",
-    "charts",
-    "collections",
-    "dashboard",
-    "document",
-    "dom",
-    "exports",
-    "graph",
-    "hues",
-    "neighbourhood",
-    "report",
-    "search",
-    "sync",
-    "timeline",
-    "walk",
-    "words",
-]
 # The framework adds the charset to text.
-_TYPES = {
-    "index.html": "text/html",
-    **{f"{name}.js": "text/javascript" for name in _SCRIPTS},
-    "dashboard.css": "text/css",
-    "icon.svg": "image/svg+xml",
-}
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_TYPES = {path.name: _KINDS[path.suffix] for path in _FILES.iterdir()}
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "

@@ -878,14 +878,13 @@ async def _late(connection: AsyncConnection) -> dict[int, Backlog]:
     """By collection."""
     of = documents.c.collection + 0  # or SQLite reads all documents in the order of their collections
     given_up = documents.c.attempts >= MAX_ATTEMPTS
-    uncompared = documents.c.related < documents.c.version
     anew = func.sum(case((documents.c.distrusted > documents.c.graphed, 1), else_=0))
     found: dict[int, Backlog] = {}
     # Each has an index of its own.
-    for condition in (uncompared, and_(documents.c.graphed < documents.c.wanted, ~uncompared)):
+    for condition in (UNRELATED, and_(UNGRAPHED, ~UNRELATED)):
         query = select(of, given_up, func.count(), func.min(documents.c.changed_at), anew).where(condition)
         for collection, dead, count, since, again in await connection.execute(query.group_by(of, given_up)):
-            written = count if condition is uncompared else count - int(again)
+            written = count if condition is UNRELATED else count - int(again)
             some = Backlog(0, count, None, 0) if dead else Backlog(count, 0, since, written)
             found[collection] = _both(found.get(collection, NO_BACKLOG), some)
     return found

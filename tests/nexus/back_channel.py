@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import uvicorn
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
+from nexus.told_server import Seen
 from processes import answering
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Boolean, Integer, LargeBinary, Table, func, insert, select
@@ -182,21 +183,7 @@ async def served(handlers: Sequence[HTTPRouteHandler]) -> AsyncIterator[str]:
             await task
 
 
-class Arrived(NamedTuple):
-    """A request that came."""
-
-    headers: dict[str, str]
-    """Names in lower case."""
-    raw: bytes
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The event."""
-        found: dict[str, Any] = json.loads(self.raw)
-        return found
-
-
-Answer = Callable[[BaseHTTPRequestHandler, Arrived], None]
+Answer = Callable[[BaseHTTPRequestHandler, Seen], None]
 
 
 class Receiver:
@@ -204,7 +191,7 @@ class Receiver:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.arrived: list[Arrived] = []
+        self.arrived: list[Seen] = []
         self.answers: list[Answer] = []
         self.came = threading.Semaphore(0)
         """Released for each request, once it is answered."""
@@ -246,7 +233,7 @@ def receiver() -> Iterator[Receiver]:
 
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
-            arrived = Arrived({name.lower(): value for name, value in self.headers.items()}, raw)
+            arrived = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, raw)
             known.arrived.append(arrived)
             try:
                 if known.answers:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from processes import free_port
+from nexus.own_server import OwnServer
 
 from control_plane.nexus.graph.nexus import NexusGraph
 
@@ -23,71 +21,26 @@ needs_nexus = pytest.mark.skipif(
 needs_own_nexus = pytest.mark.skipif(not PROGRAM, reason="starts a Nexus server anew: needs NEXUS_SERVER_BIN")
 
 
-class NexusServer:
+class NexusServer(OwnServer):
     """A Nexus server that can be ended and started again with what it holds."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)  # without config.yml, whose settings would be taken from where it is started
-        self.folder = folder
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    # Its folder is without config.yml, whose settings would be taken from where it is started.
+    HEALTH = "/health"
 
     @property
     def data(self) -> Path:
         """The folder of its files."""
         return self.folder / "data"
 
-    def start(self) -> None:
-        """Start, and wait until it answers."""
+    def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         assert PROGRAM is not None
         env = {
-            **os.environ,
             "NEXUS_ADDR": f"127.0.0.1:{self.port}",
             "NEXUS_RPC_ENABLED": "false",
             "NEXUS_DATA_DIR": str(self.data),
             "RUST_LOG": "error",
         }
-        log = self.folder / "log"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [PROGRAM], cwd=self.folder, env=env, stdout=output, stderr=subprocess.STDOUT
-            )
-        for _ in range(1_200):
-            if self._process.poll() is not None:
-                break
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2, trust_env=False).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.02)
-        self.kill()
-        raise RuntimeError(f"the Nexus server did not start:\n{log.read_text(errors='replace')[-4_000:]}")
-
-    def stop(self) -> None:
-        """End in order."""
-        assert self._process is not None
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        """End at once, whatever it does."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def restart(self, *, kill: bool = False) -> None:
-        """End, in order or at once, and start with what it holds."""
-        self.kill() if kill else self.stop()
-        self.start()
+        return [PROGRAM], os.environ | env
 
     def query(self, statement: str, **parameters: Any) -> list[list[Any]]:
         """Rows of an answer; raises RuntimeError for an error, under whatever status."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from nexus.brute_force import pairs
@@ -133,15 +133,8 @@ class Synced:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine's loops."""
-        task = asyncio.create_task(self.engine.run())
-        try:
+        async with meanwhile(self.engine.run()):
             yield
-            if task.done():
-                task.result()
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     async def verify(self) -> LookReport:
         """One comparison."""
@@ -165,6 +158,20 @@ class Synced:
         named = {row: entities(text) for row, text in self.texts.items()}
         assert {row: one.mentions for row, one in held.items()} == named
         assert set(self.graph.entities("", 100_000)) == {key for keys in named.values() for key in keys}
+
+
+@asynccontextmanager
+async def meanwhile(loop: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """It runs, and is ended; what it raised comes out."""
+    task = asyncio.create_task(loop)
+    try:
+        yield
+        if task.done():
+            task.result()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 @contextmanager

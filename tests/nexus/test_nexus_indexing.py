@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from live_server import Server
 from nexus import brute_force
 from nexus.index_conformance import clustered
+from nexus.synced import meanwhile
 from nexus.vectorizer_twin import Points, Twin
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
@@ -63,15 +63,8 @@ class Parts:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The loop."""
-        task = asyncio.create_task(self.indexing.run())
-        try:
+        async with meanwhile(self.indexing.run()):
             yield
-            if task.done():
-                task.result()
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
 
 async def until(right: Callable[[], bool]) -> None:

@@ -18,7 +18,8 @@ import httpx
 import msgspec
 import pytest
 from clocks import Ahead
-from nexus.back_channel import NOW, SECRET, Arrived, Clock, House, Receiver, house, receiver, relationship, say, seed
+from nexus.back_channel import NOW, SECRET, Clock, House, Receiver, house, receiver, relationship, say, seed
+from nexus.told_server import Seen
 from processes import free_port
 from sqlalchemy import text
 from structlog.testing import capture_logs
@@ -281,16 +282,16 @@ def test_a_clock_that_goes_back_silences_nothing(file_url: str) -> None:
     _run(file_url, scenario)
 
 
-def _hangs_up(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+def _hangs_up(handler: BaseHTTPRequestHandler, _: Seen) -> None:
     handler.close_connection = True
 
 
-def _speaks_another_language(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+def _speaks_another_language(handler: BaseHTTPRequestHandler, _: Seen) -> None:
     handler.wfile.write(b"220 mail.example ESMTP\\r\\n")
     handler.close_connection = True
 
 
-def _is_cut(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+def _is_cut(handler: BaseHTTPRequestHandler, _: Seen) -> None:
     handler.send_response_only(200)
     handler.send_header("Content-Length", "100")
     handler.end_headers()
@@ -330,7 +331,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for(file_url: str, begun: bo
         async with _post(file_url) as post:
             came, ended = asyncio.Event(), threading.Event()
 
-            def dribbles(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+            def dribbles(handler: BaseHTTPRequestHandler, _: Seen) -> None:
                 if begun:
                     handler.send_response_only(200)
                     handler.send_header("Content-Length", "100")
@@ -415,12 +416,12 @@ def test_events_of_a_sender_that_was_ended_are_sent_by_the_next(url: str) -> Non
         begun, go_on = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
-        def waits(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+        def waits(handler: BaseHTTPRequestHandler, _: Seen) -> None:
             loop.call_soon_threadsafe(begun.set)
             go_on.wait(30)
             say(handler, 204)
 
-        def takes(handler: BaseHTTPRequestHandler, _: Arrived) -> None:
+        def takes(handler: BaseHTTPRequestHandler, _: Seen) -> None:
             say(handler, 204)
 
         post.receiver.answers += [takes] * (BATCH + 3) + [waits]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from pathlib import Path
 
 import numpy as np
-from nexus.synced import DIMENSION, Synced, around, synced, tricky
+from nexus.synced import DIMENSION, Synced, around, meanwhile, synced, tricky
 
 from control_plane.nexus.store import EVERYTHING
 from control_plane.operations.backup import backup
@@ -19,15 +18,11 @@ CENTRE = around(np.random.default_rng(1), np.zeros(DIMENSION), 1)
 async def _looked(parts: Synced) -> None:
     """Sync, with the look that every replica begins with, until nothing is left to do."""
     begun = (await parts.store.state()).verified_at
-    async with parts.running():
-        looking = asyncio.create_task(parts.verifier.run())
+    async with parts.running(), meanwhile(parts.verifier.run()):
         async with asyncio.timeout(30):
             while (state := await parts.store.state()).verified_at == begun or state.asked or state.progress:
                 await asyncio.sleep(0.01)
         await parts.settled()
-        looking.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await looking
 
 
 def test_after_an_older_backup_the_graph_loses_what_came_since_and_gets_back_what_was_there(tmp_path: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from processes import free_port
+from nexus.own_server import OwnServer
 from prometheus_client import CollectorRegistry
 
 from control_plane.nexus.metrics import NexusMetrics
@@ -50,63 +48,21 @@ auth:
 """
 
 
-class VectorizerServer:
+class VectorizerServer(OwnServer):
     """A Vectorizer server that can be ended and started again with what it has saved."""
 
+    HEALTH = "/status"
+
     def __init__(self, folder: Path, *, auth: bool = False) -> None:
-        folder.mkdir(parents=True)
+        super().__init__(folder)
         (folder / "config.yml").write_text(CONFIG.replace("{auth}", str(auth).lower()))
-        self.folder = folder
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Start, and wait until it answers."""
+    def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         assert PROGRAM is not None
-        log = self.folder / "log"
         arguments = [PROGRAM, "--host", "127.0.0.1", "--port", str(self.port), "--data-dir", str(self.folder / "data")]
         # It also writes below the home of whoever starts it.
-        env = os.environ | {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder), "RUST_LOG": "error"}
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                arguments, cwd=self.folder, env=env, stdout=output, stderr=subprocess.STDOUT
-            )
-        for _ in range(600):
-            if self._process.poll() is not None:
-                break
-            try:
-                if httpx.get(f"{self.url}/status", timeout=2, trust_env=False).status_code in (200, 401):
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        self.kill()
-        raise RuntimeError(f"the Vectorizer server did not start:\n{log.read_text(errors='replace')[-4_000:]}")
-
-    def stop(self) -> None:
-        """End in order."""
-        assert self._process is not None
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        """End at once, whatever it does."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def restart(self, *, kill: bool = False) -> None:
-        """End, in order or at once, and start with what it has saved."""
-        self.kill() if kill else self.stop()
-        self.start()
+        env = {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder), "RUST_LOG": "error"}
+        return arguments, os.environ | env
 
     def ask(self, method: str, path: str, body: object = None, *, status: int = 200) -> Any:
         """An answer, which must have this status."""
