@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 """Keys of advisory locks: who migrates, who adds to the queue."""
 
 NOTICES, COMMITTED = "notices", "committed notices"
+RELAXED = "relaxed"
 
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
@@ -101,6 +104,17 @@ class Database:
                 await _lock(connection, MIGRATION_LOCK)
             await connection.run_sync(_upgrade)
 
+    @asynccontextmanager
+    async def relaxed(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction of ``write`` that is on no disk when it is committed: for what is found out again after a
+        power cut, which takes it back only with all that was committed since. On SQLite; on PostgreSQL, whose end is
+        not that of this process, one as all others are."""
+        async with self.write.begin() as connection:
+            if not self.postgres:
+                connection.info[RELAXED] = True
+                await connection.exec_driver_sql("PRAGMA synchronous=NORMAL")
+            yield connection
+
     async def close(self) -> None:
         """Close all connections."""
         await self.read.dispose()
@@ -125,6 +139,7 @@ class Database:
             event.listen(engine.sync_engine, "checkin", self._returned)
         else:
             event.listen(engine.sync_engine, "invalidate", self._let_go)
+            event.listen(engine.sync_engine, "checkin", self._strict_again)
         return engine
 
     def _connected(self, connection: Any, record: Any) -> None:
@@ -132,10 +147,11 @@ class Database:
             connection.driver_connection.adapters.register_dumper(str, _Words)
             return
         # An answer of 202 promises that the job survives a power cut: FULL syncs the log at every commit.
-        cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+        _pragmas(connection, "journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON")
+
+    def _strict_again(self, connection: Any, record: Any) -> None:
+        if record.info.pop(RELAXED, False) and connection is not None:
+            _pragmas(connection, "synchronous=FULL")
 
     def _let_go(self, connection: Any, _record: object, _error: object) -> None:
         """Of a statement that was canceled somebody may hold the cursor still; as long as that is so, closing the
@@ -154,6 +170,13 @@ class Database:
         record.info.pop(NOTICES, None)
         for words, seq in record.info.pop(COMMITTED, {}).items():
             self.outbox.put(words, seq)
+
+
+def _pragmas(connection: Any, *pragmas: str) -> None:
+    cursor = connection.cursor()
+    for pragma in pragmas:
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
 
 
 class Outbox:

@@ -251,7 +251,7 @@ class BackStore:
             }
             for event in events
         ]
-        async with self._database.write.begin() as connection:
+        async with self._database.relaxed() as connection:
             waits = await self._put_events(connection, bodies, now)
         if waits:
             self.written.set()
@@ -266,7 +266,7 @@ class BackStore:
 
     async def settle(self, sent: Sequence[int], failed: Sequence[Unsent]) -> None:
         """Note what became of events: those that were taken go."""
-        async with self._database.write.begin() as connection:
+        async with self._database.relaxed() as connection:
             await connection.execute(delete(outbound).where(outbound.c.id.in_(sent)))
             for one in failed:
                 values = {"attempts": one.attempts, "error": one.error, "next_at": one.next_at or 0}

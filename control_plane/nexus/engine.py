@@ -58,7 +58,9 @@ from control_plane.nexus.store import LEASE_MS, CollectionStore, LeaseLost
 log = structlog.get_logger()
 
 RELATED = 100
-"""Documents of one step of the first stage."""
+"""Documents of one step of the first stage, and more where there is a space of more than ``LARGE``, in proportion: each
+step looks through all lists of its space."""
+LARGE = 250_000
 PROJECTED = 500
 """Documents of one step of the second: a commit of the graph for all of them."""
 GATHER_SECONDS = 0.15
@@ -102,8 +104,8 @@ class SyncEngine:
         metrics: NexusMetrics,
         synced: Callable[[Sequence[Row]], Awaitable[None]],
     ) -> None:
-        """``synced`` is told of documents that the graph has now as their rows say; of some twice, where a process
-        ends just then."""
+        """``synced`` is told of documents whose last change the graph has now; of some twice, where a process ends just
+        then."""
         self.store = store
         self.spaces = spaces
         self.graph = graph
@@ -242,7 +244,8 @@ class SyncEngine:
             # A database that gave no answer may still write: this waits until it has.
             await self.store.take_lease()
             self._unsure = False
-        rows = await self.store.unrelated(RELATED, next(self._turns[0]))
+        largest = max(map(len, self.spaces.whole.values()), default=0)
+        rows = await self.store.unrelated(RELATED * max(1, largest // LARGE), next(self._turns[0]))
         groups: dict[str, list[Unrelated]] = defaultdict(list)
         for row in rows:
             groups[row.space].append(row)
@@ -364,8 +367,10 @@ class SyncEngine:
             log.warning("the graph refuses a document", document=row.id, attempt=row.attempts + 1, reason=error.message)
             return
         now = now_ms()
-        await self._synced(rows)  # before it is noted: better twice than never
-        await self.store.put_graphed([Graphed(row.id, row.wanted, row.near, row.mentions) for row in rows], now)
+        # Before it is noted: better twice than never. Lists of others that changed by it are no news.
+        await self._synced([row for row in rows if row.news])
+        done = [Graphed(row.id, row.wanted, row.near, row.mentions, row.version if row.news else 0) for row in rows]
+        await self.store.put_graphed(done, now)
         self._metrics.relationships.labels("SIMILAR_TO").inc(len(change.similar))
         self._metrics.relationships.labels("MENTIONS").inc(len(change.mentions))
         for row in rows:

@@ -31,6 +31,7 @@ SEARCHED_AT_ONCE = 32
 """Vectors: about as long."""
 _EXPANSION = 128
 """Candidates that the index looks through when it adds and when it searches; with fewer it finds less."""
+_MEASURED_AGAIN = 1.02
 _DIGEST = 32
 """Bytes of BLAKE2b."""
 
@@ -84,7 +85,9 @@ class Nearest:
             ndim=dimension, metric="ip", dtype="bf16", expansion_add=_EXPANSION, expansion_search=_EXPANSION
         )
         self.bytes = 0
-        """What it takes of memory."""
+        """What it takes of memory, or took when it had some hundredths less in it: asking takes the longer the more it
+        has."""
+        self._measured = 0
         self._turn = _Turns()
         self._changing = threading.Lock()
         self._held: list[Held] = []
@@ -100,8 +103,12 @@ class Nearest:
                 with self._turn:
                     self._index.remove(ids[part])
                     self._index.add(ids[part], vectors[part])
-                    self.bytes = self._index.memory_usage
+                    if len(self._index) > self._measured * _MEASURED_AGAIN:
+                        self._measure()
         return np.ones(len(ids), np.bool_)
+
+    def _measure(self) -> None:
+        self.bytes, self._measured = self._index.memory_usage, len(self._index)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Let go of those that are there."""
@@ -189,7 +196,7 @@ class Nearest:
             ):
                 nearest = Nearest(dimension)
                 nearest._index.load(index)
-                nearest.bytes = nearest._index.memory_usage
+                nearest._measure()
                 ids = np.frombuffer(manifest.ids, dtype="<i8").astype(np.int64)
                 prints = [manifest.prints[at : at + PRINT] for at in range(0, len(manifest.prints), PRINT)]
                 nearest._held.append(Held(ids, prints))

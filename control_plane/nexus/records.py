@@ -193,6 +193,8 @@ class Row(NamedTuple):
     deleted: bool
     pending: bool
     """The graph has not got the last change, or the change was not compared yet."""
+    news: bool
+    """The last change was compared, and nobody outside was told that the graph has it."""
     wanted: int
     near: bytes
     """Packed; the list that the graph should have. Empty where it was deleted."""
@@ -210,6 +212,8 @@ class Graphed(NamedTuple):
     near: bytes
     mentions: Sequence[Mentioned]
     """All three as the row said that the graph was told of."""
+    announced: int
+    """The version that outside was told of with that; 0: none."""
 
 
 class Told(NamedTuple):

@@ -58,11 +58,11 @@ NEXT_VERSIONS = text("UPDATE last_version SET version = version + :count RETURNI
 _PUT_DOCUMENT = """
 INSERT INTO documents (
     collection, space, doc_id, doc_type, permissions, exported, created_at, updated_at, deleted, version, first_version,
-    related, domain, wanted, graphed, distrusted, changed_at, attempts, next_at, near, graphed_near
+    related, domain, wanted, graphed, distrusted, announced, changed_at, attempts, next_at, near, graphed_near
 )
 SELECT
     id, space, :doc_id, :doc_type, :permissions, :exported, :now, :now, false, :version, :version,
-    0, '', 0, 0, 0, :now, 0, 0, :nothing, :nothing
+    0, '', 0, 0, 0, 0, :now, 0, 0, :nothing, :nothing
 FROM collections WHERE id = :collection AND NOT deleted
 ON CONFLICT (collection, doc_id) DO UPDATE SET
     doc_type = excluded.doc_type,
@@ -140,6 +140,7 @@ PUT_GRAPHED = (
         graphed=bindparam("of"),
         # Where somebody found since that the graph holds something else, this is not known either.
         graphed_near=case((documents.c.distrusted > bindparam("of"), None), else_=bindparam("list", type_=LargeBinary)),
+        announced=case((documents.c.announced < bindparam("told"), bindparam("told")), else_=documents.c.announced),
         synced_at=bindparam("now"),
         changed_at=case(
             (

@@ -427,7 +427,7 @@ class CollectionStore:
     async def put_related(self, done: Sequence[Related], lists: Mapping[int, Sequence[Near]]) -> None:
         """What came of comparing: changes that were, and new lists of any documents. One that changed meanwhile is
         compared again later; one that was deleted has no list and names nothing. Raises LeaseLost."""
-        async with self._leading() as connection:
+        async with self._leading(relaxed=True) as connection:
             there = await self._locked(connection, [*lists, *(one.id for one in done)])
             near = [
                 {"row": row, "list": pack_near(one)}
@@ -517,13 +517,13 @@ class CollectionStore:
 
     async def put_graphed(self, done: Sequence[Graphed], now: int) -> None:
         """The graph holds what these rows said when they were read. Raises LeaseLost."""
-        async with self._leading() as connection:
+        async with self._leading(relaxed=True) as connection:
             there = await self._locked(connection, [one.id for one in done])
             new = [one for one in done if one.id in there and there[one.id].graphed < one.wanted]
             await _for_each(
                 connection,
                 PUT_GRAPHED,
-                [{"row": one.id, "of": one.wanted, "list": one.near, "now": now} for one in new],
+                [{"row": one.id, "of": one.wanted, "list": one.near, "told": one.announced, "now": now} for one in new],
             )
             known = await self._mentions(connection, [one.id for one in new])
             target = dict(known)
@@ -736,17 +736,18 @@ class CollectionStore:
         return self._leading() if leading else self._database.write.begin()
 
     @asynccontextmanager
-    async def _changing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction whose first statement may be a query: on SQLite nobody else writes from its begin on."""
-        async with self._database.write.begin() as connection:
+    async def _changing(self, *, relaxed: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction whose first statement may be a query: on SQLite nobody else writes from its begin on.
+        ``relaxed``: see ``Database``."""
+        async with self._database.relaxed() if relaxed else self._database.write.begin() as connection:
             if not self._postgres:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
 
     @asynccontextmanager
-    async def _leading(self) -> AsyncIterator[AsyncConnection]:
+    async def _leading(self, *, relaxed: bool = False) -> AsyncIterator[AsyncConnection]:
         """The same, during which nobody else takes the lease. Raises LeaseLost."""
-        async with self._changing() as connection:
+        async with self._changing(relaxed=relaxed) as connection:
             # A lease that has lapsed holds as long as nobody took it.
             if await connection.scalar(select(sync_state.c.owner).with_for_update(read=True)) != self.replica:
                 raise LeaseLost("Another replica keeps the graph in step, or none does.")
@@ -937,6 +938,7 @@ def _rows() -> Select[Any]:
         mine.version,
         mine.deleted,
         PENDING,
+        and_(~UNRELATED, mine.announced < mine.version),
         mine.wanted,
         mine.near,
         mine.graphed_near,

@@ -86,6 +86,8 @@ documents = Table(
     Column("wanted", BigInteger, nullable=False),
     Column("graphed", BigInteger, nullable=False),
     Column("distrusted", BigInteger, nullable=False),
+    # The last version that outside was told to be in the graph.
+    Column("announced", BigInteger, nullable=False),
     Column("changed_at", BigInteger, nullable=False),
     Column("synced_at", BigInteger),
     Column("attempts", Integer, nullable=False),

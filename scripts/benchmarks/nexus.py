@@ -6,16 +6,17 @@ as those of real code do.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 import msgspec
 import numpy as np
@@ -86,16 +87,10 @@ def running(folder: Path, **env: str) -> Iterator[Server]:
         server.close()
 
 
-class _Listener(ThreadingHTTPServer):
-    """Takes events, and notes when."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, float] = {}
-        super().__init__(("127.0.0.1", 0), _Take)
-
-
 class _Take(BaseHTTPRequestHandler):
-    server: _Listener
+    """Notes of each event when it came."""
+
+    log: ClassVar[TextIO]
     protocol_version = "HTTP/1.1"
     """Connections stay open, as those of a real receiver."""
 
@@ -103,7 +98,7 @@ class _Take(BaseHTTPRequestHandler):
         now = time.time()
         event = msgspec.json.decode(self.rfile.read(int(self.headers["content-length"])))
         if event["kind"] == "document.synced":
-            self.server.seen.setdefault(event["document"]["id"], now)
+            print(event["document"]["id"], now, file=self.log, flush=True)
         self.send_response(204)
         self.end_headers()
 
@@ -111,12 +106,43 @@ class _Take(BaseHTTPRequestHandler):
         """Nobody reads it."""
 
 
+def _take_events(told: Connection, log: Path) -> None:
+    with log.open("w") as _Take.log, ThreadingHTTPServer(("127.0.0.1", 0), _Take) as server:
+        told.send(server.server_port)
+        server.serve_forever()
+
+
+@contextmanager
+def listener(log: Path) -> Iterator[str]:
+    """The URL of one that takes events, and writes into ``log`` which document's came and when. It is a process of its
+    own, so that what it does does not count as time of who inserts."""
+    spawn = multiprocessing.get_context("spawn")
+    mine, told = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_take_events, args=(told, log))
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{mine.recv()}/events"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _heard(log: Path) -> dict[str, float]:
+    """By document, when its first event came."""
+    found: dict[str, float] = {}
+    for line in log.read_text().splitlines():
+        name, now = line.split()
+        found.setdefault(name, float(now))
+    return found
+
+
 def inserts(folder: Path, *, count: int, rate: float, held: int) -> Inserts:
     """``count`` single inserts each way at ``rate`` a second, into a collection that holds ``held`` documents."""
-    data, listener = vectors(held + 2 * count), _Listener()
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    hook = f"http://127.0.0.1:{listener.server_port}/events"
-    with running(folder, MEMVID_NEXUS_WEBHOOK_SECRET=SECRET, MEMVID_NEXUS_OUTBOUND_URL=hook) as server:
+    data, log = vectors(held + 2 * count), folder.with_suffix(".events")
+    with (
+        listener(log) as hook,
+        running(folder, MEMVID_NEXUS_WEBHOOK_SECRET=SECRET, MEMVID_NEXUS_OUTBOUND_URL=hook) as server,
+    ):
         load(server, data[:held], "held")
         settle(server)
         took: dict[bool, list[float]] = {True: [], False: []}
@@ -141,11 +167,9 @@ def inserts(folder: Path, *, count: int, rate: float, held: int) -> Inserts:
         back = [webhook(server, f"on-{held + number}") for number in range(count // rounds)]
         deadline = time.monotonic() + 30
         wanted = [name for name in answered if name.startswith("on-")]
-        while any(name not in listener.seen for name in wanted) and time.monotonic() < deadline:
+        while any(name not in (heard := _heard(log)) for name in wanted) and time.monotonic() < deadline:
             time.sleep(0.1)
-    listener.shutdown()
-    listener.server_close()
-    out = [listener.seen.get(name, float("inf")) - answered[name] for name in wanted]
+    out = [heard.get(name, float("inf")) - answered[name] for name in wanted]
     return Inserts(took[True], took[False], out, back)
 
 
@@ -167,15 +191,16 @@ def load(server: Server, data: NDArray[np.float32], name: str) -> float:
     return time.perf_counter() - began
 
 
-def settle(server: Server) -> None:
-    """Wait until the graph has every document. Raises RuntimeError where one was given up."""
+def settle(server: Server, every: float = 0.05) -> None:
+    """Wait until the graph has every document, by a look every so many seconds: counting what waits takes the longer
+    the more that is. Raises RuntimeError where one was given up."""
     while True:
         sync = server.client.get("/v1/collections/bench").raise_for_status().json()["sync"]
         if sync["failed"]:
             raise RuntimeError(f"documents were given up: {sync}")
         if not sync["pending"]:
             return
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def switch(server: Server, *, on: bool) -> None:
@@ -221,7 +246,7 @@ def bulk(folder: Path, count: int) -> Bulk:
     with running(folder, **limits) as server:
         began = time.perf_counter()
         accepted = load(server, vectors(count), "bulk")
-        settle(server)
+        settle(server, count / 1e5)
         synced = time.perf_counter() - began
         server.client.post("/v1/nexus/verify").raise_for_status()
         asked = time.perf_counter()

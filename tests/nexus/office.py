@@ -125,7 +125,11 @@ class Office:
                 wrong = [row.id for row in rows if row.doc_id in refused]
                 for _ in range(MAX_ATTEMPTS if wrong else 0):
                     await store.put_failed(wrong, "it is too strange for a graph", NEVER)
-                done = [Graphed(row.id, row.wanted, row.near, row.mentions) for row in rows if row.id not in wrong]
+                done = [
+                    Graphed(row.id, row.wanted, row.near, row.mentions, row.version)
+                    for row in rows
+                    if row.id not in wrong
+                ]
                 await store.put_graphed(done, now_ms())
 
         self.do(inside())

@@ -105,7 +105,9 @@ class House:
         """Tell a graph all that waits, as the engine would; answers that."""
         rows = await self.store.ungraphed(10_000, now)
         await self.store.put_intended({row.id: unpack_near(row.near) for row in rows})
-        await self.store.put_graphed([Graphed(row.id, row.wanted, row.near, row.mentions) for row in rows], now)
+        await self.store.put_graphed(
+            [Graphed(row.id, row.wanted, row.near, row.mentions, row.version) for row in rows], now
+        )
         return rows
 
     async def forget(self) -> None:

@@ -34,7 +34,7 @@ __all__ = ["url"]
 
 def told(row: Row) -> Graphed:
     """That the graph holds what a row said."""
-    return Graphed(row.id, row.wanted, row.near, row.mentions)
+    return Graphed(row.id, row.wanted, row.near, row.mentions, row.version)
 
 
 async def named(house: House, document: int) -> dict[str, tuple[bool, int]]:
@@ -189,7 +189,7 @@ def test_what_changes_while_the_graph_is_told_is_told_next(url: str) -> None:
         assert await named(house, a) == {"name:kept": (True, HELD), "name:new": (True, HELD)}
         assert not (await house.row(a)).pending
         # Who was slower than that has nothing to say.
-        await house.store.put_graphed([told(row), Graphed(999, 1, b"", [])], NOW)
+        await house.store.put_graphed([told(row), Graphed(999, 1, b"", [], 1)], NOW)
         assert (await house.row(a)).told == pack_near([Near(8, 0.9)])
 
     run(url, scenario)

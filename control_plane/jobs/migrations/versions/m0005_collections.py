@@ -103,6 +103,7 @@ def _documents() -> None:
         sa.Column("wanted", sa.BigInteger, nullable=False),
         sa.Column("graphed", sa.BigInteger, nullable=False),
         sa.Column("distrusted", sa.BigInteger, nullable=False),
+        sa.Column("announced", sa.BigInteger, nullable=False),
         sa.Column("changed_at", sa.BigInteger, nullable=False),
         sa.Column("synced_at", sa.BigInteger),
         sa.Column("attempts", sa.Integer, nullable=False),
