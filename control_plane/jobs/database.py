@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -40,7 +39,8 @@ MIGRATION_LOCK, CREATION_LOCK = 0x6D76_0001, 0x6D76_0002
 """Keys of advisory locks: who migrates, who adds to the queue."""
 
 NOTICES, COMMITTED = "notices", "committed notices"
-RELAXED = "relaxed"
+
+T = TypeVar("T")
 
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that is away or too busy: the same may work later."""
@@ -104,16 +104,21 @@ class Database:
                 await _lock(connection, MIGRATION_LOCK)
             await connection.run_sync(_upgrade)
 
-    @asynccontextmanager
-    async def relaxed(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction of ``write`` that is on no disk when it is committed: for what is found out again after a
-        power cut, which takes it back only with all that was committed since. On SQLite; on PostgreSQL, whose end is
-        not that of this process, one as all others are."""
-        async with self.write.begin() as connection:
-            if not self.postgres:
-                connection.info[RELAXED] = True
-                await connection.exec_driver_sql("PRAGMA synchronous=NORMAL")
-            yield connection
+    async def at_once(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]], *, relaxed: bool = False) -> T:
+        """A transaction of ``write`` in which ``work`` awaits nothing but methods of the connection. On SQLite it has
+        the lock from its begin on, and is one visit to the connection's thread, so that who waits to write does not
+        wait for turns of a busy event loop.
+
+        ``relaxed``: on SQLite it may be on no disk when it is committed, for what is found out again after a power cut;
+        that takes it back only with all that was committed since. On PostgreSQL, whose end is not that of this process,
+        it is as any other."""
+        if self.postgres:
+            async with self.write.begin() as connection:
+                return await work(connection)
+        async with self.write.connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, sqlite.SqliteConnection)
+            return await driver.transaction(work, relaxed=relaxed)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -139,7 +144,6 @@ class Database:
             event.listen(engine.sync_engine, "checkin", self._returned)
         else:
             event.listen(engine.sync_engine, "invalidate", self._let_go)
-            event.listen(engine.sync_engine, "checkin", self._strict_again)
         return engine
 
     def _connected(self, connection: Any, record: Any) -> None:
@@ -147,11 +151,10 @@ class Database:
             connection.driver_connection.adapters.register_dumper(str, _Words)
             return
         # An answer of 202 promises that the job survives a power cut: FULL syncs the log at every commit.
-        _pragmas(connection, "journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON")
-
-    def _strict_again(self, connection: Any, record: Any) -> None:
-        if record.info.pop(RELAXED, False) and connection is not None:
-            _pragmas(connection, "synchronous=FULL")
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
     def _let_go(self, connection: Any, _record: object, _error: object) -> None:
         """Of a statement that was canceled somebody may hold the cursor still; as long as that is so, closing the
@@ -170,13 +173,6 @@ class Database:
         record.info.pop(NOTICES, None)
         for words, seq in record.info.pop(COMMITTED, {}).items():
             self.outbox.put(words, seq)
-
-
-def _pragmas(connection: Any, *pragmas: str) -> None:
-    cursor = connection.cursor()
-    for pragma in pragmas:
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
 
 
 class Outbox:

@@ -7,11 +7,14 @@ busy event loop, and they were most of the time that a small answer took.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiosqlite
+from sqlalchemy import Connection, CursorResult, Engine, ScalarResult, StaticPool, create_engine
+
+T = TypeVar("T")
 
 
 class _Done(NamedTuple):
@@ -36,6 +39,8 @@ class SqliteConnection(aiosqlite.Connection):
         self._thread.daemon = True
         self._unknown = False
         """A statement was not waited for, so nobody knows whether a transaction is open or will be."""
+        self._engine: Engine | None = None
+        """Over this connection, for its thread."""
 
     def cursor(self) -> Any:
         """A cursor for one statement."""
@@ -49,6 +54,33 @@ class SqliteConnection(aiosqlite.Connection):
         self._unknown = False
         return done
 
+    async def transaction(self, work: Callable[[Any], Coroutine[Any, Any, T]], *, relaxed: bool) -> T:
+        """Run a whole transaction in one visit to the thread: ``work`` gets an ``Inline`` and may await nothing else.
+        ``relaxed``: its commit does not wait for the disk."""
+        self._unknown = True
+        visit: Any = self._execute
+        found: T = await visit(self._transaction, work, relaxed)
+        self._unknown = False
+        return found
+
+    def _transaction(self, work: Callable[[Any], Coroutine[Any, Any, T]], relaxed: bool) -> T:
+        if self._engine is None:
+            self._engine = create_engine(
+                "sqlite://", creator=lambda: self._conn, poolclass=StaticPool, hide_parameters=True
+            )
+        with self._engine.connect() as connection:
+            if relaxed:
+                connection.exec_driver_sql("PRAGMA synchronous=NORMAL")
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                found = _whole(work(Inline(connection)))
+                connection.commit()
+                return found
+            finally:
+                connection.rollback()
+                if relaxed:
+                    connection.exec_driver_sql("PRAGMA synchronous=FULL")
+
     async def rollback(self) -> None:
         """Roll back, where there may be anything to."""
         if self._unknown or self.in_transaction:
@@ -61,6 +93,37 @@ def _run(connection: sqlite3.Connection, call: Callable[..., Any], sql: str, par
         call(cursor, sql, parameters)
         rows = cursor.fetchall() if cursor.description else []
         return _Done(rows, cursor.description, cursor.rowcount, cursor.lastrowid)
+
+
+def _whole(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        work.send(None)
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    work.close()
+    raise RuntimeError("A transaction that is one visit waits for something else than its connection.")
+
+
+class Inline:
+    """A connection of SQLAlchemy in the thread that it belongs to, with the methods of one that is awaited; none of
+    them waits."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def execute(self, *statement: Any) -> CursorResult[Any]:
+        """See ``AsyncConnection``, here and below."""
+        return self._connection.execute(*statement)
+
+    async def scalar(self, *statement: Any) -> Any:
+        return self._connection.scalar(*statement)
+
+    async def scalars(self, *statement: Any) -> ScalarResult[Any]:
+        return self._connection.scalars(*statement)
+
+    async def exec_driver_sql(self, statement: str) -> CursorResult[Any]:
+        return self._connection.exec_driver_sql(statement)
 
 
 class _Cursor:

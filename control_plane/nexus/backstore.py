@@ -251,9 +251,7 @@ class BackStore:
             }
             for event in events
         ]
-        async with self._database.relaxed() as connection:
-            waits = await self._put_events(connection, bodies, now)
-        if waits:
+        if await self._database.at_once(lambda connection: self._put_events(connection, bodies, now), relaxed=True):
             self.written.set()
 
     async def due(self, now: int, limit: int) -> list[Waiting]:
@@ -266,7 +264,8 @@ class BackStore:
 
     async def settle(self, sent: Sequence[int], failed: Sequence[Unsent]) -> None:
         """Note what became of events: those that were taken go."""
-        async with self._database.relaxed() as connection:
+
+        async def work(connection: AsyncConnection) -> None:
             await connection.execute(delete(outbound).where(outbound.c.id.in_(sent)))
             for one in failed:
                 values = {"attempts": one.attempts, "error": one.error, "next_at": one.next_at or 0}
@@ -274,6 +273,8 @@ class BackStore:
                 await connection.execute(update(outbound).where(outbound.c.id == one.id).values(values))
             if any(one.next_at is None for one in failed):
                 await self._trim(connection)
+
+        await self._database.at_once(work, relaxed=True)
 
     async def dead_letters(self, after: int, limit: int) -> list[DeadLetter]:
         """Events that were given up, by their ids, above ``after``."""

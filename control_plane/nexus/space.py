@@ -68,6 +68,8 @@ TOLERANCE = 1e-4
 INDEXED_AT_ONCE = 1_000
 """Vectors at least that each ``relate`` brings to an index in memory while that lacks some, in about 0.2 s."""
 
+_INDEXED_FOR_EACH = 25
+"""And as many for each document: a vector that the index lacks is compared with all that are still to come."""
 _PUT_AT_ONCE = 256
 """Vectors, for which a search waits about 1 ms."""
 _ASKED_AT_ONCE = 128
@@ -295,7 +297,7 @@ class Space:
         with self._relating:
             if not self._mirrored and self._index is not None and self._indexing.acquire(blocking=False):
                 try:
-                    self._catch_up(self._index, max(INDEXED_AT_ONCE, 4 * len(ids)))
+                    self._catch_up(self._index, max(INDEXED_AT_ONCE, _INDEXED_FOR_EACH * len(ids)))
                 finally:
                     self._indexing.release()
             with self._lock:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from sqlalchemy import (
@@ -119,6 +119,8 @@ EVERYTHING = Viewer(None, None)
 """Sees all documents of all clients."""
 LEASE_MS = 5_000
 """A replica that does not renew for so long may lose the lease to another one."""
+T = TypeVar("T")
+
 TOMBSTONE_MS = 3_600_000
 """The row of a deleted document stays for so long, so that the memory of other replicas hears of it."""
 STEP = 1_000
@@ -255,7 +257,8 @@ class CollectionStore:
         _check(collection, new)
         rows = [_document_row(collection, one, now, viewer) for one in new]
         contents = [_contents_row(one) for one in new]
-        async with self._writing(leading=leading) as connection:
+
+        async def work(connection: AsyncConnection) -> dict[int, Any]:
             base = await _versions(connection, len(rows))
             for version, row in enumerate(rows, base + 1):
                 row["version"] = version
@@ -277,6 +280,9 @@ class CollectionStore:
                 content["document"] = put[row["version"]].id
             await connection.execute(PUT_CONTENTS, contents)
             await note_changes(connection, [collection.client])
+            return put
+
+        put = await (self._led(work) if leading else self._database.at_once(work))
         written = (put[row["version"]] for row in rows)
         return [
             Written(one.doc_id, row.id, row.version, row.first_version == row.version)
@@ -427,7 +433,8 @@ class CollectionStore:
     async def put_related(self, done: Sequence[Related], lists: Mapping[int, Sequence[Near]]) -> None:
         """What came of comparing: changes that were, and new lists of any documents. One that changed meanwhile is
         compared again later; one that was deleted has no list and names nothing. Raises LeaseLost."""
-        async with self._leading(relaxed=True) as connection:
+
+        async def work(connection: AsyncConnection) -> None:
             there = await self._locked(connection, [*lists, *(one.id for one in done)])
             near = [
                 {"row": row, "list": pack_near(one)}
@@ -451,6 +458,8 @@ class CollectionStore:
             whose = select(collections.c.client).distinct().select_from(documents.join(collections, INSIDE))
             whose = whose.where(self._among(documents.c.id, [*there]))
             await note_changes(connection, list(await connection.scalars(whose)))
+
+        await self._led(work, relaxed=True)
 
     # --- what the graph holds ----------------------------------------------------------------------------------------
 
@@ -498,7 +507,8 @@ class CollectionStore:
         """Lists that the graph may have from now on, put before it is told; the mentions that it is to get or to lose
         it may have then too. Where nobody knows what the graph holds of a row, that stays so. ``rows``: as they are
         told, whatever was written of them since. Raises LeaseLost."""
-        async with self._leading() as connection:
+
+        async def work(connection: AsyncConnection) -> None:
             there = await self._locked(connection, list(lists))
             sure = [row for row, one in there.items() if one.known]
             await _for_each(connection, PUT_INTENDED, [{"row": row, "list": pack_near(lists[row])} for row in sure])
@@ -515,9 +525,12 @@ class CollectionStore:
             ]
             await _for_each(connection, NOTE_MENTION, changed)
 
+        await self._led(work)
+
     async def put_graphed(self, done: Sequence[Graphed], now: int) -> None:
         """The graph holds what these rows said when they were read. Raises LeaseLost."""
-        async with self._leading(relaxed=True) as connection:
+
+        async def work(connection: AsyncConnection) -> None:
             there = await self._locked(connection, [one.id for one in done])
             new = [one for one in done if one.id in there and there[one.id].graphed < one.wanted]
             await _for_each(
@@ -532,6 +545,8 @@ class CollectionStore:
                     wanted, _ = known.get((one.id, mention.entity), (False, NOT_HELD))
                     target[one.id, mention.entity] = (wanted, HELD if mention.wanted else NOT_HELD)
             await _put_mentions(connection, known, {key: state for key, state in target.items() if any(state)})
+
+        await self._led(work, relaxed=True)
 
     async def put_failed(self, ids: Sequence[int], error: str, next_at: int) -> None:
         """The graph did not take these: they are tried again then, or given up if this was often enough. Raises
@@ -736,22 +751,33 @@ class CollectionStore:
         return self._leading() if leading else self._database.write.begin()
 
     @asynccontextmanager
-    async def _changing(self, *, relaxed: bool = False) -> AsyncIterator[AsyncConnection]:
-        """A transaction whose first statement may be a query: on SQLite nobody else writes from its begin on.
-        ``relaxed``: see ``Database``."""
-        async with self._database.relaxed() if relaxed else self._database.write.begin() as connection:
+    async def _changing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction whose first statement may be a query: on SQLite nobody else writes from its begin on."""
+        async with self._database.write.begin() as connection:
             if not self._postgres:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
 
     @asynccontextmanager
-    async def _leading(self, *, relaxed: bool = False) -> AsyncIterator[AsyncConnection]:
+    async def _leading(self) -> AsyncIterator[AsyncConnection]:
         """The same, during which nobody else takes the lease. Raises LeaseLost."""
-        async with self._changing(relaxed=relaxed) as connection:
-            # A lease that has lapsed holds as long as nobody took it.
-            if await connection.scalar(select(sync_state.c.owner).with_for_update(read=True)) != self.replica:
-                raise LeaseLost("Another replica keeps the graph in step, or none does.")
+        async with self._changing() as connection:
+            await self._has_lease(connection)
             yield connection
+
+    async def _led(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]], *, relaxed: bool = False) -> T:
+        """The same by ``Database.at_once``."""
+
+        async def led(connection: AsyncConnection) -> T:
+            await self._has_lease(connection)
+            return await work(connection)
+
+        return await self._database.at_once(led, relaxed=relaxed)
+
+    async def _has_lease(self, connection: AsyncConnection) -> None:
+        # A lease that has lapsed holds as long as nobody took it.
+        if await connection.scalar(select(sync_state.c.owner).with_for_update(read=True)) != self.replica:
+            raise LeaseLost("Another replica keeps the graph in step, or none does.")
 
     async def _locked(self, connection: AsyncConnection, ids: Sequence[int]) -> dict[int, Found[Any]]:
         """Rows that are there, which nobody else changes before the transaction ends. All lock them in this order."""
