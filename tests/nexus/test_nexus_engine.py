@@ -304,6 +304,27 @@ def test_everybody_is_told_of_what_the_graph_has(tmp_path: Path) -> None:
     play(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
 
 
+def test_outside_is_told_once_of_each_change_and_not_of_lists_that_change_by_it(url: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    centre = around(rng, np.zeros(DIMENSION), 1)
+
+    async def story(parts: Synced) -> None:
+        code = await parts.collection()
+        async with parts.running():
+            for name in ("a", "b", "a"):
+                await parts.write(code, **{name: around(rng, centre, 0.1)})
+                await parts.settled()
+            assert await parts.store.distrust_all() == 2
+            parts.engine.project_soon()
+            await parts.settled()
+        parts.check()
+        versions = [row.version for row in parts.told]
+        assert [row.doc_id for row in parts.told] == ["a", "b", "a"]
+        assert versions == sorted(versions)
+
+    play(url, tmp_path, story)
+
+
 # --- a graph that somebody changed ------------------------------------------------------------------------------------
 
 
