@@ -70,6 +70,7 @@ INDEXED_AT_ONCE = 1_000
 
 _INDEXED_FOR_EACH = 25
 """And as many for each document: a vector that the index lacks is compared with all that are still to come."""
+_TURN_SECONDS = 1.0
 _PUT_AT_ONCE = 256
 """Vectors, for which a search waits about 1 ms."""
 _ASKED_AT_ONCE = 128
@@ -295,7 +296,8 @@ class Space:
         With no ids: the lists that ``load_lists`` found to name documents that are not there.
         """
         with self._relating:
-            if not self._mirrored and self._index is not None and self._indexing.acquire(blocking=False):
+            # Who brings some now is done in time; who writes a snapshot is not waited for.
+            if not self._mirrored and self._index is not None and self._indexing.acquire(timeout=_TURN_SECONDS):
                 try:
                     self._catch_up(self._index, max(INDEXED_AT_ONCE, _INDEXED_FOR_EACH * len(ids)))
                 finally:
