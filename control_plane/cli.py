@@ -27,7 +27,7 @@ import typer
 
 from common.contract import MALFORMED
 from common.errors import CanaryFailed, Canceled, ExportError, InvalidRequest, InvalidSettings
-from control_plane.nexus.commands import nexus
+from control_plane.nexus.commands import SERVER, Url, nexus
 
 if TYPE_CHECKING:
     from common.capsule.gate import Gate
@@ -485,7 +485,7 @@ def _pair(given: str, option: str) -> tuple[str, str]:
 @app.command()
 def submit(
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="A graph file (.gz and .zst too).")],
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    url: Url = SERVER,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the export to its end and fetch the files.")] = False,
     out: Annotated[Path, typer.Option(help="With --wait: the folder for the files.")] = Path(),
     collection: Annotated[
@@ -547,7 +547,7 @@ def retry(
         str | None, typer.Argument(metavar="JOB", help="The id of an export that failed; without it they are listed.")
     ] = None,
     *,
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    url: Url = SERVER,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the new export to its end.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -596,7 +596,7 @@ def _given_up(client: ExportClient, show: Show) -> None:
 
 @app.command()
 def canary(
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    url: Url = SERVER,
     semantic: Annotated[bool, typer.Option("--semantic", help="Make vectors too, and search by meaning.")] = False,
     timeout: Annotated[float, typer.Option(min=1, max=86_400, help="Seconds that it may take in all.")] = 120.0,
     json: JsonFlag = False,

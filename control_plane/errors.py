@@ -115,7 +115,7 @@ class PayloadGone(ExportError):
 
 
 class CollectionNotFound(ExportError):
-    """The client has no collection of this name."""
+    """The client has no collection of this name; ``details['field']`` says which one, where a search names several."""
 
     code = "COLLECTION_NOT_FOUND"
     retry = Retry.never

@@ -7,19 +7,21 @@ the row that they share.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
-from litestar import Controller, get, post
+from litestar import Controller, Request, get, post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import Operation, RequestBody
-from litestar.params import JSONBody, QueryParameter
+from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec.enums import OpenAPIType
+from litestar.params import QueryParameter
 
 from control_plane.errors import RateLimited
 from control_plane.jobs.store import now_ms
 from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.engine import SyncEngine
+from control_plane.nexus.incoming import trigger_of
 from control_plane.nexus.overview import (
     CollectionLag,
     DeadEvent,
@@ -35,7 +37,6 @@ from control_plane.nexus.overview import (
     Overview,
     Retried,
     SpacesSize,
-    Trigger,
 )
 from control_plane.nexus.records import CollectionCounts, SyncState
 from control_plane.nexus.spaces import Spaces
@@ -164,12 +165,17 @@ def _errors(*codes: str) -> dict[int, ResponseSpec]:
 
 
 @dataclass
-class _MayBeEmpty(Operation):
-    """A route that does without a body."""
+class _Triggering(Operation):
+    """The body is read as all others of this part are, so the framework does not see its shape."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.request_body, RequestBody):
-            self.request_body.required = False
+        schema = Schema(
+            type=OpenAPIType.OBJECT,
+            properties={"collection": Schema(type=[OpenAPIType.STRING, OpenAPIType.NULL])},
+            additional_properties=False,
+        )
+        content = {"application/json": OpenAPIMediaType(schema=schema)}
+        self.request_body = RequestBody(content=content, required=False)
 
 
 class NexusController(Controller):
@@ -216,15 +222,15 @@ class NexusController(Controller):
     @post(
         "/trigger",
         status_code=200,
-        operation_class=_MayBeEmpty,
+        operation_class=_Triggering,
         opt={NEEDS: ADMIN, AUDITED: "nexus.trigger"},
         operation_id="triggerNexus",
         summary="Try documents again that were given up",
         responses=_errors("INVALID_EXPORT_REQUEST"),
     )
-    async def trigger(self, operator: NamedDependency[Operator], data: JSONBody[Trigger | None] = None) -> Retried:
+    async def trigger(self, operator: NamedDependency[Operator], request: Request[Any, Any, Any]) -> Retried:
         """Of all clients; with a ``collection`` those of collections with this name."""
-        return await operator.trigger(None if data is None else data.collection)
+        return await operator.trigger(trigger_of(await request.body()).collection)
 
     @post(
         "/verify",

@@ -122,6 +122,8 @@ class StateFile:
             raise InvalidRequest(f"{self._path} cannot be read: {error.strerror}", field="FILE") from error
         except MALFORMED as error:
             raise self._other(f"it is no state of a batch ({error})") from error
+        if not state.lines:
+            return begun
         if (state.url, state.collection) != (begun.url, begun.collection):
             raise self._other(f"it is of collection {state.collection} at {state.url}")
         return state

@@ -40,18 +40,19 @@ PATIENCE = 12
 waited for as long as it says so."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-Url = Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")]
+SERVER = "http://127.0.0.1:8080"
+Url = Annotated[str, typer.Option(help="The server.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow it until the graph has everything.")]
 
 
 @nexus.command()
-def enable(url: Url, json: JsonFlag = False) -> None:
+def enable(url: Url = SERVER, json: JsonFlag = False) -> None:
     """Keep the graph in step; the key is taken from MEMVID_EXPORT_API_KEY or MEMVID_EXPORT_API_KEY_FILE."""
     _switch(url, on=True, json=json)
 
 
 @nexus.command()
-def disable(url: Url, json: JsonFlag = False) -> None:
+def disable(url: Url = SERVER, json: JsonFlag = False) -> None:
     """Leave the graph as it is; documents are taken and wait."""
     _switch(url, on=False, json=json)
 
@@ -63,7 +64,7 @@ def _switch(url: str, *, on: bool, json: bool) -> None:
 
 
 @nexus.command()
-def status(url: Url, json: JsonFlag = False) -> None:
+def status(url: Url = SERVER, json: JsonFlag = False) -> None:
     """Show how the sync stands."""
     with _server(url, json=json) as (show, client):
         now = client.nexus()
@@ -72,7 +73,7 @@ def status(url: Url, json: JsonFlag = False) -> None:
 
 
 @nexus.command()
-def stats(url: Url, json: JsonFlag = False) -> None:
+def stats(url: Url = SERVER, json: JsonFlag = False) -> None:
     """Show how far each collection is, and the documents that were given up."""
     with _server(url, json=json) as (show, client):
         now, failures = client.nexus(), client.nexus_failures(FAILURES)
@@ -101,7 +102,7 @@ def trigger(
         str | None, typer.Argument(metavar="COLLECTION", help="Only documents of collections with this name.")
     ] = None,
     *,
-    url: Url,
+    url: Url = SERVER,
     json: JsonFlag = False,
 ) -> None:
     """Try documents again that were given up."""
@@ -113,7 +114,7 @@ def trigger(
 
 @nexus.command()
 def events(
-    url: Url,
+    url: Url = SERVER,
     retry: Annotated[bool, typer.Option("--retry", help="Send them again.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -137,13 +138,13 @@ def events(
 
 
 @nexus.command()
-def verify(url: Url, wait: Wait = False, json: JsonFlag = False) -> None:
+def verify(url: Url = SERVER, wait: Wait = False, json: JsonFlag = False) -> None:
     """Compare the graph with the documents, and repair what differs."""
     _look("verify", url, wait=wait, json=json)
 
 
 @nexus.command()
-def rebuild(url: Url, wait: Wait = False, json: JsonFlag = False) -> None:
+def rebuild(url: Url = SERVER, wait: Wait = False, json: JsonFlag = False) -> None:
     """Make the graph empty, and tell it everything anew."""
     _look("rebuild", url, wait=wait, json=json)
 
@@ -242,7 +243,7 @@ def batch(
         ),
     ],
     *,
-    url: Url,
+    url: Url = SERVER,
     collection: Annotated[str, typer.Option(help="Where they go; it is made where it is missing.")],
     dimension: Annotated[
         int | None, typer.Option(min=1, help="Of a new collection whose documents bring vectors along.")
@@ -303,7 +304,7 @@ def batch(
         if kept is not None:
             kept.remove()
     if told.failed:
-        raise NexusFailed(f"{_lines(len(told.failed))} no documents and not sent, such as {told.failed[0]}")
+        raise NexusFailed(f"{_lines(len(told.failed))} not sent, such as {told.failed[0]}")
     if sync is not None and sync.failed:
         raise NexusFailed(f"{_documents(sync.failed)} given up by the sync; memvid-export nexus stats says why")
 
@@ -360,7 +361,7 @@ def _screen(now: Overview) -> dict[str, str]:
     begun = f", {look.done:,} of {look.total:,} documents" if look and look.total else ""
     return {
         "sync": f"on, {by}" if now.enabled else "off",
-        "graph": now.graph,
+        "graph": now.graph or "not asked yet",
         "trouble": now.trouble or "",
         "documents": f"{now.documents:,}: {now.pending:,} pending, {now.failed:,} given up",
         "lag": _seconds(now.oldest_pending_seconds),
@@ -393,7 +394,7 @@ def _attempts(count: int) -> str:
 
 
 def _lines(count: int) -> str:
-    return "1 line is" if count == 1 else f"{count:,} lines are"
+    return "1 line was" if count == 1 else f"{count:,} lines were"
 
 
 def _seconds(seconds: float | None) -> str:

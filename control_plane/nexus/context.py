@@ -9,39 +9,40 @@ changes, as long as an hour: then they cost one small query.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
+from anyio import CapacityLimiter, move_on_after, to_thread
 from litestar import Controller, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, QueryParameter
-from sqlalchemy import func, select
 
 from common.contract import Wire
 from common.errors import InvalidRequest
-from control_plane.errors import DocumentNotFound
-from control_plane.jobs.database import Database
+from control_plane.errors import DocumentNotFound, RateLimited, TimedOut
 from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.finding import Finder, Wanted
+from control_plane.nexus.groups import Groups, Together
 from control_plane.nexus.incoming import MAX_ID, check_domain
 from control_plane.nexus.kept import Kept
 from control_plane.nexus.metrics import NexusMetrics
-from control_plane.nexus.records import THRESHOLD, TOP_K, Collection, Document, Near, Viewer, unpack_near
-from control_plane.nexus.sight import Sight
-from control_plane.nexus.store import CollectionStore, seen_by
-from control_plane.nexus.tables import collections, documents, mentions
+from control_plane.nexus.records import MAX_COLLECTIONS, THRESHOLD, TOP_K, Collection, Document, Near, Viewer
+from control_plane.nexus.sight import PAGE, Sight
+from control_plane.nexus.store import CollectionStore
 from control_plane.operations.auth import AUDITED, NEEDS, READ
 from control_plane.operations.keys import Caller
 from control_plane.operations.openapi import REFUSALS, error_specs
 
-MAX_COLLECTIONS = 1_000
-"""That a client's documents are looked for in."""
 MAX_GROUPS = 100
 MAX_SHOWN = 50
 """Documents of a group that are named."""
-PAGE = 5_000
+MAX_ANEW = 100
+"""Documents of a space, for one report, whose lists are made anew, as others that the viewer does not see fill them."""
+TURN_SECONDS = 3.0
+"""That a report may wait for another one."""
+REPORT_SECONDS = 60.0
+"""That it may take."""
 
 
 class EntityLine(Wire):
@@ -51,7 +52,7 @@ class EntityLine(Wire):
     """``identifier``, ``path``, ``url`` or ``name``."""
     name: str
     documents: int
-    """That name it, of those that the key sees."""
+    """That name it, of those that the key sees; of a name that more than 1,000 have, of a thousand of them."""
 
 
 class RelatedLine(Wire):
@@ -121,7 +122,6 @@ class Contexts:
 
     def __init__(
         self,
-        database: Database,
         store: CollectionStore,
         sight: Sight,
         finder: Finder,
@@ -129,12 +129,13 @@ class Contexts:
         *,
         metrics: NexusMetrics,
     ) -> None:
-        self._database = database
         self._store = store
         self._sight = sight
         self._finder = finder
         self._events = events
         self._kept = Kept(DocumentContext, metrics)
+        self._report = asyncio.Lock()
+        self._thread = CapacityLimiter(1)
 
     async def around(self, caller: Caller, name: str, doc_id: str, sought: Sought = Sought()) -> DocumentContext:  # noqa: B008
         """What is around a document. Raises CollectionNotFound, DocumentNotFound, InvalidRequest."""
@@ -161,49 +162,54 @@ class Contexts:
             near = await self._compared(collection, document, viewer, sought)
         else:
             near = (await self._finder.nearest([document.id], viewer, sought.limit)).get(document.id, [])
-        named = await self._names(collection.client)
         others = await self._store.by_ids([one.id for one in near], viewer)
+        named = await self._sight.names([one.collection for one in others.values()])
         told = await self._events.graph_payload([document.id], viewer)
         return DocumentContext(
             id=document.doc_id,
             domain=document.domain,
-            entities=await self._entities(document.id, viewer),
+            entities=[_entity(*one) for one in await self._sight.entities(document.id, viewer)],
             related=[_line(one, others[one.id], named) for one in near if one.id in others],
             graph=told.get(document.id, {"properties": {}, "relationships": []}),
         )
 
     async def duplicates(self, caller: Caller, threshold: float) -> DuplicateGroups:
-        """What several collections have. Raises InvalidRequest."""
+        """What several collections have. One report is made at a time. Raises InvalidRequest, RateLimited, TimedOut."""
         if not THRESHOLD <= threshold <= 1:
             raise InvalidRequest(f"threshold: must be {THRESHOLD} to 1", field="threshold", allowed=[THRESHOLD, 1])
         viewer = Viewer(caller.client, None if caller.sees_all else caller.key)
-        named = await self._names(caller.client)
-        spaces = dict.fromkeys(one.space for one in await self._all(caller.client))
-        groups: list[list[int]] = []
-        for space in spaces:
-            groups += await self._groups(space, viewer, threshold)
-        shown = await self._store.by_ids([row for group in groups for row in group], viewer)
-        several = []
-        for group in groups:
-            there = [shown[row] for row in group if row in shown]
-            if len({one.collection for one in there}) > 1:
-                several.append(there)
-        several.sort(key=lambda group: (-len(group), group[0].id))
-        return DuplicateGroups(
-            threshold=threshold,
-            groups=[
-                Group(
-                    size=len(group),
-                    collections=sorted({named[one.collection] for one in group if one.collection in named}),
-                    documents=[
-                        Member(named[one.collection], one.doc_id, one.title)
-                        for one in group[:MAX_SHOWN]
-                        if one.collection in named
-                    ],
-                )
-                for group in several[:MAX_GROUPS]
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._report.acquire()
+        except TimeoutError as error:
+            raise RateLimited("Another report of duplicates is being made. Try again later.", limit=1) from error
+        try:
+            with move_on_after(REPORT_SECONDS):
+                return await self._duplicates(caller.client, viewer, threshold)
+        finally:
+            self._report.release()
+        raise TimedOut(f"The report takes more than {REPORT_SECONDS:.0f} seconds now; a higher threshold takes less.")
+
+    async def _duplicates(self, client: str, viewer: Viewer, threshold: float) -> DuplicateGroups:
+        found: list[Together] = []
+        total = 0
+        for space in dict.fromkeys(one.space for one in await self._all(client)):
+            groups, count = await self._groups(space, viewer, threshold)
+            found = sorted([*found, *groups], key=lambda one: (-one.size, one.rows[0]))[:MAX_GROUPS]
+            total += count
+        named = await self._sight.names(sorted({number for group in found for number in group.collections}))
+        shown = [await self._shown(group, named, viewer) for group in found]
+        return DuplicateGroups(threshold=threshold, groups=shown, total=total)
+
+    async def _shown(self, group: Together, named: Mapping[int, str], viewer: Viewer) -> Group:
+        there = await self._store.by_ids(group.rows, viewer)
+        shown = [there[row] for row in group.rows if row in there]
+        return Group(
+            size=group.size,
+            collections=sorted(named[number] for number in group.collections if number in named),
+            documents=[
+                Member(named[one.collection], one.doc_id, one.title) for one in shown if one.collection in named
             ],
-            total=len(several),
         )
 
     async def _compared(
@@ -223,38 +229,24 @@ class Contexts:
         found = [Near(*one) for one in await self._finder.by_vector(wanted) if one[0] != document.id]
         return found[: sought.limit]
 
-    async def _groups(self, space: str, viewer: Viewer, threshold: float) -> list[list[int]]:
-        """Rows that hang together, of those that the viewer sees."""
-        pairs: list[tuple[int, int]] = []
+    async def _groups(self, space: str, viewer: Viewer, threshold: float) -> tuple[list[Together], int]:
+        """Of the rows that the viewer sees the largest groups, and how many there are."""
+        rows, inside = await self._sight.inside(space, viewer)
+        if not len(rows):
+            return [], 0
+        groups = Groups(rows, inside)
+        short: list[int] = []
         after = 0
         while page := await self._store.lists(space, after, PAGE):
             after = page[-1][0]
-            pairs += [(row, near.id) for row, data in page for near in unpack_near(data) if near.score >= threshold]
-        ends = sorted({end for pair in pairs for end in pair})
-        seen: set[int] = set()
-        for start in range(0, len(ends), PAGE):
-            seen |= await self._store.visible(space, viewer, ends[start : start + PAGE])
-        return await asyncio.to_thread(_together, [pair for pair in pairs if seen.issuperset(pair)])
-
-    async def _entities(self, row: int, viewer: Viewer) -> list[EntityLine]:
-        own = select(mentions.c.entity).where(mentions.c.document == row, mentions.c.wanted).scalar_subquery()
-        query = (
-            select(mentions.c.entity, func.count())
-            .join(documents, documents.c.id == mentions.c.document)
-            .join(collections, collections.c.id == documents.c.collection)
-            .where(mentions.c.entity.in_(own), mentions.c.wanted, seen_by(viewer))
-            .group_by(mentions.c.entity)
-        )
-        async with self._database.read.connect() as connection:
-            found = sorted((-count, entity) for entity, count in await connection.execute(query))
-        named = [(*entity.partition(":")[::2], -count) for count, entity in found]
-        return [EntityLine(kind, name, count) for kind, name, count in named]
+            found = await to_thread.run_sync(groups.take, page, threshold, limiter=self._thread)
+            short += found[: MAX_ANEW - len(short)]
+        for row, near in (await self._finder.nearest_of(short, space, rows, threshold)).items():
+            groups.add(row, near)
+        return await to_thread.run_sync(groups.several, MAX_GROUPS, MAX_SHOWN, limiter=self._thread)
 
     async def _all(self, client: str) -> list[Collection]:
         return await self._store.collections(client, "", MAX_COLLECTIONS)
-
-    async def _names(self, client: str) -> Mapping[int, str]:
-        return {one.id: one.name for one in await self._all(client)}
 
 
 def _errors(*codes: str) -> dict[int, ResponseSpec]:
@@ -303,7 +295,7 @@ class DuplicatesController(Controller):
         opt={NEEDS: READ, AUDITED: "collection.search"},
         operation_id="listDuplicates",
         summary="Documents that several collections have",
-        responses=_errors(),
+        responses=_errors("TIMEOUT"),
     )
     async def duplicates(
         self,
@@ -313,12 +305,17 @@ class DuplicatesController(Controller):
         threshold: Annotated[float, QueryParameter(description="The least cosine, 0.75 to 1")] = 0.95,
     ) -> DuplicateGroups:
         """Such as code that one repository copied from another. Of more than twenty copies of one document each is in
-        the group of those that it is nearest to."""
+        the group of those that it is nearest to. One report is made at a time, and it may take a minute."""
         return await contexts.duplicates(caller, threshold)
 
 
 def _no_document() -> DocumentNotFound:
     return DocumentNotFound("There is no document of this id.")
+
+
+def _entity(entity: str, count: int) -> EntityLine:
+    kind, _, name = entity.partition(":")
+    return EntityLine(kind, name, count)
 
 
 def _line(near: Near, document: Document, names: Mapping[int, str]) -> RelatedLine:
@@ -330,22 +327,3 @@ def _line(near: Near, document: Document, names: Mapping[int, str]) -> RelatedLi
         document.domain,
         document.doc_type,
     )
-
-
-def _together(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Connected parts, each in order of its rows."""
-    above: dict[int, int] = {}
-
-    def top(row: int) -> int:
-        while (up := above.setdefault(row, row)) != row:
-            above[row] = above[up]
-            row = up
-        return row
-
-    for one, other in pairs:
-        first, second = sorted((top(one), top(other)))
-        above[second] = first
-    found: dict[int, list[int]] = defaultdict(list)
-    for row in sorted(above):
-        found[top(row)].append(row)
-    return list(found.values())

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from common.errors import ExportError
 from control_plane.jobs.store import now_ms
 from control_plane.nexus.domains import Domains
 from control_plane.nexus.entities import entities
@@ -122,12 +123,18 @@ class SyncEngine:
         self._enabled = True
         self._answers = ""
         self._prepared = False
-        self.trouble: str | None = None
+        self._troubles: dict[Callable[[], Awaitable[int]], str] = {}
+        """By stage."""
 
     @property
     def status(self) -> Status:
         """What it does now."""
         return Status(self._leading.is_set(), self._enabled, self._answers, self.trouble)
+
+    @property
+    def trouble(self) -> str | None:
+        """As in ``Status``."""
+        return next(iter(self._troubles.values()), None)
 
     def wake(self) -> None:
         """Documents were written."""
@@ -148,13 +155,15 @@ class SyncEngine:
         try:
             await asyncio.gather(*tasks)
         finally:
+            self._leading.clear()
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)  # nothing is told to the graph any more once another replica may
-            try:
-                await self.store.release_lease()
-            except SQLAlchemyError as error:
-                log.warning("the lease lapses by itself", exc_info=error)
+            await asyncio.wait(tasks)
+            async with self.graph_lock:  # nothing is told to the graph any more once another replica may
+                try:
+                    await self.store.release_lease()
+                except SQLAlchemyError as error:
+                    log.warning("the lease lapses by itself", exc_info=error)
 
     async def leading(self) -> None:
         """Wait until this replica syncs."""
@@ -212,20 +221,25 @@ class SyncEngine:
             try:
                 count = await step()
                 failures = 0
+                self._troubles.pop(step, None)
             except LeaseLost:
                 self._let_go()
                 continue
             except GraphUnavailable as error:
                 self._prepared = False
-                self.trouble = f"the graph database does not answer: {error.message}"
+                self._troubles[step] = f"the graph database does not answer: {error.message}"
                 self._metrics.errors.labels(error.code).inc()
                 log.warning("the graph waits", reason=error.message, failures=failures)
             except GraphRefused as error:  # of all, not of one document
-                self.trouble = error.message
+                self._troubles[step] = error.message
                 self._metrics.errors.labels(error.code).inc()
                 log.error("the graph cannot be used", reason=error.message)
             except SQLAlchemyError as error:
                 log.error("sync waits for the database", exc_info=error)
+            except Exception as error:
+                self._troubles[step] = unforeseen(error)
+                self._metrics.errors.labels(ExportError.code).inc()
+                log.error("sync waits after what nobody foresaw", failures=failures, exc_info=error)
             else:
                 if not count:
                     await _wait(woken, LOOK_SECONDS)
@@ -296,7 +310,6 @@ class SyncEngine:
                 await self._tell(rows)
                 self._metrics.batch.labels("project").observe(len(rows))
                 self._metrics.stage_seconds.labels("project").observe(time.perf_counter() - began)
-        self.trouble = None
         return len(rows)
 
     async def ready(self) -> None:
@@ -330,29 +343,29 @@ class SyncEngine:
         put back from a backup. Answers how many."""
         count = 0
         while ids := await asyncio.to_thread(self.graph.documents, last, PROJECTED):
-            await self._apply(Change(removed=ids))
+            await self.apply(Change(removed=ids))
             count += len(ids)
         return count
 
     async def mark(self, mark: str) -> None:
         """Write into the graph which one it is, so that one that is put in its place is noticed."""
         node = DocumentNode(MARK, mark, "", "", "", "", "", 0, 0)
-        await self._apply(Change(documents=[node]))
+        await self.apply(Change(documents=[node]))
 
-    async def _apply(self, change: Change) -> None:
-        """Tell the graph; where this is canceled it has come to its end all the same, before another replica begins."""
-        telling = asyncio.ensure_future(asyncio.to_thread(self.graph.apply, change))
-        try:
-            await asyncio.shield(telling)
-        finally:
-            await asyncio.wait({telling})
+    async def apply(self, change: Change) -> None:
+        """Tell the graph; for who holds ``graph_lock``."""
+        await _to_its_end(lambda: self.graph.apply(change))
+
+    async def clear(self) -> None:
+        """Make the graph empty; for who holds ``graph_lock``."""
+        await _to_its_end(self.graph.clear)
 
     async def _tell(self, rows: Sequence[Row]) -> None:
         """One change for these rows; where the graph refuses it, one for each half."""
         change = await self._change(rows)
         await self.store.put_intended({row.id: _either(row) for row in rows if row.told is not None}, rows)
         try:
-            await self._apply(change)
+            await self.apply(change)
         except GraphRefused as error:
             self._metrics.errors.labels(error.code).inc()
             if len(rows) > 1:
@@ -410,7 +423,7 @@ class SyncEngine:
         removed = [row.id for row in rows if row.deleted]
         lost = {mention.entity for mention in unmentioned}
         lost |= {entity for row in rows if row.deleted for entity, *_ in row.mentions}
-        forgotten = await self.store.orphans(sorted(lost)) if lost else set()
+        forgotten = await self.store.orphans(sorted(lost), [row.id for row in rows]) if lost else set()
         return Change(
             documents=[node_of(row) for row in living],
             similar=[Similar(a, b, score) for (a, b), score in sorted(similar.items())],
@@ -472,6 +485,20 @@ def node_of(row: Row) -> DocumentNode:
         created_at=row.created_at,
         version=row.version,
     )
+
+
+def unforeseen(error: Exception) -> str:
+    """What is said of an error of which only the log tells more."""
+    return f"an error that nobody foresaw ({type(error).__name__}); the log has it"
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """In a thread; where this is canceled it has come to its end all the same, before another replica begins."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(working)
+    finally:
+        await asyncio.wait({working})
 
 
 async def _wait(woken: asyncio.Event, seconds: float) -> None:

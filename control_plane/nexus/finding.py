@@ -12,9 +12,12 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from anyio import CapacityLimiter, to_thread
+from numpy.typing import NDArray
 
 from control_plane.nexus.records import THRESHOLD, TOP_K, Collection, Near, Vector, Viewer
 from control_plane.nexus.sight import Scope, Sight
@@ -170,6 +173,20 @@ class Finder:
         others = [Near(*one) for one in found if one[0] != row]
         return sorted(others, key=lambda near: (-near.score, abs(near.id - row), near.id))[:TOP_K]
 
+    async def nearest_of(
+        self, rows: Sequence[int], space: str, allowed: NDArray[np.int64], threshold: float
+    ) -> dict[int, list[Near]]:
+        """Lists of rows as they were if there were only the ``allowed`` ones of their space, from a threshold on."""
+        found: dict[int, list[Near]] = {}
+        for row in rows:
+            vector = await self._sight.vector(row)
+            if vector is not None:
+                where = await self._spaces.space(space)
+                search = partial(where.search, vector, TOP_K + 1, allowed=allowed, threshold=threshold)
+                near = await to_thread.run_sync(search, limiter=self._threads)
+                found[row] = [one for one in near if one.id != row]
+        return found
+
     async def by_vector(self, wanted: Wanted) -> list[tuple[int, float]]:
         """By cosine, in the spaces that the question has a vector for."""
         found: list[tuple[int, float]] = []
@@ -205,16 +222,15 @@ class Finder:
         if not wanted.query:
             return []
         telling = " ".join(word for word in wanted.query.split() if word.lower() not in STOP_WORDS)
-        collections, most = [one.id for one in wanted.collections], wanted.depth
-        while True:
-            found = await self._store.words(collections, telling or wanted.query, wanted.viewer, most)
-            ended = len(found) < most
-            if wanted.doc_type is not None or wanted.domains:
-                inside = await self._sight.among([row for row, _ in found], wanted.scope)
-                found = [one for one in found if one[0] in inside]
-            if ended or len(found) >= wanted.depth:
-                return found[: wanted.depth]
-            most *= 8
+        inside = [one.id for one in wanted.collections]
+        return await self._store.words(
+            inside,
+            telling or wanted.query,
+            wanted.viewer,
+            wanted.depth,
+            doc_type=wanted.doc_type,
+            domains=wanted.domains,
+        )
 
 
 def reached(

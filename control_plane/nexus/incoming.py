@@ -23,6 +23,7 @@ from control_plane.nexus.messages import (
     Mode,
     SearchQuestion,
 )
+from control_plane.nexus.overview import Trigger
 from control_plane.nexus.records import Vector
 
 MAX_DIMENSION = 8_192
@@ -37,6 +38,8 @@ MAX_PAYLOAD = 64 << 10
 """Bytes, as they came and as they are kept."""
 MAX_DEPTH = 32
 """Objects and lists of a payload within each other."""
+TOLD = "graph"
+"""What graphs told of a document stands in its payload under this name."""
 MAX_PERMISSIONS = 64
 MAX_HITS = 100
 MAX_QUERY = 2_000
@@ -82,9 +85,7 @@ class Question(NamedTuple):
     doc_type: str | None
     threshold: float
     others: Sequence[str]
-    """Names of further collections."""
-    everywhere: bool
-    """In all of the client."""
+    """Names of further collections; ``ALL``: all of the client."""
     domains: Sequence[str]
     """None of them: any."""
     per_domain: int | None
@@ -154,8 +155,7 @@ def question_of(body: bytes, dimension: int) -> Question:
         raise _wrong("threshold", "must be -1 to 1, a cosine", [-1, 1])
     if asked.doc_type is not None:
         _check_doc_type("docType", asked.doc_type)
-    others = [name for name in asked.collections if name != ALL]
-    if len(others) > MAX_NAMED:
+    if sum(name != ALL for name in asked.collections) > MAX_NAMED:
         raise _wrong("collections", f"must be at most {MAX_NAMED} names, or {ALL} for all", MAX_NAMED)
     if len(asked.domains) > MAX_DOMAINS:
         raise _wrong("domains", f"must be at most {MAX_DOMAINS} names", MAX_DOMAINS)
@@ -176,11 +176,15 @@ def question_of(body: bytes, dimension: int) -> Question:
         mode=asked.mode,
         doc_type=asked.doc_type,
         threshold=-1.0 if asked.threshold is None else asked.threshold,
-        others=others,
-        everywhere=ALL in asked.collections,
+        others=asked.collections,
         domains=tuple(dict.fromkeys(asked.domains)),
         per_domain=asked.per_domain,
     )
+
+
+def trigger_of(body: bytes) -> Trigger:
+    """Which documents are to be tried again; an empty body: all. Raises InvalidRequest."""
+    return _decode(body or b"{}", Trigger)
 
 
 def unit(numbers: Sequence[float]) -> Vector | None:
@@ -263,6 +267,8 @@ def _payload(field: str, given: Raw) -> dict[str, Any]:
         payload = msgspec.json.decode(data, type=dict[str, Any])
     except MALFORMED as error:
         raise _misread(error, field) from None
+    if TOLD in payload:
+        raise _wrong(f"{field}.{TOLD}", "this name is for what graphs tell", "any other name")
     if _depth(payload) > MAX_DEPTH:
         raise _wrong(field, f"must be at most {MAX_DEPTH} objects and lists deep", MAX_DEPTH)
     if len(msgspec.json.encode(payload)) > MAX_PAYLOAD:  # numbers may be written longer than they came

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import field
 
 from common.contract import Wire
+from control_plane.nexus.messages import Asked
 
 EXAMPLES = 20
 """Differences that a report tells one by one."""
@@ -111,7 +112,7 @@ class Enabled(Wire):
     enabled: bool
 
 
-class Trigger(Wire, forbid_unknown_fields=True):
+class Trigger(Asked):
     """``POST /v1/nexus/trigger``."""
 
     collection: str | None = None

@@ -39,7 +39,7 @@ from control_plane.nexus.routes import CollectionController
 from control_plane.nexus.service import MAX_WRITES, Collections
 from control_plane.nexus.sight import Sight
 from control_plane.nexus.spaces import Spaces
-from control_plane.nexus.store import CollectionStore
+from control_plane.nexus.store import STEP, CollectionStore
 from control_plane.nexus.texts import Texts
 from control_plane.nexus.vectorizer import Vectorizer
 from control_plane.nexus.verify import Verifier
@@ -57,6 +57,8 @@ SNAPSHOTS = "spaces"
 IMPORTS = "imports"
 """A folder below the root, for the files of exports that become collections."""
 SWEEP_SECONDS = 60.0
+SWEEP_PAUSE = 0.1
+"""Seconds between two steps of many, for who else writes."""
 
 
 class Nexus:
@@ -133,7 +135,6 @@ class Nexus:
                 room=room,
             ),
             "contexts": Contexts(
-                database,
                 self._store,
                 sight,
                 Finder(self._store, sight, spaces),
@@ -194,12 +195,13 @@ class Nexus:
 
     async def _sweep(self) -> None:
         while True:
+            swept = 0
             try:
-                await self._store.sweep(now_ms())
+                swept = await self._store.sweep(now_ms())
                 await self._events.sweep(now_ms())
             except SQLAlchemyError as error:
                 log.error("collections are not swept now", exc_info=error)
-            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.sleep(SWEEP_SECONDS if swept < STEP else SWEEP_PAUSE)
 
 
 def _graph(settings: Settings) -> GraphStore:

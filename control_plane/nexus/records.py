@@ -24,17 +24,22 @@ class Near(NamedTuple):
     """Cosine, six decimals."""
 
 
-_NEAR = np.dtype([("id", "<i8"), ("score", "<f8")])
+NEAR = np.dtype([("id", "<i8"), ("score", "<f8")])
+"""One of a packed list."""
 
 
 def pack_near(near: Sequence[Near]) -> bytes:
     """A list as the column ``near`` has it."""
-    return np.array([tuple(one) for one in near], dtype=_NEAR).tobytes()
+    return np.array([tuple(one) for one in near], dtype=NEAR).tobytes()
 
 
 def unpack_near(data: bytes) -> list[Near]:
     """A list from the column ``near``."""
-    return [Near(int(one[0]), float(one[1])) for one in np.frombuffer(data, dtype=_NEAR)]
+    return [Near(int(one[0]), float(one[1])) for one in np.frombuffer(data, dtype=NEAR)]
+
+
+MAX_COLLECTIONS = 1_000
+"""Of one client."""
 
 
 class Viewer(NamedTuple):
@@ -146,7 +151,7 @@ class Unrelated(NamedTuple):
     doc_type: str
     title: str
     text: str
-    """This, the title and the type are empty where it was deleted."""
+    """As much of it as the rules look at. This, the title and the type are empty where it was deleted."""
 
 
 class Related(NamedTuple):

@@ -18,7 +18,7 @@ from litestar.exceptions import HTTPException
 
 from common.errors import InvalidRequest, PayloadTooLarge
 from control_plane.cursors import cursor_of, parse_cursor
-from control_plane.errors import DocumentNotFound, SemanticUnavailable, TimedOut
+from control_plane.errors import CollectionNotFound, DocumentNotFound, SemanticUnavailable, TimedOut
 from control_plane.jobs.records import iso
 from control_plane.jobs.store import now_ms
 from control_plane.nexus import incoming
@@ -26,6 +26,7 @@ from control_plane.nexus.backstore import BackStore
 from control_plane.nexus.finding import DEPTH, Finder, HasSpaces, Hit, Wanted
 from control_plane.nexus.incoming import Incoming, Question
 from control_plane.nexus.messages import (
+    ALL,
     BatchWritten,
     CollectionLine,
     CollectionPage,
@@ -42,9 +43,9 @@ from control_plane.nexus.messages import (
     Written,
 )
 from control_plane.nexus.pace import Pace
-from control_plane.nexus.records import Collection, Document, NewDocument, Vector, Viewer
+from control_plane.nexus.records import MAX_COLLECTIONS, Collection, Document, NewDocument, Vector, Viewer
 from control_plane.nexus.sight import Sight
-from control_plane.nexus.store import CollectionStore
+from control_plane.nexus.store import HIDDEN, CollectionStore
 from control_plane.nexus.texts import Texts
 from control_plane.operations.keys import Caller
 from control_plane.operations.shares import Shares
@@ -59,8 +60,6 @@ MAX_ASKED = 4 << 20
 BODY_SECONDS = 60.0
 """That a body may take to come."""
 MAX_PAGE = 100
-MAX_SEARCHED = 1_000
-"""Collections of one search."""
 THREADS = 2
 """Requests whose documents are read and embedded at once; others wait their turn."""
 QUESTIONS = 4
@@ -151,9 +150,12 @@ class Collections:
         """Write a document in place of what has its id. Raises CollectionNotFound, InvalidRequest, PayloadTooLarge,
         RateLimited, QueueUnavailable, SemanticUnavailable, and DocumentNotFound where the id is that of a document that
         the caller does not see."""
-        [written] = await self._write(
-            caller, name, body, lambda data, dimension: [incoming.document_of(doc_id, data, dimension)]
-        )
+        try:
+            [written] = await self._write(
+                caller, name, body, lambda data, dimension: [incoming.document_of(doc_id, data, dimension)]
+            )
+        except DocumentNotFound:
+            raise DocumentNotFound(f"id: {HIDDEN}", field="id") from None
         return written
 
     async def write_all(self, caller: Caller, name: str, body: AsyncIterator[bytes]) -> BatchWritten:
@@ -201,7 +203,7 @@ class Collections:
     async def _shown(self, found: Sequence[Document], viewer: Viewer) -> list[DocumentView]:
         """Without their texts; what the graph told of them is in their payloads, as ``graph``."""
         told = await self._events.graph_payload([one.id for one in found], viewer)
-        return [_shown(one, {"graph": told[one.id]} if one.id in told else {}) for one in found]
+        return [_shown(one, {incoming.TOLD: told[one.id]} if one.id in told else {}) for one in found]
 
     async def listing(self, caller: Caller, name: str, cursor: str | None, limit: int) -> DocumentPage:
         """The documents that the caller sees. Raises CollectionNotFound, InvalidRequest."""
@@ -276,20 +278,15 @@ class Collections:
     async def _searched(self, collection: Collection, question: Question) -> dict[str, Collection]:
         """By name."""
         found = {collection.name: collection}
-        after: str | None = "" if question.everywhere else None
-        while after is not None:
-            page = await self._store.collections(collection.client, after, MAX_PAGE)
-            found |= {one.name: one for one in page}
-            if len(found) > MAX_SEARCHED:
-                raise InvalidRequest(
-                    f"collections: there are more than {MAX_SEARCHED:,}; name those that are meant",
-                    field="collections",
-                    allowed=MAX_SEARCHED,
-                )
-            after = page[-1].name if len(page) == MAX_PAGE else None
-        for name in question.others:
-            if name not in found:
-                found[name] = await self._store.collection(collection.client, name)
+        if ALL in question.others:
+            found |= {one.name: one for one in await self._store.collections(collection.client, "", MAX_COLLECTIONS)}
+        for number, name in enumerate(question.others):
+            if name not in found and name != ALL:
+                try:
+                    found[name] = await self._store.collection(collection.client, name)
+                except CollectionNotFound:
+                    field = f"collections[{number}]"
+                    raise CollectionNotFound(f"{field}: there is no collection of this name", field=field) from None
         return found
 
     async def _vectors(

@@ -17,6 +17,10 @@ from control_plane.nexus.tables import collections, document_contents, documents
 
 AT_ONCE = 1_000
 """Ids in one statement."""
+PAGE = 1_000
+"""Rows of one statement, where all are read."""
+LOOKED_AT = 1_000
+"""Documents of one name, at most: of more nobody looks at each, however few of them a viewer sees."""
 
 
 class Scope(NamedTuple):
@@ -61,6 +65,29 @@ class Sight:
         async with self._database.read.connect() as connection:
             found = (await connection.scalars(_inside(scope))).all()
         return np.sort(np.array(found, dtype=np.int64))
+
+    async def inside(self, space: str, viewer: Viewer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All rows of a space that a viewer sees, in order, and their collections; a page at a time, so that nobody
+        else waits."""
+        query = select(documents.c.id, documents.c.collection, seen_by(viewer)).join(collections, INSIDE)
+        of = select(spaces.c.id).where(spaces.c.name == space).scalar_subquery()
+        query = query.where(documents.c.space == of).order_by(documents.c.id).limit(PAGE)
+        found = [np.empty((0, 2), np.int64)]
+        after = 0
+        while True:
+            async with self._database.read.connect() as connection:
+                page = (await connection.execute(query.where(documents.c.id > after))).all()
+            found.append(np.array([(row, its) for row, its, seen in page if seen], np.int64).reshape(-1, 2))
+            if len(page) < PAGE:
+                rows, inside = np.concatenate(found).T
+                return rows, inside
+            after = page[-1][0]
+
+    async def names(self, ids: Sequence[int]) -> dict[int, str]:
+        """Of collections that are there."""
+        query = select(collections.c.id, collections.c.name).where(collections.c.id.in_(ids), ~collections.c.deleted)
+        async with self._database.read.connect() as connection:
+            return {row.id: row.name for row in await connection.execute(query)}
 
     async def counts(self, collection: int, viewer: Viewer) -> Counts:
         """Figures of a collection. Documents that every key sees are counted in an index that has nothing else; rows
@@ -109,9 +136,23 @@ class Sight:
 
     # --- what hangs together -----------------------------------------------------------------------------------------
 
+    async def entities(self, row: int, viewer: Viewer) -> list[tuple[str, int]]:
+        """What a document names, and how many documents that the viewer sees do; of what more than ``LOOKED_AT`` name,
+        so many of these are looked at."""
+        own = select(mentions.c.entity).where(mentions.c.document == row, mentions.c.wanted).subquery()
+        searched = select(collections.c.space).where(collections.c.client == viewer.client, ~collections.c.deleted)
+        first = _first_of(own, searched).subquery()
+        seen = documents.join(collections, INSIDE)
+        count = select(func.count()).select_from(first.join(seen, documents.c.id == first.c.document))
+        count = count.where(first.c.wanted, seen_by(viewer)).correlate(own)
+        async with self._database.read.connect() as connection:
+            found = await connection.execute(select(own.c.entity, count.scalar_subquery()))
+            return sorted(((entity, count) for entity, count in found), key=lambda one: (-one[1], one[0]))
+
     async def naming(self, rows: Sequence[int], scope: Scope, most: int) -> list[list[int]]:
         """Of each thing that some of these rows name, the documents that name it: of those that the viewer sees in the
-        spaces of the collections, and only where they are at most so many."""
+        spaces of the collections, and only where they are at most so many, and no more than ``LOOKED_AT`` with those
+        that it does not see."""
         own = select(mentions.c.entity).where(mentions.c.document.in_(rows), mentions.c.wanted).distinct().subquery()
         of = mentions.alias()
         searched = select(collections.c.space).where(collections.c.id.in_(scope.collections or ()))
@@ -120,8 +161,10 @@ class Sight:
             .select_from(of.join(documents, documents.c.id == of.c.document).join(collections, INSIDE))
             .where(of.c.entity == own.c.entity, of.c.wanted, of.c.space.in_(searched), seen_by(scope.viewer))
         )
+        looked_at = select(func.count()).select_from(_first_of(own, searched).offset(LOOKED_AT).limit(1).subquery())
+        few = looked_at.correlate(own).scalar_subquery() == 0
         async with self._database.read.connect() as connection:
-            found = await connection.scalars(select(_listed(there, own, most)).select_from(own))
+            found = await connection.scalars(select(_listed(there, own, most)).select_from(own).where(few))
             groups = [_ids(group) for group in found]
         return [group for group in groups if len(group) <= most]
 
@@ -151,6 +194,13 @@ def _listed(query: Select[Any], of: FromClause, most: int) -> ColumnElement[Any]
     that no more rows are read."""
     few = query.limit(most + 1).correlate(of).subquery()
     return select(func.aggregate_strings(cast(few.c.other, String), ",")).correlate(of).scalar_subquery()
+
+
+def _first_of(own: FromClause, inside: Select[Any]) -> Select[Any]:
+    """Who names each entity of ``own`` in some spaces, as far as they are looked at."""
+    of = mentions.alias()
+    found = select(of.c.document, of.c.wanted).where(of.c.entity == own.c.entity, of.c.space.in_(inside))
+    return found.limit(LOOKED_AT).correlate(own)
 
 
 def _ids(listed: str | None) -> list[int]:

@@ -64,24 +64,21 @@ SELECT
     id, space, :doc_id, :doc_type, :permissions, :exported, :now, :now, false, :version, :version,
     0, '', 0, 0, 0, 0, :now, 0, 0, :nothing, :nothing
 FROM collections WHERE id = :collection AND NOT deleted
-ON CONFLICT (collection, doc_id) DO UPDATE SET
+ON CONFLICT (collection, doc_id) WHERE deleted = 0 DO UPDATE SET
     doc_type = excluded.doc_type,
     permissions = excluded.permissions,
     exported = excluded.exported,
-    created_at = CASE WHEN documents.deleted THEN excluded.created_at ELSE documents.created_at END,
-    first_version = CASE WHEN documents.deleted THEN excluded.version ELSE documents.first_version END,
     updated_at = excluded.updated_at,
     changed_at = CASE
         WHEN documents.related < documents.version OR documents.graphed < documents.wanted THEN documents.changed_at
         ELSE excluded.changed_at
     END,
-    deleted = false,
     version = excluded.version,
     attempts = 0,
     next_at = 0,
     error = NULL
-WHERE (:key = '' OR documents.deleted OR documents.permissions = '[]' OR instr(documents.permissions, :key) > 0)
-    AND (excluded.exported = '' OR documents.deleted OR documents.exported <> '')
+WHERE (:key = '' OR documents.permissions = '[]' OR instr(documents.permissions, :key) > 0)
+    AND (excluded.exported = '' OR documents.exported <> '')
 """
 WRITTEN = text("""
 SELECT version, id, first_version FROM documents
@@ -208,7 +205,9 @@ def spaces_with(condition: ColumnElement[bool]) -> Select[Any]:
 def put_document(*, postgres: bool) -> tuple[TextClause, TextClause]:
     """Writes documents that a key sees, or that are new; ``key`` is its quoted name, or empty: sees all. One for many
     documents, and one for a single document that answers what ``WRITTEN`` does."""
-    put = _PUT_DOCUMENT.replace("instr", "strpos") if postgres else _PUT_DOCUMENT
+    put = _PUT_DOCUMENT
+    if postgres:
+        put = put.replace("instr", "strpos").replace("deleted = 0", "deleted = false")
     return text(put), text(put + "RETURNING version, id, first_version")
 
 

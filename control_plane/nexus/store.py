@@ -24,6 +24,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     String,
+    TableValuedAlias,
     TextClause,
     Update,
     and_,
@@ -46,9 +47,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from common.errors import ExportError, InvalidRequest, Retry
 from control_plane.errors import CollectionDiffers, CollectionNotFound, DocumentNotFound
 from control_plane.jobs.database import Database, db_now
+from control_plane.nexus.domains import MAX_CHARS as CLASSIFIED
+from control_plane.nexus.entities import MAX_CHARS as SEARCHED
 from control_plane.nexus.records import (
     HELD,
     MAX_ATTEMPTS,
+    MAX_COLLECTIONS,
     MAYBE_HELD,
     NOT_HELD,
     Backlog,
@@ -117,6 +121,7 @@ from control_plane.nexus.tables import (
 
 EVERYTHING = Viewer(None, None)
 """Sees all documents of all clients."""
+HIDDEN = "there is a document of this id that the key does not see; use another id"
 LEASE_MS = 5_000
 """A replica that does not renew for so long may lose the lease to another one."""
 T = TypeVar("T")
@@ -167,7 +172,7 @@ class CollectionStore:
 
     async def put_collection(self, client: str, name: str, model: str, dimension: int) -> tuple[Collection, bool]:
         """The collection of this name, and whether it is new. Raises CollectionDiffers where it has another model or
-        dimension."""
+        dimension, and InvalidRequest where the client may have no new one."""
         if (found := await self._collection(client, name)) is None:
             space = f"{client}/{model}/{dimension}"
             async with self._database.write.begin() as connection:
@@ -178,6 +183,7 @@ class CollectionStore:
                     inside = await connection.scalar(made)
                 known = await connection.scalar(select(collections.c.id).where(*_named(client, name)))
                 if known is None:
+                    await _check_room(connection, client)
                     row = {"client": client, "name": name, "space": inside, "model": model, "dimension": dimension}
                     values = insert(collections).values(**row, created_at=db_now(), deleted=False)
                     made = values.returning(collections.c.id, collections.c.created_at)
@@ -266,7 +272,8 @@ class CollectionStore:
                 found = await connection.execute(self._put_one, rows[0])
             else:
                 if self._postgres:  # in the order in which the sync engine locks them
-                    there = select(documents.c.id).where(self._of(collection, [one.doc_id for one in new]))
+                    mine = self._of(collection, [one.doc_id for one in new])
+                    there = select(documents.c.id).where(mine, ~documents.c.deleted)
                     await connection.execute(there.order_by(documents.c.id).with_for_update())
                 await connection.execute(self._put, rows)
                 found = await connection.execute(WRITTEN, {"collection": collection.id, "base": base})
@@ -275,7 +282,9 @@ class CollectionStore:
                 living = select(collections.c.id).where(collections.c.id == collection.id, ~collections.c.deleted)
                 if await connection.scalar(living) is None:
                     raise _no_collection()
-                raise DocumentNotFound("There is a document of this id that the key does not see; use another id.")
+                refused = next(number for number, row in enumerate(rows) if row["version"] not in put)
+                field = f"documents[{refused}].id"
+                raise DocumentNotFound(f"{field}: {HIDDEN}", field=field)
             for row, content in zip(rows, contents, strict=True):
                 content["document"] = put[row["version"]].id
             await connection.execute(PUT_CONTENTS, contents)
@@ -335,18 +344,19 @@ class CollectionStore:
     async def get(self, collection: Collection, doc_ids: Sequence[str], viewer: Viewer) -> list[Document]:
         """Those that are there for the viewer, in the order that was asked for."""
         async with self._database.read.connect() as connection:
-            found = await connection.execute(_documents(viewer).where(self._of(collection, doc_ids)))
+            query = _documents(viewer, texts=True).where(self._of(collection, doc_ids))
+            found = await connection.execute(query)
             by_id = {row.doc_id: _document_of(row) for row in found}
         return [by_id[doc_id] for doc_id in doc_ids if doc_id in by_id]
 
     async def by_ids(self, ids: Sequence[int], viewer: Viewer) -> dict[int, Document]:
-        """Those that are there for the viewer, by the ids of their rows."""
+        """Those that are there for the viewer, by the ids of their rows; without their texts."""
         async with self._database.read.connect() as connection:
             found = await connection.execute(_documents(viewer).where(self._among(documents.c.id, ids)))
             return {row.id: _document_of(row) for row in found}
 
     async def listing(self, collection: Collection, viewer: Viewer, *, after: int, limit: int) -> list[Document]:
-        """Those with ids of rows above ``after``, in their order."""
+        """Those with ids of rows above ``after``, in their order; without their texts."""
         query = _documents(viewer).where(documents.c.collection == collection.id, documents.c.id > after)
         async with self._database.read.connect() as connection:
             found = await connection.execute(query.order_by(documents.c.id).limit(limit))
@@ -358,20 +368,26 @@ class CollectionStore:
         async with self._database.read.connect() as connection:
             return await connection.scalar(query.where(documents.c.collection == collection.id)) or 0
 
-    async def visible(self, space: str, viewer: Viewer, ids: Sequence[int]) -> set[int]:
-        """Of these rows those in a space that are there for the viewer."""
-        query = select(documents.c.id).select_from(documents.join(collections, INSIDE)).where(seen_by(viewer))
-        query = query.where(self._among(documents.c.id, ids), documents.c.space == _space(space))
-        async with self._database.read.connect() as connection:
-            return set(await connection.scalars(query))
-
-    async def words(self, inside: Sequence[int], query: str, viewer: Viewer, limit: int) -> list[tuple[int, float]]:
+    async def words(
+        self,
+        inside: Sequence[int],
+        query: str,
+        viewer: Viewer,
+        limit: int,
+        *,
+        doc_type: str | None = None,
+        domains: Sequence[str] = (),
+    ) -> list[tuple[int, float]]:
         """Rows of these collections with any word of a question in title or text, and how well they fit (more is
-        better, and no other scale), best first."""
+        better, and no other scale), best first; of one type, of some domains, where these are given."""
         if (found := lexical(query, postgres=self._postgres)) is None:
             return []
         # A sum, for the same reason as there.
         found = found.where(self._among(documents.c.collection + 0, inside), seen_by(viewer)).limit(limit)
+        if doc_type is not None:
+            found = found.where(documents.c.doc_type == doc_type)
+        if domains:
+            found = found.where(documents.c.domain.in_(domains))
         async with self._database.read.connect() as connection:
             return [(number, float(score)) for number, score in await connection.execute(found)]
 
@@ -421,7 +437,7 @@ class CollectionStore:
                 collections.c.name,
                 documents.c.doc_type,
                 func.coalesce(contents.title, ""),
-                func.coalesce(contents.text, ""),
+                func.coalesce(func.substr(contents.text, 1, max(CLASSIFIED, SEARCHED)), ""),
             )
             .select_from(ROWS)
             .where(UNRELATED)
@@ -473,10 +489,11 @@ class CollectionStore:
             fresh = and_(UNGRAPHED, documents.c.next_at == 0)
             return await self._with_mentions(connection, await _in_turn(connection, query, fresh, limit, turn))
 
-    async def rows(self) -> int:
-        """How many rows of documents there are, deleted ones too."""
+    async def living(self) -> int:
+        """How many documents there are."""
         async with self._database.read.connect() as connection:
-            return await connection.scalar(select(func.count()).select_from(documents)) or 0
+            query = select(func.count()).select_from(documents).where(~documents.c.deleted)
+            return await connection.scalar(query) or 0
 
     async def last_row(self) -> int:
         """The largest id of a row; 0 where there is none."""
@@ -497,11 +514,14 @@ class CollectionStore:
         """What the graph should have of rows that are there, and whether it still has to be told."""
         return {row: Told(near, bool(waits)) for row, near, waits in await self._column(documents.c.near, ids, PENDING)}
 
-    async def orphans(self, entities: Sequence[str]) -> set[str]:
-        """Of these those that no document that lives names."""
-        query = select(mentions.c.entity).distinct().where(self._among(mentions.c.entity, entities), mentions.c.wanted)
+    async def orphans(self, entities: Sequence[str], besides: Sequence[int] = ()) -> set[str]:
+        """Of these those that no document names, nor is to lose in the graph, but for rows ``besides`` that do not
+        name them any more: who loses one later may name it again before."""
+        each = self._each(entities)
+        stays = or_(mentions.c.wanted, ~self._among(mentions.c.document, besides))
+        query = select(each.c.value).where(~exists().where(mentions.c.entity == each.c.value, stays))
         async with self._database.read.connect() as connection:
-            return set(entities) - set(await connection.scalars(query))
+            return set(await connection.scalars(query))
 
     async def put_intended(self, lists: Mapping[int, Sequence[Near]], rows: Sequence[Row] = ()) -> None:
         """Lists that the graph may have from now on, put before it is told; the mentions that it is to get or to lose
@@ -614,8 +634,8 @@ class CollectionStore:
 
     async def sweep(self, now: int) -> int:
         """Go on with deletions, a step of each: of the documents of deleted collections, of rows of documents that the
-        graph lost long enough ago, of what is left of collections without rows. Answers how many documents' rows
-        went."""
+        graph lost long enough ago, of what is left of collections without rows. Answers how many documents were
+        deleted or their rows went; with ``STEP`` of them there may be more."""
         its = documents.c.collection == collections.c.id
         dropped = select(collections.c.id).where(collections.c.deleted).limit(1)
         async with self._database.read.connect() as connection:
@@ -623,14 +643,13 @@ class CollectionStore:
             empty = await connection.scalar(dropped.where(~exists().where(its)))
             oldest = select(documents.c.id).where(TOMBSTONE).order_by(documents.c.updated_at).limit(1)
             tombstone = await connection.scalar(oldest)
-        if unfinished is not None:
-            await self._bury_some(unfinished)
+        count = 0 if unfinished is None else await self._bury_some(unfinished)
         if empty is not None:
             async with self._database.write.begin() as connection:
                 await _versions(connection, 0)
                 await connection.execute(delete(collections).where(collections.c.deleted, ~exists().where(its)))
                 await connection.execute(delete(spaces).where(~exists().where(collections.c.space == spaces.c.id)))
-        return 0 if tombstone is None else await self._sweep_rows(now)
+        return count if tombstone is None else max(count, await self._sweep_rows(now))
 
     async def _sweep_rows(self, now: int) -> int:
         old = (
@@ -787,14 +806,14 @@ class CollectionStore:
         query = query.where(self._among(documents.c.id, ids)).order_by(documents.c.id).with_for_update()
         return {row.id: row for row in await connection.execute(query)}
 
-    async def _bury_some(self, collection: int) -> bool:
-        """Delete some documents of a collection; whether there were any."""
+    async def _bury_some(self, collection: int) -> int:
+        """Delete some documents of a collection; answers how many."""
         query = select(documents.c.id).where(documents.c.collection == collection, ~documents.c.deleted)
         async with self._database.write.begin() as connection:
             base = await _versions(connection, STEP)
             ids = list(await connection.scalars(query.order_by(documents.c.id).limit(STEP).with_for_update()))
             await self._bury(connection, ids, base, await connection.scalar(select(db_now())) or 0)
-        return bool(ids)
+        return len(ids)
 
     async def _bury(self, connection: AsyncConnection, ids: Sequence[int], base: int, now: int) -> None:
         """Make rows those of deleted documents."""
@@ -852,8 +871,24 @@ class CollectionStore:
         if self._postgres:
             kind = String() if isinstance(where.type, String) else BigInteger()
             return where == any_(literal([*values], ARRAY(kind)))
-        each = func.json_each(msgspec.json.encode([*values]).decode()).table_valued("value")
-        return where.in_(select(each.c.value))
+        return where.in_(select(self._each(values).c.value))
+
+    def _each(self, values: Sequence[int] | Sequence[str]) -> TableValuedAlias:
+        """The values as a table."""
+        if self._postgres:
+            return func.unnest(literal([*values], ARRAY(String()))).table_valued("value").render_derived()
+        return func.json_each(msgspec.json.encode([*values]).decode()).table_valued("value")
+
+
+async def _check_room(connection: AsyncConnection, client: str) -> None:
+    """Raise InvalidRequest where a client has as many collections as it may."""
+    mine = select(func.count()).where(collections.c.client == client, ~collections.c.deleted)
+    if (await connection.scalar(mine) or 0) >= MAX_COLLECTIONS:
+        raise InvalidRequest(
+            f"collection: there may be {MAX_COLLECTIONS:,}, and so many there are; delete one first",
+            field="collection",
+            allowed=MAX_COLLECTIONS,
+        )
 
 
 async def note_changes(connection: AsyncConnection, clients: Sequence[str]) -> None:
@@ -941,9 +976,9 @@ def _collections() -> Select[Any]:
     return select(*columns).join(spaces, spaces.c.id == mine.space)
 
 
-def _documents(viewer: Viewer) -> Select[Any]:
+def _documents(viewer: Viewer, *, texts: bool = False) -> Select[Any]:
     contents = document_contents.c
-    found = select(documents, contents.title, contents.text, contents.payload)
+    found = select(documents, contents.title, contents.text if texts else literal("").label("text"), contents.payload)
     return found.select_from(documents.join(collections, INSIDE).join(document_contents)).where(seen_by(viewer))
 
 

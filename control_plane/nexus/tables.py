@@ -95,7 +95,8 @@ documents = Table(
     Column("error", Text),
     Column("near", LargeBinary, nullable=False),
     Column("graphed_near", LargeBinary),
-    UniqueConstraint("collection", "doc_id", name="uq_documents_collection_doc_id"),
+    # A document that is written again once it was deleted is another row: the graph may not have heard of its end yet.
+    _some("ux_documents_collection_doc_id", "deleted = false", "collection", "doc_id", unique=True),
     Index("ix_documents_collection", "collection", "id", "deleted"),
     # Those that every key of the client sees, and the others, for counting alone.
     _some("ix_documents_open", "deleted = false AND permissions = '[]'", "collection"),

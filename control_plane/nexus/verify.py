@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import ExportError
 from control_plane.jobs.store import now_ms
-from control_plane.nexus.engine import MARK, SyncEngine, node_of, pair
+from control_plane.nexus.engine import MARK, SyncEngine, node_of, pair, unforeseen
 from control_plane.nexus.graph.port import Change, Held
 from control_plane.nexus.overview import Look, LookReport
 from control_plane.nexus.records import LookKind, Row, Told, unpack_near
@@ -50,12 +50,15 @@ class Verifier:
         while True:
             await self._engine.leading()
             try:
-                asked = (await self._store.state()).asked
-                if asked or time.monotonic() >= due:
-                    report = await self.look(asked or "verify")
+                state = await self._store.state()
+                # Progress that is there now is of a look whose end nobody could be told.
+                if state.asked or state.progress is not None or time.monotonic() >= due:
+                    report = await self.look(state.asked or "verify")
                     due = time.monotonic() + (AGAIN_SECONDS if report.error else self._every)
             except SQLAlchemyError as error:
                 log.error("a look at the graph waits for the database", exc_info=error)
+            except Exception as error:
+                log.error("looks at the graph go on after what nobody foresaw", exc_info=error)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self, kind: LookKind) -> LookReport:
@@ -63,12 +66,15 @@ class Verifier:
         report, began = LookReport(kind=kind, started_at=now_ms()), time.monotonic()
         await self._tell(report, 0)
         try:
-            if await self._store.rows():  # or there is no graph either
+            if await self._store.last_row():  # or there is no graph either
                 await self._engine.ready()
                 await (self._clear(report) if kind == "rebuild" else self._compare(report))
         except (ExportError, SQLAlchemyError) as error:
             report.error = error.message if isinstance(error, ExportError) else "the database does not answer"
             log.warning("the graph could not be looked at", kind=kind, exc_info=error)
+        except Exception as error:
+            report.error = unforeseen(error)
+            log.error("the graph could not be looked at", kind=kind, exc_info=error)
         report.seconds = round(time.monotonic() - began, 3)
         await self._store.put_verified(report.started_at, msgspec.json.encode(report).decode())
         log.info("the graph was looked at", **msgspec.to_builtins(report))
@@ -83,14 +89,15 @@ class Verifier:
     async def _clear(self, report: LookReport) -> None:
         """Make the graph empty and have every row told anew."""
         async with self._engine.graph_lock:
-            report.repaired = await self._store.distrust_all()
+            await self._store.distrust_all()
+            report.repaired = await self._store.living()
             mark = await self._store.graph()
-            await asyncio.to_thread(self._engine.graph.clear)
+            await self._engine.clear()
             await self._engine.mark(mark or "")
             await self._store.nothing_told()
 
     async def _compare(self, report: LookReport) -> None:
-        total, after = await self._store.rows(), 0
+        total, after = await self._store.living(), 0
         while True:
             async with self._engine.graph_lock:
                 rows = await self._store.rows_after(after, PAGE)
@@ -98,7 +105,7 @@ class Verifier:
                     break
                 await self._page(rows, report)
             after = rows[-1].id
-            report.documents += len(rows)
+            report.documents += sum(not row.deleted for row in rows)
             if time.monotonic() - self._told > LOOK_SECONDS:
                 await self._tell(report, total)
         await self._left_over(report)
@@ -187,7 +194,7 @@ class Verifier:
         if extra := [id_ for id_ in ids if id_ not in told]:
             for id_ in extra:
                 report.differs("document", f"document {id_} has no row")
-            await asyncio.to_thread(self._engine.graph.apply, Change(removed=extra))
+            await self._engine.apply(Change(removed=extra))
             report.repaired += len(extra)
         return ids[-1] if ids else None
 
@@ -196,6 +203,6 @@ class Verifier:
         if extra := sorted(await self._store.orphans(keys)):
             for key in extra:
                 report.differs("entity", f"nothing mentions {key}")
-            await asyncio.to_thread(self._engine.graph.apply, Change(forgotten=extra))
+            await self._engine.apply(Change(forgotten=extra))
             report.repaired += len(extra)
         return keys[-1] if keys else None

@@ -179,7 +179,7 @@ def test_wrong_lines_are_named_with_their_fields_and_all_others_are_sent(house: 
     code, out, err = say(*arguments(house, file, "--dimension", 2, "--json"))
     report = json.loads(out.splitlines()[0])
     assert code == 3
-    assert "14 lines are no documents" in err
+    assert "14 lines were not sent" in err
     assert [wrong["line"] for wrong in report["failed"]] == [4 * number + 2 for number in range(len(WRONG))]
     for wrong, (_, field, words) in zip(report["failed"], WRONG, strict=True):
         assert wrong["field"] == field, wrong
@@ -229,6 +229,22 @@ def test_what_only_the_server_finds_wrong_is_named_by_its_line_too(house: Office
     failed = json.loads(out.splitlines()[0])["failed"]
     assert [(wrong["line"], wrong["field"]) for wrong in failed] == [(2, "vector"), (4, "vector")]
     assert house.documents("books") == titles(3)
+
+
+def test_an_id_of_a_hidden_document_is_a_wrong_line(house: Office, say: Say, file: Path) -> None:
+    house.write("books", ["b2"])
+    hidden = [document(number, title="hidden", permissions=["red-export"]) for number in (1, 3)]
+    house.ask("POST", "/v1/collections/books/documents", key="red-export", json={"documents": hidden})
+    file.write_bytes(lines_of([document(number) for number in range(5)]))
+    code, out, _ = say(*arguments(house, file, "--max-wrong", 1))
+    assert code == 3
+    assert "line 4" in out
+    code, out, _ = say(*arguments(house, file, "--restart", "--json"))
+    assert code == 3
+    failed = json.loads(out.splitlines()[0])["failed"]
+    assert [(wrong["line"], wrong["field"]) for wrong in failed] == [(2, "id"), (4, "id")]
+    assert failed[0]["message"].startswith("there is a document of this id that the key does not see")
+    assert house.documents("books") == {"b0": "Book 0", "b2": "Book 2", "b4": "Book 4"}
 
 
 def test_of_two_lines_with_one_id_the_later_one_holds(house: Office, say: Say, file: Path) -> None:

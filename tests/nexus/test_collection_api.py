@@ -285,9 +285,12 @@ class TestPermissions:
     def test_what_a_key_does_not_see_it_cannot_change(self, mixed: Person, there: Shelf) -> None:
         other = there.as_("red2")
         replaced = other.refused("PUT", "/books/documents/red", 404, json={"vector": [0, 1]})
-        assert replaced["code"] == "DOCUMENT_NOT_FOUND"
-        batch = {"documents": [{"id": "new", "vector": [0, 1]}, {"id": "red", "vector": [0, 1]}]}
-        assert other.refused("POST", "/books/documents", 404, json=batch)["code"] == "DOCUMENT_NOT_FOUND"
+        assert (replaced["code"], replaced["details"]) == ("DOCUMENT_NOT_FOUND", {"field": "id"})
+        batch = [{"id": "new", "vector": [0, 1]}, {"id": "red", "vector": [0, 1]}]
+        for some, place in ((batch, 1), (batch[1:], 0)):
+            refused = other.refused("POST", "/books/documents", 404, json={"documents": some})
+            assert refused["code"] == "DOCUMENT_NOT_FOUND"
+            assert refused["details"] == {"field": f"documents[{place}].id"}
         assert other.refused("DELETE", "/books/documents/red", 404)["code"] == "DOCUMENT_NOT_FOUND"
         assert other.ask("POST", "/books/deletions", json={"ids": ["red", "both"]}) == {"deleted": 1}
         assert mixed.listed("books") == ["all", "red"]
@@ -460,8 +463,8 @@ def test_search_goes_over_the_collections_that_are_named(red: Person) -> None:
     assert found() == {"one"}
     assert found(collections=["two"]) == {"one", "two"}
     assert found(collections=["*"]) == {"one", "two", "three"}
-    missing = red.refused("POST", "/one/search", 404, json={"query": "x", "collections": ["four"]})
-    assert missing["code"] == "COLLECTION_NOT_FOUND"
+    missing = red.refused("POST", "/one/search", 404, json={"query": "x", "collections": ["*", "two", "four"]})
+    assert (missing["code"], missing["details"]) == ("COLLECTION_NOT_FOUND", {"field": "collections[2]"})
 
 
 class TestTexts:

@@ -20,7 +20,8 @@ from common.embedding.port import Embedded, Embedder
 from common.embedding.static import StaticEmbedder
 from common.errors import EmbeddingFailed, ExportError, InvalidRequest
 from control_plane.nexus.incoming import MAX_BATCH, MAX_PAYLOAD, MAX_TEXT
-from control_plane.nexus.service import BODY_SECONDS, MAX_ASKED, MAX_BODY, MAX_SEARCHED, QUESTIONS, SEARCH_SECONDS
+from control_plane.nexus.records import MAX_COLLECTIONS
+from control_plane.nexus.service import BODY_SECONDS, MAX_ASKED, MAX_BODY, QUESTIONS, SEARCH_SECONDS
 
 BIG = 10**400
 
@@ -85,6 +86,7 @@ WRONG_DOCUMENTS: list[tuple[dict[str, Any] | str, str, str]] = [
     ({"vector": [1, 0], "payload": _nested(33)}, "payload", "32 objects and lists deep"),
     ('{"vector": [1, 0], "payload": {"a": ' + "[" * 5_000 + "]" * 5_000 + "}}", "$", "too deep"),
     ('{"vector": [1, 0], "payload": {"a": 1e999}}', "payload", "out of range"),
+    ({"vector": [1, 0], "payload": {"graph": {}}}, "payload.graph", "for what graphs tell"),
     ({"vector": [1, 0], "doc_type": "x"}, "$", "unknown field `doc_type`"),
     ({"vector": [1, 0], "id": "b"}, "$", "unknown field `id`"),
 ]
@@ -461,7 +463,7 @@ def test_a_question_that_does_not_get_its_turn_is_given_up(tmp_path: Path) -> No
         assert red.search("texts", query="unicorn")["warnings"] == []
 
 
-def test_a_search_of_all_collections_is_bounded(tmp_path: Path) -> None:
+def test_a_client_has_so_many_collections_and_all_are_searched(tmp_path: Path) -> None:
     with shelf(tmp_path) as there:
         red = there.as_("red")
         red.make("books", 2, model="same")
@@ -471,10 +473,16 @@ def test_a_search_of_all_collections_is_bounded(tmp_path: Path) -> None:
                 "INSERT INTO collections (client, name, space, model, dimension, created_at, deleted)"
                 " SELECT client, name || ?, space, model, dimension, created_at, deleted FROM collections"
                 " WHERE name = 'books'",
-                [(n,) for n in range(MAX_SEARCHED - 1)],
+                [(n,) for n in range(MAX_COLLECTIONS - 1)],
             )
         asked = {"vector": [1, 0], "collections": ["*"]}
         assert red.found("books", **asked) == ["a"]
-        red.make("one-more", 2)
-        error = red.refused("POST", "/books/search", 400, json=asked)
-        assert (error["details"]["field"], error["details"]["allowed"]) == ("collections", MAX_SEARCHED)
+        error = red.refused("PUT", "/one-more", 400, json={"dimension": 2})
+        assert (error["details"]["field"], error["details"]["allowed"]) == ("collection", MAX_COLLECTIONS)
+        # Neither what is there nor another client is refused; of the last one by name everything is told.
+        red.ask("PUT", "/books", json={"dimension": 2, "model": "same"})
+        there.as_("blue").make("one-more", 2)
+        red.ask("DELETE", "/books7", 204)
+        red.make("one-more", 2, model="same")
+        red.write("one-more", [{"id": "b", "vector": [1, 0.1]}])
+        assert red.found("books", **asked) == ["a", "b"]

@@ -18,7 +18,9 @@ from common.errors import InvalidRequest
 from control_plane.errors import CollectionDiffers, CollectionNotFound, DocumentNotFound
 from control_plane.jobs.database import Database
 from control_plane.jobs.tables import metadata
+from control_plane.nexus import domains, entities
 from control_plane.nexus.records import MAX_ATTEMPTS, Collection, Near, Viewer
+from control_plane.nexus.sight import Scope, Sight
 from control_plane.nexus.statements import QUERY_WORDS, WORD_LENGTH
 from control_plane.nexus.store import EVERYTHING, STEP, TOMBSTONE_MS, CollectionStore
 from control_plane.nexus.tables import collections, document_contents, documents, spaces
@@ -31,6 +33,12 @@ RED = Viewer("red", None)
 def key(name: str) -> Viewer:
     """A key of the client ``red``."""
     return Viewer("red", name)
+
+
+async def seen_inside(house: House, space: str, viewer: Viewer) -> set[int]:
+    """Rows of a space that a viewer sees."""
+    rows, _ = await Sight(house.database).inside(space, viewer)
+    return set(rows.tolist())
 
 
 # --- collections -----------------------------------------------------------------------------------------------------
@@ -131,10 +139,10 @@ def test_documents_of_a_collection_that_is_being_dropped_are_seen_by_nobody_and_
         assert await store.by_ids(ids, EVERYTHING) == {}
         assert await store.listing(house.books, EVERYTHING, after=0, limit=10) == []
         assert await store.count(house.books, EVERYTHING) == 0
-        assert await store.visible(house.books.space, EVERYTHING, ids) == set()
+        assert await seen_inside(house, house.books.space, EVERYTHING) == set()
         assert await store.words([house.books.id], "zebra", EVERYTHING, 10) == []
         assert await store.delete(house.books, ["a"], now=NOW) == 0
-        await store.sweep(NOW)
+        assert await store.sweep(NOW) == 3
         assert [row["deleted"] for row in await house.table(documents)] == [True] * 3
         assert await house.table(document_contents) == []
 
@@ -287,16 +295,17 @@ def test_documents_are_listed_page_by_page(url: str) -> None:
     run(url, scenario)
 
 
-def test_a_deleted_document_comes_again_as_a_new_one_with_its_old_row(url: str) -> None:
+def test_a_deleted_document_comes_again_as_a_new_one_in_another_row(url: str) -> None:
     async def scenario(house: House) -> None:
         [first] = await house.write(new("a", "old"))
         await house.relate({first.id: [Near(99, 0.9)]})
         await house.store.delete(house.books, ["a"], now=NOW + 1)
         [again] = await house.write(new("a", "new"), now=NOW + 2)
-        assert (again.id, again.created) == (first.id, True)
+        assert again.id > first.id
+        assert again.created
         found = await house.document("a")
-        assert (found.text, found.created_at, found.domain) == ("new", NOW + 2, "")
-        assert await house.store.near_of([first.id]) == {first.id: []}
+        assert (found.text, found.created_at, found.domain, found.synced_at) == ("new", NOW + 2, "", None)
+        assert await house.store.near_of([first.id, again.id]) == {first.id: [], again.id: []}
 
     run(url, scenario)
 
@@ -426,7 +435,7 @@ def test_a_document_is_there_for_the_keys_that_it_names_and_no_others(url: str) 
             assert {one.doc_id for one in (await store.by_ids([*ids], viewer)).values()} == seen
             assert {one.doc_id for one in await store.listing(house.books, viewer, after=0, limit=100)} == seen
             assert await store.count(house.books, viewer) == len(seen)
-            assert {ids[row] for row in await store.visible(house.books.space, viewer, [*ids])} == seen
+            assert {ids[row] for row in await seen_inside(house, house.books.space, viewer)} == seen
             assert {ids[row] for row, _ in await store.words([house.books.id], "zebra", viewer, 100)} == seen
 
     run(url, scenario)
@@ -443,7 +452,7 @@ def test_documents_of_another_client_are_there_for_nobody_else(url: str) -> None
             assert {one.id for some in found for one in some} == ids
             shown = await house.store.words([house.books.id, blue.id], "zebra a", viewer, 10)
             assert {one for one, _ in shown} == ids
-            assert await house.store.visible(blue.space, viewer, [row, written.id]) == ids - {row}
+            assert await seen_inside(house, blue.space, viewer) == ids - {row}
         assert await house.store.delete(blue, ["a"], now=NOW, viewer=RED) == 0
 
     run(url, scenario)
@@ -579,8 +588,23 @@ def test_words_follow_what_documents_say_now_and_where_they_are(url: str) -> Non
         assert await found("okapi", house.books) == await found("tapir", house.books) == {row}
         await house.store.delete(house.books, ["a"], now=NOW)
         assert await found("okapi", house.books) == set()
-        await house.write(new("a", "zebra again"))
-        assert await found("again", house.books) == {row}
+        [again] = await house.write(new("a", "zebra again"))
+        assert await found("again", house.books) == {again.id}
+
+    run(url, scenario)
+
+
+def test_texts_are_read_where_they_are_shown_and_as_far_as_rules_look_at_them(url: str) -> None:
+    async def scenario(house: House) -> None:
+        [row] = await house.write(new("a", "x" * 150_000, title="a title"))
+        assert len((await house.document("a")).text) == 150_000
+        for found in (
+            *(await house.store.by_ids([row.id], EVERYTHING)).values(),
+            *await house.store.listing(house.books, EVERYTHING, after=0, limit=10),
+        ):
+            assert (found.title, found.text) == ("a title", "")
+        [written] = await house.store.unrelated(10)
+        assert written.text == "x" * max(entities.MAX_CHARS, domains.MAX_CHARS)
 
     run(url, scenario)
 
@@ -699,7 +723,10 @@ def test_what_asks_all_the_time_reads_no_whole_table(tmp_path: Path) -> None:
         await store.get(house.books, ["a"], key("k"))
         await store.by_ids(ids, key("k"))
         await store.listing(house.books, key("k"), after=0, limit=10)
-        await store.visible(space, key("k"), ids)
+        sight = Sight(house.database)
+        await sight.inside(space, key("k"))
+        await sight.entities(ids[0], key("k"))
+        await sight.naming(ids, Scope([house.books.id], key("k")), 10)
         await store.words([house.books.id], "title", key("k"), 10)
         await store.sweep(NOW)
         questions = tuple(asked)
@@ -713,7 +740,7 @@ def test_what_asks_all_the_time_reads_no_whole_table(tmp_path: Path) -> None:
             r"SCAN (documents|document_contents|mentions)\b(?! USING (COVERING INDEX|INDEX ix_documents_[ud]))"
         )
         assert [line for line in plans if whole.match(line)] == []
-        assert "SEARCH documents USING INDEX sqlite_autoindex_documents_1 (collection=? AND doc_id=?)" in plans
+        assert "SEARCH documents USING INDEX ux_documents_collection_doc_id (collection=? AND doc_id=?)" in plans
         assert "SCAN document_words VIRTUAL TABLE INDEX 0:M2" in plans
         assert "SCAN documents USING INDEX ix_documents_deleted" in plans
 

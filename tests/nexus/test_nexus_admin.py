@@ -113,7 +113,8 @@ def test_the_list_of_collections_is_bounded_and_its_sums_are_not(on_sqlite: Offi
         database = Database(on_sqlite.database_url)
         async with database.write.begin() as connection:
             row = (await connection.execute(select(collections).limit(1))).one()._asdict()
-            rows = [{**row, "id": row["id"] + 1 + n, "name": f"c{n:04}"} for n in range(admin.MAX_COLLECTIONS)]
+            numbers = range(admin.MAX_COLLECTIONS)
+            rows = [{**row, "id": row["id"] + 1 + n, "client": "other", "name": f"c{n:04}"} for n in numbers]
             await connection.execute(insert(collections), rows)
         await database.close()
 
@@ -192,8 +193,15 @@ def test_documents_that_were_given_up_are_tried_again_of_one_collection_or_of_al
 
 @pytest.mark.parametrize(
     ("body", "field"),
-    [(b"{", None), (b'{"collection":7}', "collection"), (b'{"colection":"books"}', "colection"), (b"[]", None)],
-    ids=["no-json", "type", "unknown", "list"],
+    [
+        (b"{", None),
+        (b'{"collection":7}', "collection"),
+        (b'{"colection":"books"}', "colection"),
+        (b"[]", None),
+        (b"[" * 1_000_000, None),
+        (b'{"a":' * 50_000, "`a`"),
+    ],
+    ids=["no-json", "type", "unknown", "list", "deep-list", "deep-object"],
 )
 def test_a_wrong_wish_is_refused_and_named(on_sqlite: Office, body: bytes, field: str | None) -> None:
     error = on_sqlite.ask("POST", "/v1/nexus/trigger", 400, content=body)["error"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from nexus.brute_force import lists
 from nexus.rows import url
-from nexus.synced import DIMENSION, Synced, around, play, synced, tricky
+from nexus.synced import DIMENSION, Synced, around, meanwhile, play, synced, tricky
 
 from control_plane.nexus.graph.port import Change, DocumentNode, GraphRefused, GraphUnavailable, Mention, Similar
 from control_plane.nexus.records import MAX_ATTEMPTS, Collection, Near, Related
@@ -290,6 +291,44 @@ def test_work_that_only_the_leader_does_ends_with_its_lease(tmp_path: Path) -> N
     play(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+def test_what_comes_again_before_the_graph_has_lost_all_of_it_is_there_whole(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, deleted: bool
+) -> None:
+    """A document whose end the graph has heard of, but not that it is in the lists of others no more; and a name that
+    one has lost, and another is to lose."""
+    rng = np.random.default_rng(3)
+    centre = around(rng, np.zeros(DIMENSION), 1)
+
+    async def story(parts: Synced) -> None:
+        async def step(project: int) -> None:
+            while await parts.engine._relate():
+                pass
+            monkeypatch.setattr("control_plane.nexus.engine.PROJECTED", project)
+            while await parts.engine._project() and project > 1:
+                pass
+
+        assert await parts.store.take_lease()
+        code = await parts.collection()
+        near = {f"d{number:02}": (around(rng, centre, 0.1), "see src/a.py") for number in range(24)}
+        await parts.write(code, **near)
+        await step(500)
+        for again in ("d00", "d23"):
+            if deleted:
+                await parts.delete(code, *near)
+            else:
+                await parts.write(code, **{name: (vector, "nothing") for name, (vector, _) in near.items()})
+            await step(1)
+            await parts.write(code, **{again: near[again]})
+            await step(500)
+            parts.check()
+            await parts.write(code, **near)
+            await step(500)
+            parts.check()
+
+    play(url, tmp_path, story)
+
+
 def test_everybody_is_told_of_what_the_graph_has(tmp_path: Path) -> None:
     async def story(parts: Synced) -> None:
         code = await parts.collection()
@@ -455,5 +494,81 @@ def test_a_look_at_a_graph_that_does_not_answer_says_so(tmp_path: Path) -> None:
         report = await parts.verify()
         assert report.error == "it is being restarted"
         assert '"error":"it is being restarted"' in str((await parts.store.state()).report)
+
+    play(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
+
+
+def test_what_nobody_foresaw_is_told_and_ends_neither_the_sync_nor_the_looks(tmp_path: Path) -> None:
+    async def story(parts: Synced) -> None:
+        def odd(_: object) -> dict[int, object]:
+            raise TypeError("nobody foresaw this")
+
+        async def reported(said: str) -> None:
+            await parts.store.ask("verify")
+            while said not in str((await parts.store.state()).report):
+                await asyncio.sleep(0.05)
+
+        code = await parts.collection()
+        parts.graph.before = odd
+        async with asyncio.timeout(60), parts.running():
+            await parts.write(code, a=around(np.random.default_rng(1), np.zeros(DIMENSION), 1))
+            while parts.engine.trouble is None:
+                await asyncio.sleep(0.01)
+            assert "TypeError" in parts.engine.trouble
+            parts.graph.before = lambda _: None
+            await parts.settled()
+            parts.check()
+            assert parts.engine.trouble is None
+            assert parts.registry.get_sample_value("vectorizer_nexus_errors_total", {"code": "INTERNAL"})
+            read, verified = parts.graph.read, parts.store.put_verified
+            told = asyncio.Event()
+
+            async def unheard(*_: object) -> None:
+                told.set()
+                raise TypeError("nor this")
+
+            async with meanwhile(parts.verifier.run()):
+                parts.graph.read = odd  # type: ignore[method-assign,assignment]
+                await reported("TypeError")
+                parts.graph.read = read  # type: ignore[method-assign]
+                parts.store.put_verified = unheard  # type: ignore[method-assign]
+                await parts.store.ask("verify")
+                await told.wait()
+                parts.store.put_verified = verified  # type: ignore[method-assign]
+                await reported('"error":null')
+        assert not parts.engine.status.leads
+
+    play(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)
+
+
+def test_a_graph_that_is_made_empty_is_empty_before_another_replica_may_lead(tmp_path: Path) -> None:
+    async def story(parts: Synced) -> None:
+        begun, released = asyncio.Event(), threading.Event()
+        early: list[bool] = []
+        loop, clear, release = asyncio.get_running_loop(), parts.graph.clear, parts.store.release_lease
+
+        def slow() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            early.append(released.wait(0.5))
+            clear()
+
+        async def releasing() -> None:
+            released.set()
+            await release()
+
+        await parts.write(await parts.collection(), a=around(np.random.default_rng(1), np.zeros(DIMENSION), 1))
+        async with parts.running():
+            await parts.settled()
+            await parts.verify()
+            assert await parts.store.ask("rebuild")
+        parts.graph.clear = slow  # type: ignore[method-assign]
+        parts.store.release_lease = releasing  # type: ignore[method-assign]
+        both = [asyncio.create_task(parts.engine.run()), asyncio.create_task(parts.verifier.run())]
+        async with asyncio.timeout(30):
+            await begun.wait()
+            for task in both:
+                task.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
+        assert (early, released.is_set(), parts.held()) == ([False], True, {})
 
     play(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", tmp_path, story)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -9,10 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 from nexus.graph_conformance import GraphConformance, GraphInMemory, holds, some_change, told
+from nexus.synced import DIMENSION, Tricky, synced
 from nexus.told_server import Answer, Seen, ToldServer
 from processes import answering, free_port
 
@@ -421,6 +425,76 @@ def test_what_is_not_nexus_has_no_version(wire: Wire, graph: NexusGraph) -> None
     wire.answer = lambda _: Answer(200, b'{"status":"Healthy"}')
     with pytest.raises(GraphUnavailable, match="not an answer of Nexus"):
         graph.probe()
+
+
+# --- what is not as it was written -----------------------------------------------------------------------------------
+
+ODD = ["", '{"text": 1', "[" * 100_000, "[1]", '["a", "b", "c", "d", "e", 7]', '"}) DETACH DELETE n //', 7, ["a"], None]
+
+
+def test_what_is_not_as_it_was_written_is_another_and_right_once_it_is_told_again(
+    wire: Wire, graph: NexusGraph
+) -> None:
+    short, long = DOCUMENT, DOCUMENT._replace(id=2, title="long " * 200)
+    change = Change([short, long], [Similar(1, 2, 0.8)], [Mention(1, "name:A")])
+    memory = told(graph, [change])
+    (text,) = wire.nexus._find("DocumentText")
+    nodes = {one: wire.nexus._find("Document", "id", one.id)[0] for one in (short, long)}
+    similar, mention = sorted(nodes[short].out, key=lambda edge: edge.kind, reverse=True)
+    places = [(short, nodes[short].properties, name) for name in ("title", "version", "whole")]
+    places += [(long, nodes[long].properties, "whole"), (long, text.properties, "text")]
+    for document, properties, name in places:
+        for odd in ODD:
+            if properties[name] or odd:
+                properties[name] = odd
+                assert graph.read([document.id])[document.id].node != document, (name, odd)
+                graph.apply(change)
+                holds(graph, memory)
+    for properties, name in [(similar.properties, "score"), (similar.properties, "live"), (mention.properties, "live")]:
+        for odd in ODD:
+            properties[name] = odd
+            held = graph.read([1])[1]
+            assert (held.lopsided == {2}) != (held.mentions == set()), (name, odd)
+            graph.apply(change)
+            holds(graph, memory)
+
+
+def test_what_nobody_wrote_is_nobody(wire: Wire, graph: NexusGraph) -> None:
+    memory = told(graph, [Change([DOCUMENT, DOCUMENT._replace(id=2)], [Similar(1, 2, 0.8)], [Mention(1, "name:A")])])
+    strangers = [
+        Node("Document", {"id": "x", "shelf": 0}),
+        Node("Entity", {"key": 7, "shelf": wire.nexus._find("EntityShelf")[0].properties["shelf"]}),
+        Node("DocumentShelf", {"shelf": "x"}),
+        Node("EntityShelf", {"shelf": [7]}),
+    ]
+    wire.nexus.nodes += strangers
+    (one,) = wire.nexus._find("Document", "id", 1)
+    one.out[:0] = [
+        Edge(kind, end, {"live": True}) for kind, end in zip(("SIMILAR_TO", "MENTIONS"), strangers, strict=False)
+    ]
+    holds(graph, memory)
+    graph.clear()
+    assert (graph.read([1, 2]), graph.documents(0, 9), graph.entities("", 9)) == ({}, [], [])
+
+
+def test_a_text_that_is_not_what_was_written_is_found_and_repaired_by_the_next_look(
+    wire: Wire, graph: NexusGraph, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with synced(f"sqlite+aiosqlite:///{tmp_path / 'x.sqlite'}", Tricky(graph)) as parts:
+            code, long = await parts.collection(), "a" * 250
+            await parts.write(code, **{long: np.eye(DIMENSION, dtype=np.float32)[0]})
+            async with parts.running():
+                await parts.settled()
+                (text,) = wire.nexus._find("DocumentText")
+                text.properties["text"] = text.properties["text"][:-9]
+                report = await parts.verify()
+                assert (report.different, report.repaired, report.error) == ({"document": 1}, 1, None)
+                await parts.settled()
+                parts.check()
+                assert (await parts.verify()).different == {}
+
+    asyncio.run(story())
 
 
 # --- what is never taken ---------------------------------------------------------------------------------------------

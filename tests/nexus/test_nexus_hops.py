@@ -227,6 +227,12 @@ def test_domains_are_kept_to_and_each_is_heard(url: str, tmp_path: Path) -> None
             assert [hit.score for hit in both] == sorted((hit.score for hit in both), reverse=True)
             alone = await library.finder.find(asked._replace(collections=[code]), legs, limit=9, per_domain=4)
             assert of(alone) == [1] * 4
+        # However many others fit better.
+        pages = [row for row, one in library.given.items() if one.doc_type == "page" and library.inside[row] == 1]
+        words = asked._replace(doc_type="page", domains=["engineering", "nothing"])
+        found = await library.finder.by_words(words)
+        assert sorted(row for row, _ in found) == sorted(pages)
+        assert await library.finder.by_words(words._replace(depth=3)) == found[:3]
 
     play(url, tmp_path, story)
 

@@ -42,7 +42,7 @@ class Replica:
         self.store, sight = CollectionStore(database), Sight(database)
         self.events = BackStore(database, metrics, sends=False)
         finder = Finder(self.store, sight, Spaces(self.store, memory_bytes=1 << 28))
-        self.contexts = Contexts(database, self.store, sight, finder, self.events, metrics=metrics)
+        self.contexts = Contexts(self.store, sight, finder, self.events, metrics=metrics)
 
     @property
     def made(self) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from common.contract import MALFORMED
 from control_plane.nexus.graph.port import (
     Change,
     DocumentNode,
@@ -68,6 +70,8 @@ _Kind = Literal["SIMILAR_TO", "MENTIONS"]
 _ENDS: dict[_Kind, str] = {"SIMILAR_TO": "Document", "MENTIONS": "Entity"}
 """What an edge leads to, by its type."""
 _KEYS = {"Document": "id", "Entity": "key"}
+_TYPES: dict[str, type[Any]] = {"Document": int, "Entity": str}
+"""Of keys, and of shelves."""
 _INDEXES = (
     ("Document", "ref"), ("Document", "id"), ("Document", "shelf"), ("Entity", "ref"), ("Entity", "shelf"),
     ("DocumentShelf", "ref"), ("EntityShelf", "ref"), ("DocumentText", "ref"),
@@ -77,6 +81,10 @@ _FIELDS = ("vector_id", "client", "collection", "title", "domain", "doc_type")
 """Texts of a document node."""
 _CONTENT = ("Constraint violation:", "Invalid input:", "Type mismatch:")
 """Errors that the same rows meet again."""
+
+_NO_SCORE = 2.0
+"""Of a pair whose score cannot be read: no pair is to have it."""
+_REF = re.compile(r"[0-9a-f]{32}")
 
 _Row = dict[str, Any]
 _T = TypeVar("_T")
@@ -100,18 +108,18 @@ class _Health(msgspec.Struct):
 
 
 class _Found(NamedTuple):
-    """A document node as it is read."""
+    """A document node as it is read; of what ``Any`` is, nobody knows whether it is as it was written."""
 
     id: int
-    vector_id: str | None
-    client: str | None
-    collection: str | None
-    title: str | None
-    domain: str | None
-    doc_type: str | None
-    created_at: int | None
-    version: int | None
-    whole: str | None
+    vector_id: Any
+    client: Any
+    collection: Any
+    title: Any
+    domain: Any
+    doc_type: Any
+    created_at: Any
+    version: Any
+    whole: Any
 
 
 class _Hop(NamedTuple):
@@ -119,15 +127,15 @@ class _Hop(NamedTuple):
 
     kind: _Kind
     id: int
-    end: int | str | None
-    live: bool | None
-    score: float | None
+    end: Any
+    live: Any
+    score: Any
     labels: list[str]
 
 
 class _Text(NamedTuple):
     ref: str
-    text: str | None
+    text: Any
 
 
 class _Standing(NamedTuple):
@@ -341,9 +349,9 @@ class NexusGraph:
         returned = ", ".join(f"n.{name} AS {name}" for name in _Found._fields)
         statements = (f"MATCH (n:Document {{id: {id_}}}) RETURN {returned}" for id_ in dict.fromkeys(ids))
         found = list(self._union(statements, _Found))
-        refs = {one.whole for one in found if one.whole}
+        refs = {one.whole for one in found if isinstance(one.whole, str) and _REF.fullmatch(one.whole)}
         statements = (f'MATCH (n:DocumentText {{ref: "{ref}"}}) RETURN n.ref AS ref, n.text AS text' for ref in refs)
-        texts = {ref: text for ref, text in self._union(statements, _Text) if text is not None}
+        texts = {ref: text for ref, text in self._union(statements, _Text) if isinstance(text, str)}
         return {one.id: _node(one, texts) for one in found}
 
     def _out(self, starts: Iterable[tuple[_Kind, int]]) -> _Marks:
@@ -354,20 +362,20 @@ class NexusGraph:
             for kind, id_ in starts
         )
         return {
-            (hop.kind, hop.id, hop.end): (1.0 if hop.score is None else hop.score) if hop.live else None
+            (hop.kind, hop.id, hop.end): _mark(hop)
             for hop in self._union(statements, _Hop)
-            if hop.end is not None and _ENDS[hop.kind] in hop.labels
+            if type(hop.end) is _TYPES[_ENDS[hop.kind]] and _ENDS[hop.kind] in hop.labels
         }
 
     def _on_shelves(self, label: str, name: str, after: Any, first: Any) -> Iterator[Any]:
         """Ids or keys above ``after``, in order."""
         for shelf in sorted(one for one in self._shelves(label) if one >= first):
             found = [row.value for row in self._rows(_shelf(label, shelf, name), _Value)]
-            yield from sorted(one for one in found if one is not None and one > after)
+            yield from sorted(one for one in found if type(one) is _TYPES[label] and one > after)
 
     def _shelves(self, label: str) -> list[Any]:
         found = self._rows(f"MATCH (n:{label}Shelf) RETURN n.shelf AS shelf", _Value)
-        return [row.value for row in found if row.value is not None]
+        return [row.value for row in found if type(row.value) is _TYPES[label]]
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -440,13 +448,22 @@ def _row(node: DocumentNode) -> tuple[_Row, _Row | None]:
 
 
 def _node(found: _Found, texts: Mapping[str, str]) -> DocumentNode | None:
-    """A document node of its properties; None where they are not all there."""
+    """A document node of its properties; None where they are not all there, or not what was written."""
     fields = [getattr(found, name) for name in _FIELDS]
-    if found.whole:
-        fields = json.loads(texts.get(found.whole, "[null]"))
-    if found.created_at is None or found.version is None or None in fields:
+    try:
+        if found.whole:
+            fields = msgspec.json.decode(texts.get(str(found.whole), ""), type=list[Any])
+        return msgspec.convert((found.id, *fields, found.created_at, found.version), DocumentNode)
+    except MALFORMED:
         return None
-    return DocumentNode._make((found.id, *fields, found.created_at, found.version))
+
+
+def _mark(hop: _Hop) -> float | None:
+    if hop.live is not True:
+        return None
+    if hop.kind == "MENTIONS":
+        return 1.0
+    return float(hop.score) if type(hop.score) in (int, float) else _NO_SCORE
 
 
 def _bare(id_: int) -> _Row:

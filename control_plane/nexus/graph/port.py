@@ -88,7 +88,7 @@ class Held(NamedTuple):
     """What the graph holds of a document."""
 
     node: DocumentNode | None
-    """None: a bare node."""
+    """None: a bare node, or one of which something is not as it was written."""
     similar: Mapping[int, float]
     """Score by the id of the other end. Both directions were read, and only what agrees is here."""
     mentions: frozenset[str]

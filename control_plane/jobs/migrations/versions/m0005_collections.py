@@ -111,9 +111,9 @@ def _documents() -> None:
         sa.Column("error", sa.Text),
         sa.Column("near", sa.LargeBinary, nullable=False),
         sa.Column("graphed_near", sa.LargeBinary),
-        sa.UniqueConstraint("collection", "doc_id", name="uq_documents_collection_doc_id"),
         sqlite_autoincrement=True,
     )
+    _some("ux_documents_collection_doc_id", "documents", ["collection", "doc_id"], "deleted = false", unique=True)
     op.create_index("ix_documents_collection", "documents", ["collection", "id", "deleted"])
     _some("ix_documents_open", "documents", ["collection"], "deleted = false AND permissions = '[]'")
     _some("ix_documents_restricted", "documents", ["collection"], "deleted = false AND permissions <> '[]'")
