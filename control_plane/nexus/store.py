@@ -119,13 +119,13 @@ from control_plane.nexus.tables import (
     sync_state,
 )
 
+T = TypeVar("T")
+
 EVERYTHING = Viewer(None, None)
 """Sees all documents of all clients."""
 HIDDEN = "there is a document of this id that the key does not see; use another id"
 LEASE_MS = 5_000
 """A replica that does not renew for so long may lose the lease to another one."""
-T = TypeVar("T")
-
 TOMBSTONE_MS = 3_600_000
 """The row of a deleted document stays for so long, so that the memory of other replicas hears of it."""
 STEP = 1_000

@@ -53,6 +53,7 @@ def test_the_status_of_a_server_that_did_nothing_yet_is_a_screen(say: Say) -> No
     assert code == 0
     assert out.splitlines() == [
         "sync       on, by nobody yet",
+        "graph      not asked yet",
         "documents  0: 0 pending, 0 given up",
         "last look  none yet",
         "spaces     0, 0.0 MB in memory",
@@ -73,6 +74,7 @@ def test_the_status_names_who_syncs_what_waits_and_what_was_found(house: Office,
     assert lines.pop("lag").endswith(" s")
     assert lines == {
         "sync": "on, by replica office",
+        "graph": "not asked yet",
         "documents": "3: 1 pending, 1 given up",
         "going on": "rebuild, 1,000 of 3,000 documents",
         "last look": "verify of 2027-01-15T08:00:00Z: 1 x document, 2 x pair different in 3 documents, "

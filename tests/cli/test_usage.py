@@ -22,7 +22,7 @@ from processes import COMMAND, EXAMPLE, command, on_a_terminal
         ["export", EXAMPLE, "--writer", "pen"],
         ["search", EXAMPLE],
         ["search", EXAMPLE, "a", "--queries", "b"],
-        ["submit", EXAMPLE],
+        ["submit"],
         ["dance"],
     ],
     ids=lambda arguments: " ".join(Path(str(word)).name for word in arguments),

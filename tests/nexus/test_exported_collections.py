@@ -208,8 +208,9 @@ class Yard:
 
     async def documents(self, name: str = "code") -> dict[str, Document]:
         """Of a collection, by id."""
-        found = await self.store.listing(await self.collection(name), EVERYTHING, after=0, limit=10_000)
-        return {one.doc_id: one for one in found}
+        collection = await self.collection(name)
+        found = await self.store.listing(collection, EVERYTHING, after=0, limit=10_000)
+        return {one.doc_id: one for one in await self.store.get(collection, [one.doc_id for one in found], EVERYTHING)}
 
     async def execute(self, statement: str, **values: Any) -> list[Any]:
         async with self.database.write.begin() as connection:
